@@ -1,0 +1,186 @@
+"""The errors a caller may react to; every one says what is wrong, where, and what to do.
+
+A user's mistake is a `ValueError`. Where a program may want to react to it (try a smaller model, ask for another device), it
+has a class of its own here, deriving from `WeftError` and `ValueError` (or `RuntimeError` where nobody made a mistake: a
+process died). Fields are passed to `Exception.__init__` as args, so that an error survives pickling between processes; `__str__`
+builds the sentence for people. `weft` on the command line prints that sentence and no traceback.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "CheckpointDamaged",
+    "DoesNotFit",
+    "ImpossibleConstraint",
+    "MeshTooLarge",
+    "NotFinite",
+    "NotReplayable",
+    "PeerLost",
+    "PlanMismatch",
+    "UnknownOperators",
+    "WeftError",
+    "WorkerDied",
+]
+
+
+class WeftError(Exception):
+    """Base of weft's own errors: `except WeftError` catches what weft found wrong, not what it did wrong."""
+
+
+class UnknownOperators(WeftError, ValueError):
+    """Operators of the model have no placement rule; `operators` lists (node, operator, shapes, where) for each."""
+
+    def __init__(self, operators: list[tuple[str, str, str, str]]):
+        super().__init__(operators)
+        self.operators = list(operators)
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {node}: {target} on {shapes}" + (f", called at {where}" if where else "")
+            for node, target, shapes, where in self.operators
+        ]
+        names = sorted({target for _, target, _, _ in self.operators})
+        return (
+            f"{len(self.operators)} calls of {len(names)} operators have no placement rule, so weft does not know how to split "
+            "them:\n"
+            + "\n".join(lines)
+            + "\nAdd a row for each in weft.placement.rows (docs/extend.md), or let them run whole on every "
+            f"device with allow_replicated={names!r}."
+        )
+
+
+class PeerLost(WeftError, RuntimeError):
+    """Another process did not answer: it died, or it is stuck. `rank` is its global rank, or -1 if nobody knows which."""
+
+    def __init__(self, rank: int, doing: str, detail: str):
+        super().__init__(rank, doing, detail)
+        self.rank, self.doing, self.detail = rank, doing, detail
+
+    def __str__(self) -> str:
+        who = f"rank {self.rank}" if self.rank >= 0 else "another rank"
+        return (
+            f"lost {who} during {self.doing}: {self.detail}. Look at that process's own output for why it ended or stalled; "
+            "if it was only slow, raise the timeout of the process group."
+        )
+
+
+class CaptureError(WeftError, ValueError):
+    """A module cannot be turned into a graph. `where` is `file.py:line` of the user's code, `code` that line, `why` what
+    stopped the trace, `todo` what to change."""
+
+    def __init__(self, where: str, code: str, why: str, todo: str):
+        super().__init__(where, code, why, todo)
+        self.where, self.code, self.why, self.todo = where, code, why, todo
+
+    def __str__(self) -> str:
+        line = f"\n    {self.where}: {self.code}" if self.where else ""
+        return f"cannot capture the model: {self.why}{line}\n{self.todo}"
+
+
+class NotReplayable(WeftError, ValueError):
+    """A model's construction cannot be recorded or replayed: `what` happened in `module` (or to that parameter), `fix` helps."""
+
+    def __init__(self, module: str, what: str, fix: str):
+        super().__init__(module, what, fix)
+        self.module, self.what, self.fix = module, what, fix
+
+    def __str__(self) -> str:
+        return f"deferred initialisation of {self.module}: {self.what}; {self.fix}"
+
+
+class WorkerDied(WeftError, RuntimeError):
+    """A process of a run ended or stopped answering. `how` says what happened to it, `step` is the last step it finished."""
+
+    def __init__(self, rank: int, pid: int, how: str, step: int, story: str = ""):
+        super().__init__(rank, pid, how, step, story)
+        self.rank, self.pid, self.how, self.step, self.story = rank, pid, how, step, story
+
+    def __str__(self) -> str:
+        said = f"\n{self.story.rstrip()}" if self.story else ""
+        return (
+            f"rank {self.rank} (pid {self.pid}) {self.how} after step {self.step}; the run has ended on every process. "
+            f"Start again from the last checkpoint with trainer.load(path).{said}"
+        )
+
+
+class CheckpointDamaged(WeftError, ValueError):
+    """A checkpoint cannot be read: a file is missing, cut short or altered. Nothing has been loaded from it."""
+
+    def __init__(self, path: str, what: str):
+        super().__init__(path, what)
+        self.path, self.what = path, what
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.path} is damaged: {self.what}. Nothing was changed; load another checkpoint."
+
+
+class NotFinite(WeftError, RuntimeError):
+    """The loss or the gradient norm of a step is NaN or infinite; the optimizer has not run. `parameters` have such gradients."""
+
+    def __init__(self, step: int, loss: float, parameters: list[str]):
+        super().__init__(step, loss, parameters)
+        self.step, self.loss, self.parameters = step, loss, list(parameters)
+
+    def __str__(self) -> str:
+        names = ", ".join(self.parameters[:5]) + (
+            f" and {len(self.parameters) - 5} more" if len(self.parameters) > 5 else ""
+        )
+        return (
+            f"the loss of step {self.step} is {self.loss}; the parameters are as before that step. Gradients that are not "
+            f"finite: {names or 'none'}. Look at that batch, lower the learning rate, or clip gradients (clip_norm=1.0)."
+        )
+
+
+class DoesNotFit(WeftError, ValueError):
+    """No plan fits the devices' memory; `need` and `have` are bytes on `device` for the leanest plan found."""
+
+    def __init__(self, device: str, need: float, have: float, largest: str, remedy: str):
+        super().__init__(device, need, have, largest, remedy)
+        self.device, self.need, self.have, self.largest, self.remedy = device, need, have, largest, remedy
+
+    def __str__(self) -> str:
+        return (
+            f"the leanest plan needs {self.need / 2**30:.2f} GiB on {self.device}, which has {self.have / 2**30:.2f} GiB. "
+            f"The largest part is {self.largest}: {self.remedy}."
+        )
+
+
+class PlanMismatch(WeftError, ValueError):
+    """A plan was made for something else than what it is used with: another model, cluster or number of processes."""
+
+    def __init__(self, what: str, planned: str, given: str, remedy: str):
+        super().__init__(what, planned, given, remedy)
+        self.what, self.planned, self.given, self.remedy = what, planned, given, remedy
+
+    def __str__(self) -> str:
+        return f"the plan is for another {self.what}: planned {self.planned}, given {self.given}. {self.remedy}"
+
+
+class ImpossibleConstraint(WeftError, ValueError):
+    """A placement asked for by hand that an operator has no signature for; `legal` lists what it has."""
+
+    def __init__(self, name: str, target: str, shapes: list[list[int]], wanted: str, legal: list[str]):
+        super().__init__(name, target, shapes, wanted, legal)
+        self.name, self.target, self.shapes, self.wanted, self.legal = name, target, shapes, wanted, list(legal)
+
+    def __str__(self) -> str:
+        shown = "; ".join(self.legal[:12]) + (f"; and {len(self.legal) - 12} more" if len(self.legal) > 12 else "")
+        return (
+            f"{self.name} ({self.target}, shapes {self.shapes}) cannot be placed as {self.wanted!r}. "
+            f"It can be: {shown or 'nothing else'}."
+        )
+
+
+class MeshTooLarge(WeftError, ValueError):
+    """A mesh axis has more devices than what it is to cut has entries."""
+
+    def __init__(self, what: str, size: int, devices: int, axis: str):
+        super().__init__(what, size, devices, axis)
+        self.what, self.size, self.devices, self.axis = what, size, devices, axis
+
+    def __str__(self) -> str:
+        return (
+            f"mesh axis {self.axis} has {self.devices} devices, but {self.what} has only {self.size} entries to share "
+            "among them. Use fewer devices on that axis, a larger batch, or another strategy."
+        )
