@@ -1,0 +1,183 @@
+"""What a boxing costs: bytes on the wire, and seconds on a cluster.
+
+    seconds = sum over steps of the slowest line of devices along the step's axis        `boxing_cost`
+    a line's time is `weft.cluster.costs` of the collective, on p times the line's largest piece: the slowest piece counts
+
+Lines along an axis work at the same time; those that cross one shared link together divide it (`concurrent`). Local steps
+(slice, pad, keep, scale) cost exactly nothing. Between device sets: `transfer_cost`.
+
+The planner asks 10^5 times: everything is memoised, per (placements, shape, mesh, cluster).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from weft.cluster import Cluster, costs
+from weft.placement.boxing_between import stages
+from weft.placement.boxing_steps import Step, lacking, steps
+from weft.placement.layout import Mesh, Placements, Replicate, Shard, deal
+from weft.placement.recut import volume
+
+__all__ = ["BoxingCost", "boxing_cost", "transfer_cost"]
+
+PROBES = (0.0, 1e3, 1e5, 1e7, 1e9)  # bytes at which lines of devices are compared
+
+
+@dataclass(frozen=True)
+class BoxingCost:
+    """Cost of one boxing.
+
+    Attributes:
+        seconds: until the slowest device is done.
+        nbytes: bytes put on the wire, over all links.
+        steps: what is done.
+    """
+
+    seconds: float
+    nbytes: int
+    steps: tuple[Step, ...] = ()
+
+
+FREE = BoxingCost(0.0, 0)
+
+
+def boxing_cost(
+    src: Placements, dst: Placements, shape: Sequence[int], itemsize: int, mesh: Mesh, cluster: Cluster
+) -> BoxingCost:
+    """Cost of taking a value from `src` to `dst`.
+
+    Args:
+        shape: of the whole value.
+        itemsize: bytes per element.
+        mesh: its ranks are device numbers of the cluster.
+    Raises:
+        ValueError: a placement does not fit the shape or the mesh.
+    """
+    if src == dst:
+        return FREE
+    return _cost(src, dst, shape if type(shape) is tuple else tuple(shape), itemsize, mesh, cluster)
+
+
+def transfer_cost(
+    src: Placements, mesh_a: Mesh, dst: Placements, mesh_b: Mesh, shape: Sequence[int], itemsize: int, cluster: Cluster
+) -> BoxingCost:
+    """Cost of taking a value from one mesh to another: a device sends its messages one after the other, and so it receives."""
+    return _transfer_cost(src, mesh_a, dst, mesh_b, tuple(shape), itemsize, cluster)
+
+
+@lru_cache(maxsize=1 << 16)
+def _transfer_cost(
+    src: Placements,
+    mesh_a: Mesh,
+    dst: Placements,
+    mesh_b: Mesh,
+    shape: tuple[int, ...],
+    itemsize: int,
+    cluster: Cluster,
+) -> BoxingCost:
+    path = stages(src, mesh_a, dst, mesh_b, shape)
+    seconds = 0.0
+    for stage in path:
+        busy: dict[tuple[str, int], float] = {}
+        for message in stage.messages:
+            if message.sender == message.receiver:
+                continue
+            one = costs.send(cluster, message.sender, message.receiver, itemsize * volume(message.source))
+            for end in (("sends", message.sender), ("receives", message.receiver)):
+                busy[end] = busy.get(end, 0.0) + one
+        seconds += max(busy.values(), default=0.0)
+    return BoxingCost(seconds, itemsize * sum(stage.elements for stage in path))
+
+
+@lru_cache(maxsize=1 << 18)
+def _cost(
+    src: Placements, dst: Placements, shape: tuple[int, ...], itemsize: int, mesh: Mesh, cluster: Cluster
+) -> BoxingCost:
+    path = steps(src, dst, mesh, shape)
+    if not path:
+        return FREE
+    seconds = sum(_seconds(step, shape, itemsize, mesh, cluster) for step in path if step.elements)
+    return BoxingCost(seconds, itemsize * sum(step.elements for step in path), path)
+
+
+def _seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh, cluster: Cluster) -> float:
+    if step.kind == "recut":
+        return _recut_seconds(step, shape, itemsize, mesh, cluster)
+    axis, p = step.axis, mesh.shape[step.axis]
+    line = list(_largest_piece(shape, (*step.before[:axis], Replicate(), *step.before[axis + 1 :]), mesh))
+    share = 1.0
+    for placement in (step.source, step.target):
+        if isinstance(placement, Shard) and line[placement.dim]:  # p times the largest piece
+            share *= p * _largest(line[placement.dim], placement, axis, mesh) / line[placement.dim]
+    nbytes = itemsize * math.prod(line) * share
+    collective = getattr(costs, step.kind)
+    return max(
+        collective(cluster, ranks, nbytes, concurrent=together) for ranks, together in _lines(mesh, (axis,), cluster)
+    )
+
+
+def _recut_seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh, cluster: Cluster) -> float:
+    """Like an all-to-all, among the devices that exchange anything, of as much per device as the device that lacks most gets."""
+    lack = int(lacking(step.before, step.after, mesh, shape).max())
+    axes = tuple(axis for axis in range(mesh.ndim) if _moves_along(axis, step.before, step.after))
+    p = math.prod(mesh.shape[axis] for axis in axes)
+    nbytes = itemsize * lack * p * p / (p - 1)
+    return max(
+        costs.all_to_all(cluster, ranks, nbytes, concurrent=together) for ranks, together in _lines(mesh, axes, cluster)
+    )
+
+
+def _moves_along(axis: int, before: Placements, after: Placements) -> bool:
+    """Whether a recut moves anything between devices that differ along an axis: not if it cuts the same indices as before."""
+    cut = before[axis]
+    if not isinstance(cut, Shard):
+        return False
+    nested = [k for k in range(axis + 1) for p in (before[k], after[k]) if isinstance(p, Shard) and p.dim == cut.dim]
+    return any(before[k] != after[k] for k in nested)
+
+
+def _largest_piece(shape: Sequence[int], placements: Placements, mesh: Mesh) -> tuple[int, ...]:
+    sizes = list(shape)
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            sizes[placement.dim] = _largest(sizes[placement.dim], placement, axis, mesh)
+    return tuple(sizes)
+
+
+def _largest(size: int, shard: Shard, axis: int, mesh: Mesh) -> int:
+    """Length of the largest piece that a cut makes of a dim of `size` elements."""
+    form = shard.unit * shard.blocks
+    return max(deal(size // form, mesh.shape[axis], shard.weights or mesh.weights[axis])) * form
+
+
+@lru_cache(maxsize=4096)
+def _lines(mesh: Mesh, axes: tuple[int, ...], cluster: Cluster) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """The sub-meshes along some axes that cost differently: (ranks, how many of them use the same shared links at once)."""
+    found: dict[tuple[int, ...], None] = {}
+    for position in mesh.positions():
+        others = [(i,) if axis not in axes else range(mesh.shape[axis]) for axis, i in enumerate(position)]
+        found[tuple(mesh.at(there) for there in itertools.product(*others))] = None
+    lines = list(found)
+    ports = [_ports(line, cluster) for line in lines]
+    unlike: dict[tuple[float, ...], tuple[tuple[int, ...], int]] = {}
+    for line, own in zip(lines, ports, strict=True):
+        together = sum(1 for other in ports if other & own) if own else 1
+        times = tuple(
+            collective(cluster, line, n, concurrent=together)
+            for collective in (costs.all_reduce, costs.all_gather, costs.reduce_scatter, costs.all_to_all)
+            for n in PROBES
+        )
+        unlike.setdefault(times, (line, together))
+    return tuple(unlike.values())
+
+
+def _ports(line: tuple[int, ...], cluster: Cluster) -> frozenset[tuple[int, int]]:
+    """The connections that the line's messages leave by, at the outermost level that it crosses, if shared."""
+    routes = [cluster.route(line[0], there) for there in line[1:]]
+    level = max((level for link, level in routes if link.shared), default=-1)
+    return frozenset((level, cluster.port(level, rank)) for rank in line) if level >= 0 else frozenset()

@@ -1,0 +1,23 @@
+"""Fixtures for all tests: `pool`, worker processes joined by gloo (see tests/workers.py)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)  # `tests.workers`, here and in the worker processes
+
+from tests.workers import Pool, Workers  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    """`pool(n).run(fn, *args)`: run `fn` on n processes with torch.distributed initialised; the results in rank order."""
+    workers = Workers()
+    yield lambda size: Pool(workers, size)
+    workers.close()
