@@ -1,0 +1,329 @@
+"""`weft.plan`: capture, look at every mesh, keep the fastest plan that fits.
+
+meshes            all arrangements of the devices in one or two axes, or the one asked for             `meshes_for`
+unlike devices    shards in proportion to speed, and even ones: the pricing decides                    `mesh_weights`
+per mesh          the search for several weights, and the strategies with names                        `explore`
+memory            only if the fastest does not fit: the search again with a price on bytes             `explore.within_memory`
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from weft.cluster import Cluster
+from weft.errors import DoesNotFit, ImpossibleConstraint, MeshTooLarge
+from weft.graph.graph import Graph
+from weft.placement.axes import find_cuts
+from weft.placement.layout import Mesh
+from weft.planner.bound import lower_bound, speeds
+from weft.planner.constraints import Constraints
+from weft.planner.costs import Costs
+from weft.planner.explore import Candidate, Explorer, factorizations
+from weft.planner.optimizer import OptimizerCost
+from weft.planner.plan import REMEDY, Alternative, Plan
+from weft.planner.prepared import Prepared
+from weft.planner.roles import Roles
+from weft.planner.search import Infeasible
+
+__all__ = ["make_plan", "memory_limits", "mesh_weights", "meshes_for", "plan"]
+
+
+def plan(
+    model: Any,
+    batch: Any = None,
+    *,
+    cluster: Cluster,
+    loss: Any = None,
+    optimizer: Any = "AdamW",
+    memory: int | str | Sequence[int | str] | None = None,
+    constraints: Constraints | None = None,
+    mesh: Mesh | Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    allow_replicated: bool | Sequence[str] = False,
+) -> Plan:
+    """Find the fastest plan, by the cost model, that fits every device's memory.
+
+    Args:
+        model: an `nn.Module`, on any device (also meta), or a `Graph` that `weft.capture` made (then without `batch`).
+        batch: one global batch, as `step` will get it: tensors in a tuple or dict.
+        cluster: devices and links.
+        loss: function of (output, target), if the model does not return its loss.
+        optimizer: class, instance or name; it decides the optimizer's memory and time.
+        memory: what each device may use: bytes or "6GiB", for all devices or one per device. Default: what the cluster says.
+        constraints: decisions taken by hand.
+        mesh: a `Mesh` or its shape; by default every arrangement of all devices in one and two axes is tried.
+        weights: shares of the devices of a one-axis mesh, such as (3, 1), or fractions that sum to 1.
+        allow_replicated: operators without a placement rule may run whole on every device: True, or their names.
+    Raises:
+        UnknownOperators: operators without a rule, all at once, before anything else is done.
+        DoesNotFit: no plan in reach fits; the error names the device, what is largest, and what to do.
+        ImpossibleConstraint, MeshTooLarge: what was fixed by hand cannot be.
+        CaptureError: the model cannot be captured.
+    """
+    return make_plan(
+        model, batch, cluster=cluster, loss=loss, optimizer=optimizer, memory=memory, mesh=mesh, weights=weights,
+        constraints=constraints or Constraints(), allow_replicated=allow_replicated, must_fit=True,
+    )  # fmt: skip
+
+
+def make_plan(
+    model: Any,
+    batch: Any,
+    *,
+    cluster: Cluster,
+    loss: Any,
+    optimizer: Any,
+    memory: int | str | Sequence[int | str] | None,
+    mesh: Mesh | Sequence[int] | None,
+    weights: Sequence[float] | None,
+    constraints: Constraints,
+    allow_replicated: bool | Sequence[str],
+    must_fit: bool,
+) -> Plan:
+    """What `plan` and `Plan.manual` share; `must_fit` makes a lack of memory an error."""
+    from weft.graph import graph_fingerprint
+
+    started = time.perf_counter()
+    graph = model if isinstance(model, Graph) else _capture(model, batch, loss)
+    costing = OptimizerCost.of(optimizer)
+    limits = memory_limits(memory, cluster)
+    explorers, refused = _explorers(graph, cluster, costing, constraints, limits, mesh, weights, allow_replicated)
+    candidates: list[tuple[Explorer, Candidate]] = []
+    for explorer in explorers:
+        try:
+            candidates += [(explorer, c) for c in explorer.free()]
+        except (ImpossibleConstraint, MeshTooLarge, Infeasible) as error:
+            refused.append(error)
+            continue
+        candidates += [(explorer, c) for c in explorer.named()]
+    if not candidates:
+        raise refused[0] if refused else MeshTooLarge("the cluster", len(cluster), len(cluster), "x0")
+    if not any(c.prediction.fits for _, c in candidates):
+        fastest = {id(e): min((c for x, c in candidates if x is e), key=_seconds) for e, _ in candidates}
+        for explorer in dict.fromkeys(e for e, _ in candidates):
+            candidates += [(explorer, c) for c in explorer.within_memory(fastest[id(explorer)])]
+    fitting = [pair for pair in candidates if pair[1].prediction.fits]
+    if not fitting and must_fit:
+        raise _does_not_fit(min((c for _, c in candidates), key=lambda c: c.excess))
+    explorer, best = (
+        min(fitting, key=lambda pair: _rank(pair[1])) if fitting else min(candidates, key=lambda pair: pair[1].excess)
+    )
+    strategy = constraints.strategy if isinstance(constraints.strategy, str) else " x ".join(constraints.strategy)
+    return Plan(
+        best.assignment,
+        graph_fingerprint(graph),
+        cluster,
+        costing,
+        explorer.pricing.price(best.assignment),
+        _alternatives([c for _, c in candidates], best),
+        best.method,
+        lower_bound(graph, cluster, costing),
+        best.name if constraints.strategy == "any" else strategy,
+        time.perf_counter() - started,
+        graph,
+        loss,
+    )
+
+
+def _capture(model: Any, batch: Any, loss: Any) -> Graph:
+    from weft.graph import capture
+
+    if batch is None:
+        raise ValueError("plan needs one batch of the model's inputs, to know shapes and sizes; pass batch=...")
+    return capture(model, batch, loss)
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.prediction.seconds
+
+
+def _rank(candidate: Candidate) -> tuple[float, int, int, float]:
+    """Fastest first; within a thousandth, fewer mesh axes, then the simpler strategy, then less memory."""
+    names = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
+    simple = names.index(candidate.name) if candidate.name in names else len(names)
+    coarse = float(f"{candidate.prediction.seconds:.4g}")
+    return (coarse, candidate.assignment.mesh.ndim, simple, candidate.prediction.peak)
+
+
+# -------------------------------------------------------------------------------------------------------------- meshes
+
+
+def _explorers(
+    graph: Graph,
+    cluster: Cluster,
+    optimizer: OptimizerCost,
+    constraints: Constraints,
+    limits: tuple[int, ...] | None,
+    mesh: Mesh | Sequence[int] | None,
+    weights: Sequence[float] | None,
+    allow_replicated: bool | Sequence[str],
+) -> tuple[list[Explorer], list[ValueError]]:
+    """An explorer per mesh worth trying, and why others cannot be. Unknown operators come out here, first of all."""
+    meshes = list(meshes_for(graph, cluster, optimizer, constraints, mesh, weights))
+    ready = {}
+    for size in {m.size for m in meshes}:
+        prepared = Prepared(graph, find_cuts(graph, finest=size, allow_replicated=allow_replicated))
+        ready[size] = (prepared, Roles(prepared))
+    explorers: list[Explorer] = []
+    refused: list[ValueError] = []
+    for one in meshes:
+        try:
+            explorers.append(Explorer(*ready[one.size], Costs(cluster, one), optimizer, constraints, limits))
+        except (ImpossibleConstraint, MeshTooLarge) as error:
+            refused.append(error)
+    return explorers, refused
+
+
+def meshes_for(
+    graph: Graph,
+    cluster: Cluster,
+    optimizer: OptimizerCost,
+    constraints: Constraints,
+    mesh: Mesh | Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+) -> Iterator[Mesh]:
+    """Meshes to look at: the one asked for, else all devices in one axis and in every pair of axes.
+
+    Where every pair of devices has the same link, (4, 2) and (2, 4) are the same, and one of them is left out. On
+    unlike devices each shape comes weighted by speed and unweighted.
+    """
+    if isinstance(mesh, Mesh):
+        _check_ranks(mesh, cluster)
+        yield mesh
+        return
+    if mesh is not None:
+        shapes = [tuple(int(p) for p in mesh)]
+    elif isinstance(constraints.strategy, tuple):
+        shapes = factorizations(len(cluster), len(constraints.strategy))
+    else:
+        shapes = [(len(cluster),), *factorizations(len(cluster), 2)]
+        if _one_link(cluster):
+            shapes = [s for s in shapes if tuple(sorted(s, reverse=True)) == s]
+    if weights is not None:
+        for shape in shapes if mesh is not None else [(len(cluster),)]:
+            if len(shape) != 1:
+                raise ValueError(
+                    f"weights are for a mesh of one axis, got mesh {shape}; give `Mesh(shape, weights=...)` instead"
+                )
+            made = Mesh(shape, weights=(normalised(weights, shape[0]),))
+            _check_ranks(made, cluster)
+            yield made
+        return
+    for shape in shapes:
+        made = Mesh(shape)
+        _check_ranks(made, cluster)
+        by_speed = mesh_weights(graph, cluster, optimizer, made)
+        if any(by_speed):
+            yield Mesh(shape, weights=by_speed)
+        yield made
+
+
+def _check_ranks(mesh: Mesh, cluster: Cluster) -> None:
+    if max(mesh.ranks) >= len(cluster):
+        raise MeshTooLarge("the cluster", len(cluster), mesh.size, "x".join(mesh.names))
+
+
+def _one_link(cluster: Cluster) -> bool:
+    """Whether every pair of devices has the same link, not shared, so that their order does not matter."""
+    if not cluster.uniform or cluster.pairs or len(cluster.levels) > 1:
+        return False
+    return all(not link.shared for level in cluster.levels for link in level.links)
+
+
+def normalised(weights: Sequence[float], devices: int) -> tuple[float, ...]:
+    """A user's weights, checked: one per device, shares such as (3, 1) or fractions that sum to 1.
+
+    Raises:
+        ValueError: another number of weights, a negative one, or fractions that do not sum to 1.
+    """
+    found = tuple(float(w) for w in weights)
+    if len(found) != devices:
+        raise ValueError(f"weights {found} are for {len(found)} devices, but the mesh axis has {devices}")
+    if not all(math.isfinite(w) and w >= 0 for w in found) or sum(found) <= 0:
+        raise ValueError(f"weights must be >= 0, finite and not all 0, got {found}")
+    if max(found) < 1 and abs(sum(found) - 1.0) > 1e-6:
+        raise ValueError(
+            f"weights {found} sum to {sum(found):g}; fractions must sum to 1, or give shares such as (3, 1)"
+        )
+    return found
+
+
+def mesh_weights(
+    graph: Graph, cluster: Cluster, optimizer: OptimizerCost, mesh: Mesh
+) -> tuple[tuple[float, ...] | None, ...]:
+    """Per mesh axis, shares in proportion to the speed of its slices on this model; None where they are alike."""
+    if cluster.uniform:
+        return (None,) * mesh.ndim
+    speed = speeds(graph, cluster, optimizer)[list(mesh.ranks)].reshape(mesh.shape)
+    found: list[tuple[float, ...] | None] = []
+    for axis in range(mesh.ndim):
+        share = speed.sum(axis=tuple(a for a in range(mesh.ndim) if a != axis))
+        share = share / share.max()
+        found.append(None if np.ptp(share) < 0.02 else tuple(float(f"{s:.3g}") for s in share))
+    return tuple(found)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory_limits(memory: int | str | Sequence[int | str] | None, cluster: Cluster) -> tuple[int, ...] | None:
+    """Bytes per device of the cluster, from bytes or "6GiB", for all or one per device; None for what the cluster says.
+
+    >>> memory_limits("1.5GiB", Cluster.local(processes=2))
+    (1610612736, 1610612736)
+    """
+    if memory is None:
+        return None
+    if isinstance(memory, (int, float, str)):
+        return (_nbytes(memory),) * len(cluster)
+    limits = tuple(_nbytes(m) for m in memory)
+    if len(limits) != len(cluster):
+        given = f"{len(limits)} for {len(cluster)} devices"
+        raise ValueError(f"memory: give one limit for all devices or one per device; got {given}")
+    return limits
+
+
+def _nbytes(text: int | float | str) -> int:
+    if isinstance(text, (int, float)):
+        found = float(text)
+    else:
+        number = text.strip()
+        unit = number.lstrip("0123456789.+-eE ").strip()
+        scale = _UNITS.get(unit.lower())
+        try:
+            found = float(number[: len(number) - len(unit)]) * (scale or math.nan)
+        except ValueError:
+            found = math.nan
+    if not found > 0 or not math.isfinite(found):
+        raise ValueError(
+            f"memory must be a number of bytes > 0, or one with a unit such as '6GiB' or '500MB'; got {text!r}"
+        )
+    return int(found)
+
+
+_UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+def _does_not_fit(leanest: Candidate) -> DoesNotFit:
+    worst = max(leanest.prediction.memory, key=lambda m: m.use.peak / m.have)
+    return DoesNotFit(worst.device, worst.use.peak, worst.have, worst.use.largest, REMEDY[worst.use.largest])
+
+
+def _alternatives(candidates: list[Candidate], best: Candidate) -> tuple[Alternative, ...]:
+    """The others, fastest first: one per name and mesh, and per price."""
+    found: dict[tuple, Alternative] = {}
+    for c in sorted(candidates, key=_seconds):
+        p, shape = c.prediction, c.assignment.mesh.shape
+        weighted = any(c.assignment.mesh.weights)
+        key = (c.name, shape, weighted) if c.name != "search" else (c.name, shape, weighted, f"{p.seconds:.4g}")
+        if c is not best and key not in found and not (c.name == "search" and c.assignment == best.assignment):
+            name = f"{c.name}, weighted" if weighted else c.name
+            found[key] = Alternative(name, shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits)
+    return tuple(found.values())

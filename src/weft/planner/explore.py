@@ -1,0 +1,206 @@
+"""Candidate plans of one graph on one mesh: the search under several weights, and the strategies that have names.
+
+Problem    `search` minimises a sum of tables; a step's time is not quite one: communication hides behind compute, parameters
+           travel in buckets, memory counts at its peak.
+Method     the additive search is run for several weights mu of communication that may hide (0: all of it hides, 1:
+           none), and each result is priced in full by `price`; the strategies with names are priced as well, so
+           that the outcome is never worse than those.                                       `Explorer.free`, `Explorer.named`
+           If the best does not fit, seconds per byte lambda are added, raised until a candidate fits, then
+           bisected towards the least that does.                                              `Explorer.within_memory`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weft.errors import ImpossibleConstraint, MeshTooLarge
+from weft.placement.assignment import Assignment
+from weft.placement.layout import Mesh
+from weft.planner.constraints import Constraints, masks, modes_left, overridden
+from weft.planner.costs import Costs
+from weft.planner.model import Model
+from weft.planner.modes import Choose
+from weft.planner.optimizer import OptimizerCost
+from weft.planner.prepared import Prepared
+from weft.planner.price import Prediction, Pricing
+from weft.planner.roles import Roles
+from weft.planner.search import Factor, Infeasible, Program, Solution, TooWide, Variable, integer
+
+__all__ = ["Candidate", "Explorer"]
+
+MU = (0.0, 0.1, 0.3, 1.0)  # weights of communication that may hide behind compute
+NAMED_1D = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
+NAMED_2D = (("dp", "tp"), ("zero-1", "tp"), ("zero-3", "tp"), ("dp", "tp+sp"), ("zero-3", "tp+sp"))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An assignment with its price, the strategy or weights that led to it, and how it was found."""
+
+    name: str
+    assignment: Assignment
+    prediction: Prediction
+    method: str
+
+    @property
+    def excess(self) -> float:
+        """The fullest device's need, as a multiple of what it has."""
+        return max(m.use.peak / m.have for m in self.prediction.memory)
+
+
+class _Restricted:
+    """A model's problem with some states ruled out, compiled for repeated solving."""
+
+    def __init__(self, model: Model, allowed: Mapping[Variable, NDArray[np.bool_]], constraints: Constraints):
+        self.model = model
+        self.choose: Choose | None = modes_left(constraints, model.mesh)
+        self.left = {v: np.flatnonzero(mask) for v, mask in allowed.items()}
+        for name, template in model.templates.items():
+            kept = model.undominated(name, allowed.get(name))
+            if kept.sum() < len(template.states):
+                self.left[name] = np.flatnonzero(kept)
+        named = {v: kept.tobytes() for v, kept in self.left.items()}
+        sizes = {v: len(self.left[v]) if v in self.left else n for v, n in model.sizes.items()}
+        self.factors = [Factor(f.scope, (f.key, tuple(named.get(v) for v in f.scope))) for f in model.factors]
+        self.sizes = sizes
+        try:
+            self.program: Program | None = Program(sizes, self.factors, model.repeats)
+        except TooWide:
+            self.program = None
+
+    def solve(self, mu: float, weight: float) -> Solution:
+        """The least-cost states, in the model's numbering."""
+        whole = self.model.tables(mu, weight, self.choose)
+        cut: dict[object, NDArray[np.float64]] = {}
+        for factor, original in zip(self.factors, self.model.factors, strict=True):
+            if factor.key not in cut:
+                table = whole[original.key]
+                some = any(v in self.left for v in factor.scope)
+                keep = [self.left.get(v, np.arange(n)) for v, n in zip(factor.scope, table.shape, strict=True)]
+                cut[factor.key] = table[np.ix_(*keep)] if some else table
+        tables = [cut[factor.key] for factor in self.factors]
+        found = self.program.solve(tables) if self.program else integer(self.sizes, self.factors, tables)
+        states = {v: int(self.left[v][s]) if v in self.left else s for v, s in found.states.items()}
+        return Solution(states, found.cost, found.method, found.gap)
+
+
+class Explorer:
+    """Makes candidates for one graph on one mesh.
+
+    Args:
+        prepared, roles: the graph; its cuts found for a mesh of this size.
+        costs: the cost model on the mesh.
+        optimizer: what it costs.
+        constraints: what the user fixed.
+        memory: bytes that each device of the cluster may use, in place of what it has.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        roles: Roles,
+        costs: Costs,
+        optimizer: OptimizerCost,
+        constraints: Constraints,
+        memory: tuple[int, ...] | None = None,
+    ):
+        self.model = Model(prepared, costs, optimizer)
+        self.roles = roles
+        self.pricing = Pricing(prepared, roles, costs, optimizer, memory)
+        self.constraints = constraints
+        self._programs: dict[object, _Restricted] = {}
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.model.mesh
+
+    def free(self) -> list[Candidate]:
+        """The search under the user's constraints, for every weight of hidden communication.
+
+        Raises:
+            ImpossibleConstraint, MeshTooLarge: the constraints cannot be met on this mesh.
+        """
+        return [self.candidate("search", self.constraints, mu) for mu in MU]
+
+    def named(self) -> list[Candidate]:
+        """The strategies with names that are legal here, under the user's other constraints."""
+        if self.constraints.strategy != "any" or self.mesh.ndim > 2 or self.mesh.size == 1:
+            return []
+        found = []
+        for strategy in NAMED_1D if self.mesh.ndim == 1 else NAMED_2D:
+            fixed = Constraints(strategy, self.constraints.parameters, self.constraints.inputs)
+            name = strategy if isinstance(strategy, str) else " x ".join(strategy)
+            try:
+                found.append(self.candidate(name, fixed, 0.3))
+            except (ImpossibleConstraint, MeshTooLarge, Infeasible):
+                continue
+        return found
+
+    def candidate(self, name: str, constraints: Constraints, mu: float, weight: float = 0.0) -> Candidate:
+        """Search once and price the result in full."""
+        restricted = self._restricted(constraints)
+        solution = restricted.solve(mu, weight)
+        assignment = self.model.assignment(solution, mu, weight, restricted.choose)
+        if constraints.parameters:
+            fixed = {n: overridden(constraints, n, p) for n, p in assignment.parameters.items()}
+            assignment = Assignment(assignment.mesh, assignment.signatures, fixed, assignment.buffers)
+        return Candidate(name, assignment, self.pricing.price(assignment, details=False), solution.method)
+
+    def _restricted(self, constraints: Constraints) -> _Restricted:
+        """Compiled programs are shared by constraints that leave the same states (data parallel and the ZeRO stages)."""
+        key = (constraints.strategy, id(constraints.parameters), id(constraints.inputs))
+        if key not in self._programs:
+            allowed = masks(self.model, constraints, self.roles)
+            same = tuple(sorted((str(v), m.tobytes()) for v, m in allowed.items()))
+            shared = self._programs.get(same)
+            if shared is None:
+                shared = self._programs[same] = _Restricted(self.model, allowed, constraints)
+            made = object.__new__(_Restricted)
+            made.__dict__.update(shared.__dict__, choose=modes_left(constraints, self.mesh))
+            self._programs[key] = made
+        return self._programs[key]
+
+    def within_memory(self, fastest: Candidate, report: Callable[[Candidate], None] | None = None) -> list[Candidate]:
+        """Candidates that trade time for memory: lambda raised until one fits, then bisected.
+
+        The last resort weighs memory alone; if that does not fit either, nothing in reach does.
+        """
+        unit = fastest.prediction.seconds / max(1.0, fastest.prediction.peak)
+        found: list[Candidate] = []
+
+        def at(exponent: float) -> Candidate:
+            found.append(self.candidate("search", self.constraints, 0.3, unit * 2.0**exponent))
+            return found[-1]
+
+        low, high = -6.0, None
+        for exponent in (-3.0, 0.0, 4.0, 9.0, 20.0):
+            if at(exponent).prediction.fits:
+                high = exponent
+                break
+            low = exponent
+        if high is not None:
+            for _ in range(4):
+                middle = (low + high) / 2
+                if at(middle).prediction.fits:
+                    high = middle
+                else:
+                    low = middle
+        return found
+
+
+def factorizations(devices: int, ndim: int) -> list[tuple[int, ...]]:
+    """Shapes of `ndim` axes, each of at least 2 devices, with `devices` in all (`ndim` = 1: also 1 device)."""
+    if ndim == 1:
+        return [(devices,)]
+    return [
+        (p, *rest)
+        for p in range(2, devices // 2 + 1)
+        if devices % p == 0
+        for rest in factorizations(devices // p, ndim - 1)
+        if math.prod(rest) * p == devices and min(rest) >= 2
+    ]

@@ -1,0 +1,248 @@
+"""What a training step holds in memory on each device, and when: liveness over forward and backward.
+
+Time runs over 2N steps for a graph of N calls: call i runs forward at step i and backward at step 2N - 1 - i. In between a
+device holds
+    parameters, gradients, optimizer state    pieces as the plan stores them, all the time
+    gathered copies                           of ZeRO-3 parameters, around their use (and the next bucket's, fetched ahead)
+    activations                               from the call that makes them to their last reader, or if autograd keeps them
+                                              to the backward of the first call that kept them                      `Retention`
+    gradients of activations                  from the backward of the last reader to that of the maker
+Views share their source's memory; a value boxed to another placement is a copy of its own unless that only narrows.
+
+The peak is the most that these add up to.                                                                     `memory_use`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weft.graph.graph import Graph, Node, Ref, TensorSpec
+from weft.placement.assignment import Assignment
+from weft.placement.layout import Placements, Replicate, Shard
+
+if TYPE_CHECKING:
+    from weft.planner.buckets import Bucket
+    from weft.planner.costs import Costs
+    from weft.planner.optimizer import OptimizerCost
+    from weft.planner.placed import PlacedGraph, View
+
+__all__ = ["CATEGORIES", "MemoryUse", "Retention", "held", "memory_use"]
+
+CATEGORIES = ("parameters", "gradients", "optimizer state", "gathered copies", "activations")
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes on one device by category at the step of the peak, and the peak itself."""
+
+    parameters: float
+    gradients: float
+    optimizer_state: float
+    gathered_copies: float
+    activations: float
+
+    @property
+    def peak(self) -> float:
+        return self.parameters + self.gradients + self.optimizer_state + self.gathered_copies + self.activations
+
+    def by_category(self) -> dict[str, float]:
+        """Bytes by the names of `CATEGORIES`."""
+        values = (self.parameters, self.gradients, self.optimizer_state, self.gathered_copies, self.activations)
+        return dict(zip(CATEGORIES, values, strict=True))
+
+    @property
+    def largest(self) -> str:
+        """The category that takes most."""
+        return max(self.by_category().items(), key=lambda item: item[1])[0]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which values autograd keeps for backward, and whose memory each value shares.
+
+    Attributes:
+        root: for each output of a call, the value whose memory it is (itself, unless the call is a view).
+        needed: values kept for backward by some reader, by their maker, or through a view of them.
+    """
+
+    root: Mapping[Ref, Ref]
+    needed: frozenset[Ref]
+
+    @classmethod
+    def of(cls, graph: Graph) -> Retention:
+        root: dict[Ref, Ref] = {}
+        needed: set[Ref] = set()
+        for node in graph.calls:
+            for index in range(len(node.outputs)):
+                ref = Ref(node.name, index)
+                root[ref] = root.get(node.inputs[0], node.inputs[0]) if node.kind == "view" and node.inputs else ref
+        for node in reversed(graph.calls):
+            outputs = [Ref(node.name, index) for index in range(len(node.outputs))]
+            if node.cost.keeps_output:
+                needed.update(outputs)
+            for operand, ref in enumerate(node.inputs):
+                kept = node.cost.keeps_inputs[operand] if operand < len(node.cost.keeps_inputs) else False
+                through = node.kind == "view" and operand == 0 and any(out in needed for out in outputs)
+                if kept or through:
+                    needed.add(ref)
+        return cls(root, frozenset(needed))
+
+    def keeps(self, node: Node, operand: int) -> bool:
+        """Whether a call keeps an operand for backward, itself or through a view that it makes of it."""
+        if operand < len(node.cost.keeps_inputs) and node.cost.keeps_inputs[operand]:
+            return True
+        views = node.kind == "view" and operand == 0
+        return views and any(Ref(node.name, index) in self.needed for index in range(len(node.outputs)))
+
+    def kept_storage(self, ref: Ref) -> bool:
+        """Whether the value has memory of its own that backward needs."""
+        return self.root.get(ref, ref) == ref and ref in self.needed
+
+
+def memory_use(
+    placed: PlacedGraph,
+    assignment: Assignment,
+    views: Sequence[View],
+    optimizer: OptimizerCost,
+    buckets: Sequence[Bucket],
+) -> list[MemoryUse]:
+    """Memory of one device of each class of `costs.places`, at its peak. `views` are `placed.views(assignment)`."""
+    graph, costs = placed.graph, placed.costs
+    places = len(costs.places)
+    parameters, gradients, state = np.zeros(places), np.zeros(places), np.zeros(places)
+    for name, node in graph.parameters.items():
+        spec, placement = node.outputs[0], assignment.parameters[name]
+        parameters += spec.nbytes * held(costs, spec, placement.stored)
+        if spec.requires_grad:
+            gradients += spec.nbytes * held(costs, spec, placement.gradient)
+            state += optimizer.state_bytes(spec.nbytes) * held(costs, spec, placement.state)
+    for node in graph.of("buffer"):
+        placements = assignment.output(graph, Ref(node.name))
+        parameters += node.outputs[0].nbytes * costs.fraction(node.outputs[0].shape, placements)
+    for node in (*graph.of("input"), *graph.of("constant")):
+        parameters += node.outputs[0].nbytes
+    activations = _activations(placed, assignment, views)
+    gathered = _gathered(graph, buckets, places)
+    peak = (activations + gathered).argmax(axis=0)
+    at = np.arange(places)
+    return [
+        MemoryUse(*(float(x) for x in row))
+        for row in zip(parameters, gradients, state, gathered[peak, at], activations[peak, at], strict=True)
+    ]
+
+
+def held(costs: Costs, spec: TensorSpec, placements: Placements) -> NDArray[np.float64]:
+    """Fraction of a parameter on a device of each class: the cuts of `used`, and of ZeRO, by even division of elements."""
+    flat = tuple(Shard(0, p.weights) if isinstance(p, Shard) else p for p in placements)
+    return costs.fraction((max(1, spec.numel),), flat)
+
+
+class _Timeline:
+    """Bytes held per step, for every class of devices."""
+
+    def __init__(self, steps: int, places: int):
+        self.changes = np.zeros((steps + 1, places))
+
+    def hold(self, first: int, last: int, nbytes: NDArray[np.float64] | float) -> None:
+        """Bytes held from step `first` to step `last`, both included."""
+        self.changes[first] += nbytes
+        self.changes[last + 1] -= nbytes
+
+    def levels(self) -> NDArray[np.float64]:
+        return self.changes.cumsum(axis=0)[:-1]
+
+
+@dataclass
+class _Storage:
+    """One piece of memory: who made it and when, who reads it last, and the first call that keeps it."""
+
+    spec: TensorSpec
+    placement: int
+    made: int
+    last: int
+    keeper: int | None = None
+
+
+def _activations(placed: PlacedGraph, assignment: Assignment, views: Sequence[View]) -> NDArray[np.float64]:
+    """Bytes of activations, what autograd saves besides them, and their gradients, per step and class."""
+    n = len(views)
+    timeline = _Timeline(2 * n, len(placed.costs.places))
+    storages: list[_Storage] = []
+    where = placed.sources(assignment)
+    of: dict[tuple[Ref, int], _Storage | None] = {}  # None: memory that is not an activation's
+    for number, (call, view) in enumerate(zip(placed.prepared.calls, views, strict=True)):
+        cost = call.node.cost
+        operands: list[_Storage | None] = []
+        for operand, (ref, wanted) in enumerate(zip(call.inputs, view.inputs, strict=True)):
+            storage = _reading(placed, ref, where[ref], wanted, number, of, storages)
+            if storage is not None:
+                storage.last = number
+                if storage.keeper is None and operand < len(cost.keeps_inputs) and cost.keeps_inputs[operand]:
+                    storage.keeper = number
+            operands.append(storage)
+        for ref, placement, spec in zip(call.values, view.outputs, call.node.outputs, strict=True):
+            where[ref] = placement
+            if call.node.kind == "view" and operands:
+                of[ref, placement] = operands[0]
+            else:
+                made = _Storage(spec, placement, number, number, number if cost.keeps_output else None)
+                storages.append(made)
+                of[ref, placement] = made
+        if cost.saved:
+            timeline.hold(number, 2 * n - 1 - number, cost.saved * view.share)
+    for storage in storages:
+        nbytes = placed.held(storage.spec, storage.placement)
+        keeper = storage.keeper
+        timeline.hold(storage.made, storage.last if keeper is None else 2 * n - 1 - keeper, nbytes)
+        if storage.spec.requires_grad and storage.last > storage.made:
+            timeline.hold(2 * n - 1 - storage.last, 2 * n - 1 - storage.made, nbytes)
+    return timeline.levels()
+
+
+def _reading(
+    placed: PlacedGraph,
+    ref: Ref,
+    made: int,
+    wanted: int,
+    number: int,
+    of: dict[tuple[Ref, int], _Storage | None],
+    storages: list[_Storage],
+) -> _Storage | None:
+    """The memory in which a reader finds a value: the maker's, or a boxed copy made on first demand."""
+    key = (ref, wanted)
+    if key not in of:
+        if made == wanted or _narrows(placed.placements(made), placed.placements(wanted)):
+            of[key] = of.get((ref, made))
+        else:
+            copy = _Storage(placed.prepared.specs[ref], wanted, number, number)
+            storages.append(copy)
+            of[key] = copy
+    return of[key]
+
+
+def _narrows(made: Placements, wanted: Placements) -> bool:
+    return all(a == b or (isinstance(a, Replicate) and isinstance(b, Shard)) for a, b in zip(made, wanted, strict=True))
+
+
+def _gathered(graph: Graph, buckets: Sequence[Bucket], places: int) -> NDArray[np.float64]:
+    """Bytes of whole copies of ZeRO-3 buckets and of whole gradients waiting to be scattered, per step and class."""
+    n = len(graph.calls)
+    timeline = _Timeline(2 * n, places)
+    gathered = [bucket for bucket in buckets if bucket.gathers]
+    for number, bucket in enumerate(gathered):
+        fetched = gathered[number - 1].first if number else bucket.first
+        if bucket.regathers:
+            timeline.hold(min(fetched, bucket.first), bucket.last, bucket.used_bytes)
+            fetched = gathered[number + 1].last if number + 1 < len(gathered) else bucket.last
+            timeline.hold(2 * n - 1 - max(fetched, bucket.last), 2 * n - 1 - bucket.first, bucket.used_bytes)
+        else:
+            timeline.hold(min(fetched, bucket.first), 2 * n - 1 - bucket.first, bucket.used_bytes)
+    for bucket in buckets:
+        if bucket.scatters:
+            timeline.hold(2 * n - 1 - bucket.last, 2 * n - 1 - bucket.first, bucket.used_bytes)
+    return timeline.levels()
