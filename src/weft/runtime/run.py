@@ -1,0 +1,161 @@
+"""`weft.run`: train a model by a plan, on the processes that there are or on ones that it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weft.planner import Plan
+from weft.runtime.driver import Driver, InProcess
+from weft.runtime.engine import Options
+from weft.runtime.launch import Spawned
+from weft.runtime.trainer import Trainer
+
+__all__ = ["run"]
+
+AUTOCAST = {None: None, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, torch.bfloat16: torch.bfloat16}
+
+
+@contextlib.contextmanager
+def run(
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Any = None,
+    *,
+    loss: Callable[..., Any] | None = None,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    autocast: str | torch.dtype | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    seed: int = 0,
+    check_finite: bool = True,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 0,
+    resume: str | Path | None = None,
+    progress: bool = False,
+    log_dir: str | Path | None = None,
+    device: str | None = None,
+    timeout: float = 600.0,
+) -> Iterator[Trainer]:
+    """Train a model by a plan: a context manager that gives a `Trainer`.
+
+    Under torchrun, or where `torch.distributed` is initialised, this process is one of the mesh, and every process runs the same
+    program with the same batches. Otherwise the plan's number of local processes is started, and this one tells them what to do.
+    When the block ends, the trained values are in `model`.
+
+    Args:
+        plan: from `weft.plan`, `Plan.manual` or a file.
+        model: the module that was planned for, on the CPU or built by `weft.placement.deferred`; training starts from its values
+            (those of the first process, where they differ).
+        optimizer: a class, a `functools.partial`, a function of `model.parameters()`, or a fresh instance built on them.
+            Default: the plan's, with torch's default options.
+        loss: as given to `weft.plan`; needed where the model must be captured again, for batches of other sizes or a plan read
+            from a file.
+        clip_norm: scale the whole gradient down to at most this Euclidean norm.
+        accumulate: cut each batch into so many micro-batches, one after the other.
+        autocast: "bf16" runs matrix products in bfloat16; parameters stay as they are.
+        scheduler: a function from an optimizer to a `torch.optim.lr_scheduler`, stepped after every update.
+        seed: of dropout and other random operators in the model.
+        check_finite: raise `NotFinite` instead of updating with a NaN or infinite loss.
+        checkpoint: a folder to save to when the block ends or Ctrl-C comes, and every `checkpoint_every` steps.
+        resume: a checkpoint folder to go on from.
+        progress: show loss, tokens per second and memory.
+        log_dir: a folder for `log.jsonl`, and TensorBoard event files if tensorboard is installed.
+        device: "cpu" or "cuda"; default: "cuda" if the plan's devices are GPUs and this machine has as many, else "cpu".
+        timeout: seconds that any step or other command may take before the run is given up.
+    Raises:
+        ValueError: an argument out of range, or a plan for another number of processes.
+        PlanMismatch: with the first batch: the plan is for another model.
+    """
+    _check(clip_norm, accumulate, autocast, checkpoint, checkpoint_every, timeout)
+    if os.environ.get("WEFT_WORKER"):
+        raise RuntimeError(
+            "weft.run was called while a process of another run imported the main script; put the program under "
+            "`if __name__ == '__main__':`"
+        )
+    options = Options(clip_norm, AUTOCAST[autocast], seed, check_finite, timeout)
+    driver = _driver(plan, options, device)
+    trainer = None
+    try:
+        trainer = Trainer(
+            plan, model, optimizer or _optimizer(plan), driver, loss=loss if loss is not None else getattr(plan, "loss", None),
+            accumulate=accumulate, scheduler=scheduler, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+            progress=progress, log_dir=log_dir,
+        )  # fmt: skip
+        if resume is not None:
+            trainer.load(resume)
+        yield trainer
+    except BaseException as error:
+        if trainer is None:
+            driver.close(broken=True)
+        else:
+            trainer.close(error)
+        raise
+    else:
+        trainer.close()
+
+
+def _check(
+    clip_norm: float | None,
+    accumulate: int,
+    autocast: Any,
+    checkpoint: Any,
+    checkpoint_every: int,
+    timeout: float,
+) -> None:
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"run: clip_norm must be > 0, got {clip_norm}; None leaves gradients as they are")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(
+            f"run: accumulate must be a whole number >= 1, got {accumulate!r}; it is the number of micro-batches"
+        )
+    if autocast not in AUTOCAST:
+        raise ValueError(f"run: autocast must be 'bf16' or None, got {autocast!r}; float16 would need loss scaling")
+    if checkpoint_every < 0 or (checkpoint_every and checkpoint is None):
+        raise ValueError(
+            f"run: checkpoint_every={checkpoint_every} needs checkpoint=, the folder to save to, and must be >= 0"
+        )
+    if not timeout > 0:
+        raise ValueError(f"run: timeout must be > 0 seconds, got {timeout}")
+
+
+def _optimizer(plan: Plan) -> type[torch.optim.Optimizer]:
+    kind = getattr(torch.optim, plan.optimizer.name, None)
+    if kind is None:
+        raise ValueError(
+            f"run: the plan is for {plan.optimizer.name!r}, which torch.optim does not have; pass optimizer="
+        )
+    return kind
+
+
+def _driver(plan: Plan, options: Options, device: str | None) -> Driver:
+    """The processes that this run has: its own one, those of torchrun, or new ones."""
+    import torch.distributed as dist
+
+    mesh, owns = plan.assignment.mesh, False
+    under_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+    gpus = not any(each.kind.lower().startswith("cpu") for each in plan.cluster.devices)
+    if not dist.is_initialized() and not under_torchrun:
+        device = device or ("cuda" if gpus and torch.cuda.device_count() >= mesh.size else "cpu")
+        return InProcess(options, device) if mesh.size == 1 else Spawned(mesh.size, options, device)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = device or (f"cuda:{local}" if gpus and torch.cuda.device_count() > local else "cpu")
+    if not dist.is_initialized():
+        if int(os.environ["WORLD_SIZE"]) != mesh.size:
+            raise ValueError(
+                f"the plan is for {mesh.size} devices (mesh {mesh.shape}), but torchrun started {os.environ['WORLD_SIZE']} "
+                "processes; start as many, or plan for this number"
+            )
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=options.timeout))
+        owns = True
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    return InProcess(options, device, owns=owns, watched=True)

@@ -1,0 +1,234 @@
+"""`weft.run` with processes of its own: training, other batch sizes, schedules, bad input, death, Ctrl-C."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.runtime.plans import Tiny, batch, plan_of, tiny
+from torch import nn
+
+from weft.errors import CheckpointDamaged, NotFinite, WorkerDied
+from weft.runtime import run
+
+ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def gone(pid: int) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    """Uneven last batches, a schedule, an optimizer instance with groups, save and load, export, values back in the model."""
+    model, reference = tiny(), tiny()
+    plan = plan_of(model, batch(), (2,), 3)
+
+    def groups(m: nn.Module) -> torch.optim.Optimizer:
+        bias = [p for n, p in m.named_parameters() if n.endswith("bias")]
+        rest = [p for n, p in m.named_parameters() if not n.endswith("bias")]
+        return torch.optim.AdamW([{"params": rest}, {"params": bias, "weight_decay": 0.0}], lr=1e-2, weight_decay=0.1)
+
+    schedule = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
+    optimizer = groups(reference)
+    plain = schedule(optimizer)
+    data = [batch(6, seed=0), batch(6, seed=1), batch(3, seed=2), batch(1, seed=3), batch(5, tokens=3, seed=4)]
+    with run(
+        plan, model, groups(model), scheduler=lambda o: schedule(o), log_dir=tmp_path / "log", progress=True
+    ) as trainer:
+        for number, example in enumerate(data):
+            optimizer.zero_grad()
+            want = reference(*example)
+            want.backward()
+            optimizer.step()
+            plain.step()
+            assert trainer.step(example) == pytest.approx(want.item(), rel=1e-5)
+            assert trainer.optimizer.param_groups[1]["lr"] == optimizer.param_groups[1]["lr"]
+            if number == 2:
+                trainer.save(tmp_path / "checkpoint")
+        before = trainer.losses[3:]
+        trainer.load(tmp_path / "checkpoint")
+        assert trainer.steps == 3 and len(trainer.losses) == 3
+        again = [trainer.step(example) for example in data[3:]]
+        assert again == pytest.approx(before, rel=1e-6)
+        reference.eval()
+        assert trainer.evaluate(data[0]) == pytest.approx(reference(*data[0]).item(), rel=1e-4)
+        pids = trainer.driver.pids  # type: ignore[attr-defined]
+    for (name, parameter), want_parameter in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, want_parameter, rtol=1e-3, atol=1e-4, msg=name)
+    assert all(gone(pid) for pid in pids)
+    assert len((tmp_path / "log" / "log.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_killed_process_ends_the_run_and_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(tiny(), batch(), (2,), 0)
+    pids: list[int] = []
+    with pytest.raises(WorkerDied) as caught, run(plan, tiny(), ADAMW) as trainer:
+        trainer.step(batch())
+        pids = trainer.driver.pids  # type: ignore[attr-defined]
+        threading.Timer(0.1, os.kill, (pids[1], signal.SIGKILL)).start()
+        while True:
+            trainer.step(batch())
+    error = caught.value
+    assert (error.rank, error.pid) == (1, pids[1]) and "SIGKILL" in error.how and error.step >= 1
+    assert all(gone(pid) for pid in pids)
+    said = capfd.readouterr().err
+    assert f"weft, rank 0 (pid {pids[0]}): WorkerDied: rank 1 (pid {pids[1]}) was killed by SIGKILL" in said
+
+
+def test_bad_input_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    model = tiny()
+    plan = plan_of(model, batch(), (2,), 0)
+    good, (tokens, targets) = batch(), batch()
+    with run(plan, model, ADAMW) as trainer:
+        with pytest.raises(ValueError, match="nothing has been built yet"):
+            trainer.save(tmp_path / "x")
+        with pytest.raises(ValueError, match="no checkpoint at"):
+            trainer.load(tmp_path / "x")
+        first = trainer.step(good)
+        with pytest.raises(ValueError, match="must be int64"):
+            trainer.step((tokens.float(), targets))
+        with pytest.raises(ValueError, match="batch"):
+            trainer.step({"tokens": tokens})
+        trainer.save(tmp_path / "checkpoint")
+        (tmp_path / "checkpoint" / "about.pt").write_bytes(b"short")
+        with pytest.raises(CheckpointDamaged, match=r"about\.pt"):
+            trainer.load(tmp_path / "checkpoint")
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match="has shape"):
+            trainer.load_state_dict({**state, "up.bias": torch.zeros(3)})
+        trainer.load_state_dict({**state, "up.bias": torch.full_like(state["up.bias"], float("nan"))})
+        with pytest.raises(NotFinite) as caught:
+            trainer.step(good)
+        assert "up.weight" in caught.value.parameters
+        trainer.load_state_dict(state)
+        assert trainer.step(good) == pytest.approx(first, rel=1e-6)
+
+
+class Centred(torch.optim.Optimizer):
+    """Subtracts the mean gradient of each tensor: not elementwise."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p.grad - p.grad.mean()))
+
+
+def test_refusals_before_any_process_talks() -> None:
+    model = tiny()
+    plan = plan_of(model, batch(), (1,), 0)
+    for arguments, words in [
+        ({"clip_norm": 0.0}, "clip_norm must be > 0"),
+        ({"accumulate": 0}, "accumulate must be a whole number"),
+        ({"autocast": "fp16"}, "autocast must be"),
+        ({"checkpoint_every": 5}, "needs checkpoint="),
+        ({"timeout": 0}, "timeout must be > 0"),
+    ]:
+        with pytest.raises(ValueError, match=words), run(plan, model, ADAMW, **arguments):  # type: ignore[arg-type]
+            pass
+    with pytest.raises(ValueError, match="not parameters of the model"), run(plan, model, ADAMW(Tiny().parameters())):
+        pass
+    with pytest.raises(ValueError, match="must be a class"), run(plan, model, "adam"):
+        pass
+
+
+def test_changed_model_is_refused() -> None:
+    from weft.errors import PlanMismatch
+
+    model = tiny()
+    plan = plan_of(model, batch(), (1,), 0)
+    model.up = nn.Linear(10, 31)
+    with pytest.raises(PlanMismatch, match=r"up\.weight"), run(plan, model, ADAMW) as trainer:
+        trainer.step(batch())
+
+
+def test_bfloat16_autocast_trains() -> None:
+    model = tiny()
+    with run(plan_of(model, batch(), (1,), 0), model, ADAMW, autocast="bf16") as trainer:
+        losses = [trainer.step(batch()) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+SCRIPT = """
+import functools, os, sys, time, torch
+from tests.runtime.plans import batch, plan_of, tiny
+from weft.runtime import run
+
+if __name__ == "__main__":
+    model = tiny()
+    plan = plan_of(model, batch(), (2,), 3)
+    with run(plan, model, torch.optim.AdamW, checkpoint=sys.argv[1]) as trainer:
+        while True:
+            trainer.step(batch())
+            if trainer.steps == 3:
+                print("pids", *getattr(trainer.driver, "pids", []), flush=True)
+                if os.environ.get("RANK") == "1":
+                    os.kill(os.getpid(), 9)
+"""
+
+
+def start(tmp_path: Path, *prefix: str) -> subprocess.Popen[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *prefix, str(script), str(tmp_path / "checkpoint")]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+
+
+def pids_of(process: subprocess.Popen[str]) -> list[int]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("pids"):
+            return [int(word) for word in line.split()[1:]]
+    raise AssertionError(process.communicate()[1])
+
+
+def test_interrupt_ends_cleanly_with_a_checkpoint(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    pids = pids_of(process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in said and process.returncode != 0
+    assert all(gone(pid) for pid in pids)
+    from weft.runtime.checkpoint import check
+
+    assert check(tmp_path / "checkpoint")["steps"] >= 3
+
+
+def test_no_orphans_when_the_main_process_dies(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    pids = pids_of(process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(pids) == 2 and all(gone(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_torchrun_names_the_dead(tmp_path: Path) -> None:
+    process = start(tmp_path, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    _, said = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "WorkerDied: rank 1 (pid" in said and "after step 3" in said
