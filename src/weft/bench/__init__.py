@@ -1,0 +1,46 @@
+"""The catalogue of published systems, and the harness that measures their claims.
+
+    CATALOGUE     name -> module; one file per system, `weft.bench.systems.<package>.<system>`
+    System        the entry: paper, API, baselines, claims, tests
+    run_system    run it for some seeds and judge its claims
+    record        results in `benchmarks/`, with machine, versions, date, commit
+    pair          the methods of one comparison, alternating step by step in the same processes
+    baselines     what a user would otherwise pick: DDP, FSDP2, parallelize_module
+    report        README's table of numbers and docs/systems.md, written from the records
+
+A system's module has `SYSTEM: System` and `run(seed) -> Iterator[Row]`, and imports torch only inside `run`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+
+from weft import names
+from weft.bench.harness import Outcome, render, run_system
+from weft.bench.system import Claim, Results, Row, System, difference, ratio, value
+
+__all__ = [
+    "CATALOGUE", "Claim", "Outcome", "Results", "Row", "System",
+    "difference", "entry", "every_system", "ratio", "render", "run_system", "value",
+]  # fmt: skip
+
+CATALOGUE: dict[str, str] = {
+    "oneflow": "weft.bench.systems.placement.oneflow",
+    "zero-sharding": "weft.bench.systems.placement.zero_sharding",
+}
+
+
+def entry(name: str) -> tuple[System, Callable[[int], Iterable[Row]]]:
+    """The catalogue entry called `name`, and its `run`.
+
+    Raises:
+        ValueError: no such system; the message gives the nearest names.
+    """
+    module = importlib.import_module(names.pick(name, CATALOGUE, "system"))
+    return module.SYSTEM, module.run
+
+
+def every_system() -> list[System]:
+    """Every system of the catalogue, in its order."""
+    return [entry(name)[0] for name in CATALOGUE]

@@ -1,0 +1,124 @@
+"""Run a catalogue entry: its `run(seed)` for some seeds, its claims on the medians, one record and one table.
+
+run over seeds, judge the claims    `run_system`
+the table for people                `render`
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weft.bench import record
+from weft.bench.system import Results, Row, System
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+__all__ = ["Judged", "Outcome", "judge", "render", "run_system"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim and what the run says of it."""
+
+    text: str
+    bound: str
+    number: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `weft bench NAME` found."""
+
+    system: System
+    results: Results
+    claims: tuple[Judged, ...]
+    seeds: tuple[int, ...]
+    seconds: float
+
+    @property
+    def met(self) -> bool:
+        """Whether every claim holds."""
+        return all(claim.met for claim in self.claims)
+
+    def to_record(self) -> dict[str, Any]:
+        """The JSON value that `benchmarks/` keeps."""
+        return {
+            "system": self.system.name,
+            "paper": self.system.paper,
+            "date": record.today(),
+            "commit": record.commit(),
+            "machine": record.machine(),
+            "versions": record.versions(),
+            "seeds": list(self.seeds),
+            "seconds": round(self.seconds, 1),
+            "rows": [row.to_dict() for row in self.results.rows],
+            "claims": [
+                {"text": c.text, "bound": c.bound, "value": None if c.number != c.number else c.number, "met": c.met}
+                for c in self.claims
+            ],
+        }
+
+
+def judge(system: System, results: Results) -> tuple[Judged, ...]:
+    """Every claim with its number; a claim whose rows are missing is missed, with NaN for its number."""
+    judged = []
+    for claim in system.claims:
+        try:
+            number = float(claim.measure(results))
+        except (KeyError, ZeroDivisionError):
+            number = float("nan")
+        judged.append(Judged(claim.text, claim.bound, number, claim.holds(number)))
+    return tuple(judged)
+
+
+def run_system(
+    system: System,
+    run: Callable[[int], Iterable[Row]],
+    seeds: Sequence[int] = (0,),
+    on_row: Callable[[int, Row], None] | None = None,
+) -> Outcome:
+    """Run a system for each seed and judge its claims on the medians.
+
+    Args:
+        system: the catalogue entry.
+        run: the entry's `run(seed)`, an iterable of rows.
+        seeds: at least one.
+        on_row: called with (seed, row) as rows come, for progress.
+    """
+    if not seeds:
+        raise ValueError("run_system: give at least one seed")
+    start, rows = time.perf_counter(), []
+    for seed in seeds:
+        for row in run(seed):
+            rows.append(row)
+            if on_row is not None:
+                on_row(seed, row)
+    results = Results(rows)
+    return Outcome(system, results, judge(system, results), tuple(seeds), time.perf_counter() - start)
+
+
+def render(outcome: Outcome) -> Group:
+    """Two tables for a terminal: what each method measured, and the claims."""
+    from rich.console import Group
+    from rich.table import Table
+
+    measures = outcome.results.measures
+    rows = Table(title=f"{outcome.system.name}: {outcome.system.title} ({outcome.system.paper})", title_justify="left")
+    rows.add_column("method")
+    for measure in measures:
+        rows.add_column(measure.replace("_", " "), justify="right")
+    for method in outcome.results.methods:
+        found = [outcome.results.get(method, measure) for measure in measures]
+        rows.add_row(method, *("" if number is None else f"{number:.5g}" for number in found))
+    claims = Table(title="claims", title_justify="left")
+    for column in ("claim", "bound", "measured", ""):
+        claims.add_column(column, justify="left" if column == "claim" else "right")
+    for claim in outcome.claims:
+        verdict = "[green]met[/]" if claim.met else "[red]missed[/]"
+        claims.add_row(claim.text, claim.bound, f"{claim.number:.4g}", verdict)
+    return Group(rows, claims)

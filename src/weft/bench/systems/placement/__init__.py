@@ -1,0 +1,1 @@
+"""Systems about where values live."""

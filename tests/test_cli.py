@@ -1,0 +1,250 @@
+"""`weft` from a shell: results on standard output, one line for an error, exit codes that mean something."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weft.cli import main, parser, reference
+
+ROOT = Path(__file__).parents[1]
+MODEL = """
+import torch
+def build():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 4))
+    return model, (torch.randn(8, 16), torch.randint(4, (8,))), torch.nn.functional.cross_entropy
+"""
+
+
+def weft(*words, folder, timeout=240):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "weft", *map(str, words)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mymodel.py").write_text(MODEL)
+    return tmp_path
+
+
+COMMANDS = ("plan", "train", "profile", "export", "systems", "bench", "cite")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_suffices(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "example" in text
+    assert f"weft {command}" in text
+    assert "--json" in text
+
+
+def test_every_option_has_a_help():
+    for action in parser()._actions:
+        for command in (getattr(action, "choices", None) or {}).values():
+            assert all(option.help for option in command._actions), command.prog
+
+
+def test_the_reference_is_the_one_in_the_docs():
+    assert (ROOT / "docs" / "cli.md").read_text() == reference.page(), "run: make docs"
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["plan", "--no-such-option"], ["train", "--steps", "many"]])
+def test_bad_usage_is_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["plan"], "say what to train"),
+        (["plan", "--task", "langage-model"], "did you mean language-model"),
+        (["plan", "nothing_here:f"], "no module"),
+        (["plan", "--task", "language-model", "--memory", "lots"], "memory must be"),
+        (["plan", "--task", "language-model", "--mesh", "2by4"], "not a mesh shape"),
+        (["plan", "--task", "language-model", "--strategy", "zero-9"], "strategy must be one of"),
+        (["plan", "--task", "language-model", "--cluster", "not-there.yaml"], "not-there.yaml"),
+        (["train", "--task", "language-model", "--steps", "0"], "--steps must be at least 1"),
+        (["train", "--task", "language-model", "--lr", "-1"], "--lr must be a positive number"),
+        (["train", "--task", "language-model", "--curve", "loss.png"], "name it .svg"),
+        (["train", "--task", "language-model", "--curve", "no/folder/loss.svg"], "no folder"),
+        (["train", "--task", "language-model", "--plan", "not-there.json"], "not-there.json"),
+        (["profile", "--processes", "0"], "--processes must be at least 1"),
+        (["export", "not-there", "x.safetensors"], "no checkpoint"),
+        (["systems", "perpetuum-mobile"], "no system is about"),
+        (["bench"], "say which systems"),
+        (["bench", "oneflw"], "did you mean oneflow"),
+        (["bench", "oneflow", "--seeds", "0"], "--seeds must be at least 1"),
+        (["cite", "zeroo-sharding"], "did you mean zero-sharding"),
+    ],
+)
+def test_bad_input_is_2_and_one_message(words, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert says in told.err
+    assert told.err.startswith("weft: ")
+    assert "Traceback" not in told.err
+    assert told.out == ""
+
+
+def test_debug_shows_the_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no module"):
+        main(["plan", "nothing_here:f", "--debug"])
+
+
+def test_a_run_that_fails_is_1(capsys, monkeypatch):
+    from weft.cli import cite
+
+    def fail(what):
+        raise RuntimeError("rank 1 died")
+
+    monkeypatch.setattr(cite, "_papers", fail)
+    assert main(["cite", "oneflow"]) == 1
+    assert capsys.readouterr().err == "weft: rank 1 died\n"
+
+
+def test_interrupted_is_130(capsys, monkeypatch):
+    from weft.cli import cite
+
+    def interrupt(what):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cite, "_papers", interrupt)
+    assert main(["cite", "oneflow"]) == 130
+
+
+def test_systems(capsys):
+    assert main(["systems", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"oneflow", "zero-sharding"} <= {system["name"] for system in found}
+    assert main(["systems", "optimizer", "state"]) == 0
+    assert "zero-sharding" in capsys.readouterr().out
+
+
+@pytest.fixture
+def quick_system(monkeypatch):
+    """A catalogue entry that takes no time; claims met for seed 0 and missed on the median of three."""
+    from weft.bench import Claim, Row, System, value
+    from weft.cli import catalogue
+
+    system = System(
+        name="quick", title="Quick", paper="arXiv:0000.00000", solves="nothing", use=("weft.plan",), baselines=("theirs",),
+        claims=(Claim("seconds", value("seconds", "ours"), at_most=1.5),), tests=("tests/test_cli.py",),
+    )  # fmt: skip
+    monkeypatch.setattr(catalogue, "entry", lambda name: (system, lambda seed: [Row("ours", seconds=1.0 + seed)]))
+    return system
+
+
+def test_bench_exit_code_says_whether_claims_are_met(quick_system, capsys, tmp_path):
+    assert main(["bench", "quick", "--folder", str(tmp_path)]) == 0
+    assert "1 of 1 claims met" in capsys.readouterr().out
+    assert main(["bench", "quick", "--seeds", "3", "--folder", str(tmp_path)]) == 1
+    assert "missed" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_records(quick_system, capsys, tmp_path):
+    assert main(["bench", "quick", "--record", "--json", "--folder", str(tmp_path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text()) == printed[0]
+    assert printed[0]["claims"] == [{"text": "seconds", "bound": "≤ 1.5", "value": 1.0, "met": True}]
+    assert main(["bench", "quick", "--folder", str(tmp_path)]) == 0
+    assert "recorded on" in capsys.readouterr().out
+
+
+def test_cite_a_system(capsys):
+    assert main(["cite", "oneflow", "zero-sharding"]) == 0
+    text = capsys.readouterr().out
+    assert "arXiv:2110.15032" in text
+    assert "arXiv:1910.02054" in text
+    assert main(["cite", "oneflow", "--bibtex"]) == 0
+    assert "@article{oneflow," in capsys.readouterr().out
+
+
+def test_a_module_alone_lists_commands(folder):
+    done = weft("--help", folder=folder)
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "mymodel", raising=False)
+    return folder
+
+
+def test_plan_saves_draws_and_says_json(here, capsys):
+    assert main(["plan", "mymodel:build", "--save", "plan.json", "--page", "plan.html", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((here / "plan.json").read_text())
+    page = (here / "plan.html").read_text()
+    assert "<html" in page.lower()
+    assert not re.findall(r"(?:src|href)=.https?://", page)
+    assert main(["cite", "plan.json", "--json"]) == 0
+    assert {paper["key"] for paper in json.loads(capsys.readouterr().out)} >= {"oneflow", "adamw"}
+
+
+def test_cite_tells_what_a_plan_uses(here, capsys):
+    keys = {}
+    for strategy in ("dp", "zero-3", "tp"):
+        assert main(["plan", "mymodel:build", "--strategy", strategy, "--save", f"{strategy}.json", "--json"]) == 0
+        capsys.readouterr()
+        assert main(["cite", f"{strategy}.json", "--json"]) == 0
+        keys[strategy] = {paper["key"] for paper in json.loads(capsys.readouterr().out)}
+    assert "ddp" in keys["dp"]
+    assert not {"zero", "megatron"} & keys["dp"]
+    assert "zero" in keys["zero-3"]
+    assert "megatron" in keys["tp"]
+
+
+def test_plan_refuses_what_cannot_be(here, capsys):
+    assert main(["plan", "mymodel:build", "--mesh", "3", "--processes", "2"]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") <= 3
+    assert told.out == ""
+
+
+def test_train_by_a_saved_plan_then_export(here, capsys):
+    import torch
+    from safetensors.torch import load_file
+
+    assert main(["plan", "mymodel:build", "--save", "plan.json"]) == 0
+    words = "--plan plan.json --steps 4 --lr 0.01 --curve loss.svg --checkpoint saved --json"
+    capsys.readouterr()
+    assert main(["train", "mymodel:build", *words.split()]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["steps"] == len(told["losses"]) == 4
+    assert told["last_loss"] < told["first_loss"]
+    assert (here / "loss.svg").read_text().startswith("<svg")
+    assert main(["export", "saved", "model.safetensors"]) == 0
+
+    import mymodel
+
+    model = mymodel.build()[0]
+    before = model[0].weight.clone()
+    model.load_state_dict(load_file("model.safetensors"))
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_train_in_a_shell_prints_plan_and_outcome(folder):
+    done = weft("train", "mymodel:build", "--steps", "2", "--processes", "2", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert "predicted" in done.stdout
+    assert "step 2/2" in done.stderr
