@@ -88,7 +88,7 @@ def number_cut(assignment: Assignment) -> int:
 def test_planned_step_equals_one_device(name, processes):
     chosen, graph = captured(name)
     assert set(find_cuts(graph).rows) == {call.name for call in graph.calls}  # none is replicated for want of a rule
-    plan = weft.plan(graph, cluster=splitting_cluster(processes), mesh=(processes,))
+    plan = weft.plan(graph, cluster=splitting_cluster(processes))
     error, where = worst_error(chosen, graph, plan.assignment)
     assert error <= TOLERANCE, where
     calls = graph.calls

@@ -7,12 +7,16 @@ import pytest
 from weft.bench.pair import Contender, Setting, side_by_side
 
 BASELINES = ("single", "ddp", "fsdp2", "tensor")
+OURS = {"weft plan": "", "weft ZeRO-3": "zero-3", "weft tensor": "tp"}
 SMALL = {"layers": 2, "width": 32, "heads": 2, "batch": 4, "tokens": 16, "count": 2}
 
 
 @pytest.fixture(scope="module")
 def rows():
     contenders = [Contender(name, f"weft.bench.baselines:{name}") for name in BASELINES]
+    contenders += [
+        Contender(name, "weft.bench.ours:planned", {"strategy": strategy}) for name, strategy in OURS.items()
+    ]
     made = side_by_side(
         contenders, "weft.bench.problems:gpt_on_text", Setting(rounds=4, warmup=1, memory=True, timeout=120), SMALL
     )
@@ -20,7 +24,7 @@ def rows():
 
 
 def test_all_train_the_same_model(rows):
-    for name in BASELINES:
+    for name in (*BASELINES, *OURS):
         assert rows[name]["loss"] == pytest.approx(rows["single"]["loss"], rel=2e-5)
 
 
@@ -36,6 +40,8 @@ def test_shards_are_shards(rows):
     assert rows["fsdp2"]["parameter_bytes"] < 0.6 * whole
     assert rows["tensor"]["parameter_bytes"] < 0.7 * whole
     assert rows["fsdp2"]["peak_bytes"] > 0
+    assert rows["weft ZeRO-3"]["parameter_bytes"] < 0.6 * whole
+    assert rows["weft tensor"]["parameter_bytes"] < 0.7 * whole
 
 
 def test_every_number_is_there(rows):

@@ -78,7 +78,7 @@ def test_a_failed_capture_leaves_the_model_alone_too():
 def test_models_that_are_none_are_refused():
     with pytest.raises(ValueError, match=r"must be a torch\.nn\.Module, got function"):
         capture(lambda x: x.sum(), torch.ones(2))
-    with pytest.raises(ValueError, match="0.weight has no shape yet"):
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):
         capture(nn.Sequential(nn.LazyLinear(3)), (torch.ones(2, 4), torch.ones(2, 3)), F.mse_loss)
 
 

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from weft.graph.batch import call, flatten_batch, unflatten_batch
 from weft.graph.diagnose import explain
@@ -56,7 +56,7 @@ def capture(model: nn.Module, batch: Any, loss: Callable[..., Any] | None = None
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: must be a torch.nn.Module, got {type(model).__name__}")
-    lazy = [name for name, tensor in model.named_parameters() if isinstance(tensor, UninitializedTensorMixin)]
+    lazy = [name for name, tensor in model.named_parameters() if isinstance(tensor, UninitializedParameter)]
     if lazy:
         raise ValueError(
             f"model: {lazy[0]} has no shape yet; run the model once on a batch so that its lazy layers find theirs"

@@ -96,11 +96,9 @@ def make_plan(
     candidates: list[tuple[Explorer, Candidate]] = []
     for explorer in explorers:
         try:
-            candidates += [(explorer, c) for c in explorer.free()]
+            candidates += [(explorer, c) for c in (*explorer.named(), *explorer.free())]
         except (ImpossibleConstraint, MeshTooLarge, Infeasible) as error:
             refused.append(error)
-            continue
-        candidates += [(explorer, c) for c in explorer.named()]
     if not candidates:
         raise refused[0] if refused else MeshTooLarge("the cluster", len(cluster), len(cluster), "x0")
     if not any(c.prediction.fits for _, c in candidates):

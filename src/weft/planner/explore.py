@@ -12,7 +12,7 @@ Method     the additive search is run for several weights mu of communication th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from weft.planner.constraints import Constraints, masks, modes_left, overridden
 from weft.planner.costs import Costs
 from weft.planner.model import Model
 from weft.planner.modes import Choose
+from weft.planner.neighbourhood import neighbourhood
 from weft.planner.optimizer import OptimizerCost
 from weft.planner.prepared import Prepared
 from weft.planner.price import Prediction, Pricing
@@ -34,6 +35,7 @@ from weft.planner.search import Factor, Infeasible, Program, Solution, TooWide, 
 __all__ = ["Candidate", "Explorer"]
 
 MU = (0.0, 0.1, 0.3, 1.0)  # weights of communication that may hide behind compute
+INTEGER = 100_000  # entries of all tables up to which a problem too wide to eliminate goes to HiGHS
 NAMED_1D = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
 NAMED_2D = (("dp", "tp"), ("zero-1", "tp"), ("zero-3", "tp"), ("dp", "tp+sp"), ("zero-3", "tp+sp"))
 
@@ -73,8 +75,8 @@ class _Restricted:
         except TooWide:
             self.program = None
 
-    def solve(self, mu: float, weight: float) -> Solution:
-        """The least-cost states, in the model's numbering."""
+    def solve(self, mu: float, weight: float, known: Sequence[Solution] = ()) -> Solution:
+        """The least-cost states, in the model's numbering; `known` solutions are starts where no exact way is short enough."""
         whole = self.model.tables(mu, weight, self.choose)
         cut: dict[object, NDArray[np.float64]] = {}
         for factor, original in zip(self.factors, self.model.factors, strict=True):
@@ -84,9 +86,25 @@ class _Restricted:
                 keep = [self.left.get(v, np.arange(n)) for v, n in zip(factor.scope, table.shape, strict=True)]
                 cut[factor.key] = table[np.ix_(*keep)] if some else table
         tables = [cut[factor.key] for factor in self.factors]
-        found = self.program.solve(tables) if self.program else integer(self.sizes, self.factors, tables)
+        if self.program is not None:
+            found = self.program.solve(tables)
+        elif sum(table.size for table in tables) <= INTEGER:
+            found = integer(self.sizes, self.factors, tables)
+        else:
+            starts = [{v: self._nearest(v, s) for v, s in solution.states.items()} for solution in known]
+            found = min(
+                (neighbourhood(self.sizes, self.factors, tables, start) for start in starts or [None]),
+                key=lambda solution: solution.cost,
+            )
         states = {v: int(self.left[v][s]) if v in self.left else s for v, s in found.states.items()}
         return Solution(states, found.cost, found.method, found.gap)
+
+    def _nearest(self, variable: Variable, state: int) -> int:
+        """The number here of a state of the model's; of the first that is left where that one is not."""
+        if variable not in self.left:
+            return state
+        where = np.flatnonzero(self.left[variable] == state)
+        return int(where[0]) if len(where) else 0
 
 
 class Explorer:
@@ -114,6 +132,7 @@ class Explorer:
         self.pricing = Pricing(prepared, roles, costs, optimizer, memory)
         self.constraints = constraints
         self._programs: dict[object, _Restricted] = {}
+        self._known: list[Solution] = []
 
     @property
     def mesh(self) -> Mesh:
@@ -144,7 +163,8 @@ class Explorer:
     def candidate(self, name: str, constraints: Constraints, mu: float, weight: float = 0.0) -> Candidate:
         """Search once and price the result in full."""
         restricted = self._restricted(constraints)
-        solution = restricted.solve(mu, weight)
+        solution = restricted.solve(mu, weight, self._known[-3:])
+        self._known.append(solution)
         assignment = self.model.assignment(solution, mu, weight, restricted.choose)
         if constraints.parameters:
             fixed = {n: overridden(constraints, n, p) for n, p in assignment.parameters.items()}
