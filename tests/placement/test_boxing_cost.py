@@ -45,9 +45,18 @@ def test_what_moves_nothing_costs_exactly_nothing():
     (Shard(0), Shard(1), costs.all_to_all, 3 / 4),
 ], ids=str)  # fmt: skip
 def test_an_even_step_costs_what_its_collective_does(src, dst, collective, volume):
-    cluster = flat(4)
-    cost = boxing_cost((src,), (dst,), SHAPE, ITEM, Mesh((4,)), cluster)
-    assert cost.seconds == pytest.approx(collective(cluster, (0, 1, 2, 3), NBYTES))
+    """... and what it copies and adds in memory: pieces of the first dim are received in place."""
+    cluster, mesh = flat(4), Mesh((4,))
+    cost = boxing_cost((src,), (dst,), SHAPE, ITEM, mesh, cluster)
+    summed, copied = {
+        costs.all_gather: (0.0, 0.0),
+        costs.reduce_scatter: (3 * 3 / 4, 2 * 3 / 4),  # 3 sums of a quarter: two operands read, one written
+        costs.all_reduce: (3 * 3 / 4, 0.0),
+        costs.all_to_all: (0.0, 1.0),  # a quarter read and written, before and after
+    }[collective]
+    per_byte = {kind: 1 / cluster[0].rate(kind).bandwidth for kind in ("elementwise", "gather")}
+    memory = NBYTES * (summed * per_byte["elementwise"] + copied * per_byte["gather"])
+    assert cost.seconds == pytest.approx(collective(cluster, (0, 1, 2, 3), NBYTES) + memory)
     assert cost.nbytes == volume * NBYTES
 
 

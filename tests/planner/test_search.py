@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weft.planner.neighbourhood import neighbourhood
 from weft.planner.search import Factor, Infeasible, Program, TooWide, elimination_order, integer, power
 
 
@@ -155,3 +156,15 @@ def test_too_wide_is_said():
     scopes = [(i, j) for i in range(8) for j in range(i)]
     with pytest.raises(TooWide, match="entries"):
         elimination_order(sizes, scopes, (), limit=10_000)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_neighbourhood_search_never_loses_its_start(seed):
+    sizes, factors, tables = random_problem(seed, variables=9, ternary=4, forbidden=0.0)
+    best = Program(sizes, factors).solve(tables).cost
+    start = dict.fromkeys(sizes, 0)
+    found = neighbourhood(sizes, factors, tables, start, limit=12)
+    assert best - 1e-9 <= found.cost <= cost_of(start, factors, tables)
+    assert cost_of(found.states, factors, tables) == pytest.approx(found.cost)
+    assert neighbourhood(sizes, factors, tables).cost == pytest.approx(best)

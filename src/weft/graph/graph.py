@@ -9,6 +9,7 @@ operator that writes a buffer lists it in `mutates`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -100,7 +101,7 @@ class Node:
     cost: Cost = Cost()
     mutates: tuple[Ref, ...] = ()
 
-    @property
+    @functools.cached_property
     def inputs(self) -> tuple[Ref, ...]:
         """Every tensor argument, depth first through args then kwargs, repetitions kept: the operands of signatures."""
         return tuple(refs_in((self.args, dict(self.kwargs))))

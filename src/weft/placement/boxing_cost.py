@@ -116,9 +116,33 @@ def _seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh, clus
             share *= p * _largest(line[placement.dim], placement, axis, mesh) / line[placement.dim]
     nbytes = itemsize * math.prod(line) * share
     collective = getattr(costs, step.kind)
-    return max(
+    wire = max(
         collective(cluster, ranks, nbytes, concurrent=together) for ranks, together in _lines(mesh, (axis,), cluster)
     )
+    strided = any(math.prod(line[: s.dim]) > 1 for s in (step.source, step.target) if isinstance(s, Shard))
+    return wire + nbytes * _in_memory(step.kind, p, strided, cluster, mesh)
+
+
+def _in_memory(kind: str, p: int, strided: bool, cluster: Cluster, mesh: Mesh) -> float:
+    """Seconds per byte of the whole tensor that a collective spends in a device's own memory, beside the wire.
+
+    Sums read two operands and write one, as elementwise operators do. Pieces along a dim that is not the first (`strided`) are
+    not contiguous: they are copied before they are sent, or put together after they came, at the rate of gathers.
+    """
+    rest = (p - 1) / p
+    summed, copied = {
+        "all_gather": (0.0, 2.0 * strided),
+        "reduce_scatter": (3.0 * rest, 2.0 * rest * strided),
+        "all_reduce": (3.0 * rest if p > 2 else 3.0, 0.0),
+        "all_to_all": (0.0, 4.0 / p),
+    }[kind]
+    return summed * _per_byte("elementwise", cluster, mesh) + copied * _per_byte("gather", cluster, mesh)
+
+
+@lru_cache(maxsize=4096)
+def _per_byte(kind: str, cluster: Cluster, mesh: Mesh) -> float:
+    """Seconds per byte of the mesh's slowest memory, in the pattern of a kind of operators."""
+    return max(1.0 / cluster[rank].rate(kind).bandwidth for rank in mesh.ranks)
 
 
 def _recut_seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh, cluster: Cluster) -> float:
@@ -127,9 +151,10 @@ def _recut_seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh
     axes = tuple(axis for axis in range(mesh.ndim) if _moves_along(axis, step.before, step.after))
     p = math.prod(mesh.shape[axis] for axis in axes)
     nbytes = itemsize * lack * p * p / (p - 1)
-    return max(
+    wire = max(
         costs.all_to_all(cluster, ranks, nbytes, concurrent=together) for ranks, together in _lines(mesh, axes, cluster)
     )
+    return wire + nbytes * _in_memory("all_to_all", p, True, cluster, mesh)
 
 
 def _moves_along(axis: int, before: Placements, after: Placements) -> bool:

@@ -10,7 +10,8 @@ Method     enumerate Replicate, Shard(d) and Partial for every tensor operand; r
 Guarantee  as good as a numeric test can be; what it finds needs no communication inside the operator, and holds for whole
            indices (no blocks). Operators whose combinations are more than `limit` are refused: they need a row.
 Cache      `$WEFT_CACHE` or `~/.cache/weft`, by operator, shape pattern (which sizes are equal), dtypes, other arguments
-           and torch version.                                                                  `discover_call`, `probed_row`
+           and torch version; only of torch's own operators, for a user's may change under the same name.
+                                                                           `discover_call`, `probed_row`
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from weft.placement.verify import VerificationError, call_of, deal_out, put_toge
 
 __all__ = ["TooManyToProbe", "discover", "discover_call", "probed_row"]
 
+TORCH_LIBRARIES = ("aten", "prims", "quantized", "fbgemm")  # operators that change with torch's version only
 _ODD_SIZES = (5, 7, 9, 11, 13, 15, 17, 19)
 
 
@@ -79,7 +81,7 @@ def discover(
     combinations = math.prod(map(len, options))
     if combinations > limit:
         raise TooManyToProbe(target, combinations, limit)
-    file = _cache_file(call, parts) if cache else None
+    file = _cache_file(call, parts) if cache and target.split(".")[0] in TORCH_LIBRARIES else None
     known = _read(file)
     if known is not None:
         return known

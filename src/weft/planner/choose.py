@@ -30,6 +30,9 @@ from weft.planner.prepared import Prepared
 from weft.planner.roles import Roles
 from weft.planner.search import Infeasible
 
+REFINED = 3  # meshes whose best candidate is refined
+NEAR = 1.1  # a strategy with a name gets a second look within this factor of the best
+
 __all__ = ["make_plan", "memory_limits", "mesh_weights", "meshes_for", "plan"]
 
 
@@ -101,6 +104,8 @@ def make_plan(
             refused.append(error)
     if not candidates:
         raise refused[0] if refused else MeshTooLarge("the cluster", len(cluster), len(cluster), "x0")
+    candidates += _named_again(candidates)
+    candidates += _refined(candidates)
     if not any(c.prediction.fits for _, c in candidates):
         fastest = {id(e): min((c for x, c in candidates if x is e), key=_seconds) for e, _ in candidates}
         for explorer in dict.fromkeys(e for e, _ in candidates):
@@ -108,9 +113,7 @@ def make_plan(
     fitting = [pair for pair in candidates if pair[1].prediction.fits]
     if not fitting and must_fit:
         raise _does_not_fit(min((c for _, c in candidates), key=lambda c: c.excess))
-    explorer, best = (
-        min(fitting, key=lambda pair: _rank(pair[1])) if fitting else min(candidates, key=lambda pair: pair[1].excess)
-    )
+    explorer, best = _best(fitting) if fitting else min(candidates, key=lambda pair: pair[1].excess)
     strategy = constraints.strategy if isinstance(constraints.strategy, str) else " x ".join(constraints.strategy)
     return Plan(
         best.assignment,
@@ -128,6 +131,22 @@ def make_plan(
     )
 
 
+def _named_again(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explorer, Candidate]]:
+    """Strategies with names that come near the best, searched with the weights that `Plan.manual` would try as well."""
+    best = min(c.prediction.seconds for _, c in candidates)
+    near = [(e, c) for e, c in candidates if c.name != "search" and c.prediction.seconds <= NEAR * best]
+    return [(explorer, again) for explorer, candidate in near for again in explorer.again(candidate)]
+
+
+def _refined(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explorer, Candidate]]:
+    """The best candidates of the best meshes with better storage of their parameters."""
+    best: dict[int, tuple[Explorer, Candidate]] = {}
+    for explorer, candidate in sorted(candidates, key=lambda pair: pair[1].prediction.seconds):
+        best.setdefault(id(explorer), (explorer, candidate))
+    tried = [(explorer, explorer.refined(candidate)) for explorer, candidate in list(best.values())[:REFINED]]
+    return [pair for pair, before in zip(tried, best.values(), strict=False) if pair[1] is not before[1]]
+
+
 def _capture(model: Any, batch: Any, loss: Any) -> Graph:
     from weft.graph import capture
 
@@ -140,12 +159,17 @@ def _seconds(candidate: Candidate) -> float:
     return candidate.prediction.seconds
 
 
-def _rank(candidate: Candidate) -> tuple[float, int, int, float]:
-    """Fastest first; within a thousandth, fewer mesh axes, then the simpler strategy, then less memory."""
+def _best(pairs: list[tuple[Explorer, Candidate]]) -> tuple[Explorer, Candidate]:
+    """The fastest; of those that are slower by less than one in five hundred, the simplest and then the leanest."""
     names = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
-    simple = names.index(candidate.name) if candidate.name in names else len(names)
-    coarse = float(f"{candidate.prediction.seconds:.4g}")
-    return (coarse, candidate.assignment.mesh.ndim, simple, candidate.prediction.peak)
+    least = min(candidate.prediction.seconds for _, candidate in pairs)
+
+    def rank(pair: tuple[Explorer, Candidate]) -> tuple[int, int, float]:
+        candidate = pair[1]
+        simple = names.index(candidate.name) if candidate.name in names else len(names)
+        return (candidate.assignment.mesh.ndim, simple, candidate.prediction.peak)
+
+    return min((pair for pair in pairs if pair[1].prediction.seconds <= least * 1.002), key=rank)
 
 
 # -------------------------------------------------------------------------------------------------------------- meshes

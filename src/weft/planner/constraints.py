@@ -94,11 +94,13 @@ def masks(model: Model, constraints: Constraints, roles: Roles) -> dict[Variable
     allowed: dict[Variable, NDArray[np.bool_]] = {}
     for call in model.prepared.calls:
         node, template = call.node, model.templates[call.node.name]
-        mask = np.ones(len(template.states), bool)
+        mask, preferred = np.ones((2, len(template.states)), bool)
         for axis, strategy in enumerate(strategies):
             if strategy != "any":
-                left = _strategy_mask(model, call, template.axis_signatures[axis], strategy, roles)
-                mask &= left[template.index[:, axis]]
+                left, liked = _strategy_mask(model, call, template.axis_signatures[axis], strategy, roles)
+                mask = mask & left[template.index[:, axis]]
+                preferred = preferred & liked[template.index[:, axis]]
+        mask = preferred if preferred.any() else mask  # what axes prefer may not nest
         if constraints.parameters or constraints.inputs:
             for operand, ref in enumerate(call.inputs):
                 mask &= _operand_mask(model, node, operand, ref, constraints)
@@ -165,22 +167,22 @@ def _stage(placement: ParameterPlacement, axis: int) -> int:
 
 def _strategy_mask(
     model: Model, call: Call, options: Sequence[Signature], strategy: str, roles: Roles
-) -> NDArray[np.bool_]:
-    """Which signatures of a call a strategy leaves along one axis."""
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which signatures of a call a strategy leaves along one axis, and which of those it prefers."""
     found = np.array([roles.of_signature(call, signature) for signature in options])
     if strategy in ("tp", "tp+sp"):
         mask = found != "batch" if strategy == "tp+sp" else (found != "batch") & (found != "sequence")
+        liked = np.zeros(len(options), bool)
         matrices = [i for i, ref in enumerate(call.inputs) if _is_matrix(model, ref)]
         if matrices:
-            sharded = np.array([any(isinstance(s.inputs[i], Shard) for i in matrices) for s in options])
-            if (mask & sharded).any():
-                return mask & sharded
-        along = mask & (found == "sequence")
-        return along if call.node.kind == "norm" and along.any() else mask
-    wanted = "sequence" if strategy == "sp" else "batch"
-    along = found == wanted
+            liked = mask & np.array([any(isinstance(s.inputs[i], Shard) for i in matrices) for s in options])
+        elif strategy == "tp+sp" and call.node.op.endswith("_norm"):
+            liked = mask & (found == "sequence")
+        return mask, liked if liked.any() else mask
+    along = found == ("sequence" if strategy == "sp" else "batch")
+    mask = along | (found == "partial") | (found == "whole")
     reads_leaf = any(model.given(ref) for ref in call.inputs)
-    return along if reads_leaf and along.any() else along | (found == "partial") | (found == "whole")
+    return mask, along if reads_leaf and along.any() else mask
 
 
 def _is_matrix(model: Model, ref: Ref) -> bool:

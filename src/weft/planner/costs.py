@@ -247,8 +247,8 @@ class Costs:
 class _Curves:
     """Seconds of boxings as piecewise linear functions of bytes, one per pattern of placements.
 
-    Two boxings have one curve if renaming dims makes them equal: S(2) -> R costs what S(0) -> R does for as many bytes, as
-    long as pieces are even. A boxing of several steps costs what its steps do.
+    Two boxings have one curve if renaming dims other than the first makes them equal: S(2) -> R costs what S(1) -> R does for
+    as many bytes, as long as pieces are even. A boxing of several steps costs what its steps do.
     """
 
     SIZES = np.array([2.0**k for k in (10, 15, 19, 23, 27, 31)])
@@ -259,7 +259,8 @@ class _Curves:
         self._placements: list[Placements] = []
         self._index = np.full((64, 64), -1, np.int64)
         self._patterns: dict[tuple[Placements, Placements], int] = {}
-        self._collectives: dict[tuple[str, int, tuple[int, ...]], NDArray[np.float64]] = {}
+        self._collectives: dict[tuple[str, int, bool, tuple[int, ...]], NDArray[np.float64]] = {}
+        self._recuts: dict[_Move, NDArray[np.float64]] = {}
         self._values = np.zeros((0, len(self.SIZES)))
 
     def table(self, sources: Sequence[Placements], targets: Sequence[Placements], nbytes: float) -> NDArray[np.float64]:
@@ -305,20 +306,27 @@ class _Curves:
         total = np.zeros(len(self.SIZES))
         for step in _path(source, target):
             if step.kind == "recut":
-                total += self._recut(step)
+                if step not in self._recuts:
+                    self._recuts[step] = self._recut(step)
+                total += self._recuts[step]
             else:
                 others = tuple(axis for axis, p in enumerate(step.before) if axis != step.axis and isinstance(p, Shard))
-                key = (step.kind, step.axis, others)
+                ends = (step.before[step.axis], step.after[step.axis])
+                key = (step.kind, step.axis, any(isinstance(p, Shard) and p.dim > 0 for p in ends), others)
                 if key not in self._collectives:
                     self._collectives[key] = self._collective(*key)
                 total += self._collectives[key]
         return total
 
-    def _collective(self, kind: str, axis: int, others: tuple[int, ...]) -> NDArray[np.float64]:
-        """A collective along an axis of a value that is cut over the other axes, each on a dim of its own."""
+    def _collective(self, kind: str, axis: int, strided: bool, others: tuple[int, ...]) -> NDArray[np.float64]:
+        """A collective along an axis of a value that is cut over the other axes, each on a dim of its own.
+
+        `strided`: what the collective cuts is not the first dim.
+        """
+        cut = Shard(int(strided))
         ends: dict[str, tuple[Placement, Placement]] = {
-            "all_gather": (Shard(0), Replicate()),
-            "reduce_scatter": (Partial(), Shard(0)),
+            "all_gather": (cut, Replicate()),
+            "reduce_scatter": (Partial(), cut),
             "all_reduce": (Partial(), Replicate()),
             "all_to_all": (Shard(0), Shard(1)),
         }
@@ -362,8 +370,11 @@ class _Move:
 
 
 def stand_ins(source: Placements, target: Placements) -> tuple[Placements, Placements]:
-    """The pair with its dims numbered from 0 in order of appearance, and units and blocks as small as tell them apart."""
-    dims: dict[int, int] = {}
+    """The pair with its dims but the first numbered in order of appearance, and units and blocks as small as tell them apart.
+
+    The first dim stays what it is: its pieces are contiguous.
+    """
+    dims: dict[int, int] = {0: 0}
     cuts: dict[int, dict[tuple[int, int], int]] = {}
 
     def stand_in(p: Placement) -> Placement:

@@ -5,6 +5,7 @@ Problem    `search` minimises a sum of tables; a step's time is not quite one: c
 Method     the additive search is run for several weights mu of communication that may hide (0: all of it hides, 1:
            none), and each result is priced in full by `price`; the strategies with names are priced as well, so
            that the outcome is never worse than those.                                       `Explorer.free`, `Explorer.named`
+           The best then tries other storage of its parameters, at full price.                    `Explorer.refined`
            If the best does not fit, seconds per byte lambda are added, raised until a candidate fits, then
            bisected towards the least that does.                                              `Explorer.within_memory`
 """
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weft.errors import ImpossibleConstraint, MeshTooLarge
-from weft.placement.assignment import Assignment
-from weft.placement.layout import Mesh
+from weft.placement.assignment import Assignment, ParameterPlacement
+from weft.placement.layout import Mesh, Placements
 from weft.planner.constraints import Constraints, masks, modes_left, overridden
 from weft.planner.costs import Costs
 from weft.planner.model import Model
@@ -36,6 +37,7 @@ __all__ = ["Candidate", "Explorer"]
 
 MU = (0.0, 0.1, 0.3, 1.0)  # weights of communication that may hide behind compute
 INTEGER = 100_000  # entries of all tables up to which a problem too wide to eliminate goes to HiGHS
+NAMED_MU = 0.3  # the one under which strategies with names are tried first
 NAMED_1D = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
 NAMED_2D = (("dp", "tp"), ("zero-1", "tp"), ("zero-3", "tp"), ("dp", "tp+sp"), ("zero-3", "tp+sp"))
 
@@ -93,7 +95,7 @@ class _Restricted:
         else:
             starts = [{v: self._nearest(v, s) for v, s in solution.states.items()} for solution in known]
             found = min(
-                (neighbourhood(self.sizes, self.factors, tables, start) for start in starts or [None]),
+                (neighbourhood(self.sizes, self.factors, tables, start) for start in (*starts, None)),
                 key=lambda solution: solution.cost,
             )
         states = {v: int(self.left[v][s]) if v in self.left else s for v, s in found.states.items()}
@@ -133,6 +135,8 @@ class Explorer:
         self.constraints = constraints
         self._programs: dict[object, _Restricted] = {}
         self._known: list[Solution] = []
+        self._prices: dict[tuple[int, ...], tuple[Assignment, Prediction]] = {}  # keeps alive what the ids name
+        self._named: dict[str, Constraints] = {}
 
     @property
     def mesh(self) -> Mesh:
@@ -154,11 +158,16 @@ class Explorer:
         for strategy in NAMED_1D if self.mesh.ndim == 1 else NAMED_2D:
             fixed = Constraints(strategy, self.constraints.parameters, self.constraints.inputs)
             name = strategy if isinstance(strategy, str) else " x ".join(strategy)
+            self._named[name] = fixed
             try:
-                found.append(self.candidate(name, fixed, 0.3))
+                found.append(self.candidate(name, fixed, NAMED_MU))
             except (ImpossibleConstraint, MeshTooLarge, Infeasible):
                 continue
         return found
+
+    def again(self, found: Candidate) -> list[Candidate]:
+        """A named strategy under the other weights of hidden communication."""
+        return [self.candidate(found.name, self._named[found.name], mu) for mu in MU if mu != NAMED_MU]
 
     def candidate(self, name: str, constraints: Constraints, mu: float, weight: float = 0.0) -> Candidate:
         """Search once and price the result in full."""
@@ -169,7 +178,49 @@ class Explorer:
         if constraints.parameters:
             fixed = {n: overridden(constraints, n, p) for n, p in assignment.parameters.items()}
             assignment = Assignment(assignment.mesh, assignment.signatures, fixed, assignment.buffers)
-        return Candidate(name, assignment, self.pricing.price(assignment, details=False), solution.method)
+        return Candidate(name, assignment, self._price(assignment), solution.method)
+
+    def _price(self, assignment: Assignment) -> Prediction:
+        """The price, remembered: other weights often lead to the same plan. States and placements are shared objects."""
+        key = (*map(id, assignment.signatures.values()), *map(id, assignment.parameters.values()))
+        if key not in self._prices:
+            self._prices[key] = (assignment, self.pricing.price(assignment, details=False))
+        return self._prices[key][1]
+
+    def refined(self, found: Candidate) -> Candidate:
+        """The same signatures with better storage of parameters, if there is any.
+
+        The search gives all parameters that are used alike nearly the same weight, while a step hides some of their
+        communication and not the rest. Here each group of parameters used alike tries every storage mode, at its full price.
+        """
+        if modes_left(self.constraints, self.mesh) is not None:
+            return found
+        groups: dict[object, list[str]] = {}
+        for name, node in self.model.graph.parameters.items():
+            if node.outputs[0].requires_grad and not isinstance(
+                self.constraints.for_parameter(name), ParameterPlacement
+            ):
+                groups.setdefault(found.assignment.parameters[name].used, []).append(name)
+        best = found
+        for names in groups.values():
+            options = {name: self._modes(name, found.assignment.parameters[name].used) for name in names}
+            for kind in dict.fromkeys(kind for modes in options.values() for kind in modes):
+                chosen = {n: o[kind] if kind in o else best.assignment.parameters[n] for n, o in options.items()}
+                parameters = {**best.assignment.parameters, **chosen}
+                assignment = replace(best.assignment, parameters=parameters)
+                prediction = self._price(assignment)
+                if (prediction.fits or not best.prediction.fits) and prediction.seconds < best.prediction.seconds:
+                    best = Candidate("search", assignment, prediction, best.method)
+        return best
+
+    def _modes(self, name: str, used: Placements) -> dict[object, ParameterPlacement]:
+        """Storage modes of a parameter by stage and by the axes that it cuts."""
+        found: dict[object, ParameterPlacement] = {}
+        for mode in self.model.modes_of(self.model.graph.parameters[name].outputs[0], used):
+            state = mode.placement.state
+            cut = tuple(axis for axis, (a, b) in enumerate(zip(used, state, strict=True)) if a != b)
+            found[mode.name, cut] = mode.placement
+        return found
 
     def _restricted(self, constraints: Constraints) -> _Restricted:
         """Compiled programs are shared by constraints that leave the same states (data parallel and the ZeRO stages)."""

@@ -117,10 +117,11 @@ def memory_use(
     parameters, gradients, state = np.zeros(places), np.zeros(places), np.zeros(places)
     for name, node in graph.parameters.items():
         spec, placement = node.outputs[0], assignment.parameters[name]
-        parameters += spec.nbytes * held(costs, spec, placement.stored)
+        stored, of_gradient, of_state = placed.shares(spec, placement)
+        parameters += spec.nbytes * stored
         if spec.requires_grad:
-            gradients += spec.nbytes * held(costs, spec, placement.gradient)
-            state += optimizer.state_bytes(spec.nbytes) * held(costs, spec, placement.state)
+            gradients += spec.nbytes * of_gradient
+            state += optimizer.state_bytes(spec.nbytes) * of_state
     for node in graph.of("buffer"):
         placements = assignment.output(graph, Ref(node.name))
         parameters += node.outputs[0].nbytes * costs.fraction(node.outputs[0].shape, placements)

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from weft.graph.graph import Ref, TensorSpec
 from weft.placement.assignment import Assignment, ParameterPlacement
-from weft.placement.layout import Mesh, Partial, Placements, Replicate, Shard, deal
+from weft.placement.axes import nests
+from weft.placement.layout import Mesh, Partial, Placements, Replicate, Shard
 from weft.placement.signature import Signature
 from weft.planner.costs import Costs, State
 from weft.planner.modes import Choose, Mode, best_mode, modes, used_for
@@ -34,7 +35,7 @@ from weft.planner.optimizer import OptimizerCost
 from weft.planner.prepared import Call, Prepared
 from weft.planner.search import Factor, Solution, Variable
 
-__all__ = ["Model", "nests"]
+__all__ = ["Model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +111,7 @@ class Model:
         self._mode_cache: dict[tuple, tuple[Mode, ...]] = {}
         self._by_shape: dict[Hashable, _Template] = {}
         self._box_cache: dict[Hashable, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._nested: dict[tuple[tuple[int, ...], Placements], bool] = {}
         self._dominated: dict[int, NDArray[np.bool_]] = {}
         self.whole = self._whole_calls()
         for call in prepared.calls:
@@ -184,7 +186,7 @@ class Model:
         """Nested cuts agree and leave every device something; parameters of unusual optimizers and written buffers stay whole."""
         for i, (ref, spec) in enumerate(zip(call.inputs, call.specs, strict=True)):
             placements = tuple(s.inputs[i] for s in state)
-            if not nests(spec.shape, placements, self.mesh):
+            if not self._nests(spec.shape, placements):
                 return False
             sharded = any(isinstance(p, Shard) for p in placements)
             if (
@@ -197,7 +199,16 @@ class Model:
             if ref in call.node.mutates and any(isinstance(p, Partial) for p in placements):
                 return False
         outputs = enumerate(call.node.outputs)
-        return all(nests(spec.shape, tuple(s.outputs[i] for s in state), self.mesh) for i, spec in outputs)
+        return all(self._nests(spec.shape, tuple(s.outputs[i] for s in state)) for i, spec in outputs)
+
+    def _nests(self, shape: tuple[int, ...], placements: Placements) -> bool:
+        dims = [p.dim for p in placements if isinstance(p, Shard)]
+        if len(dims) == len(set(dims)):
+            return True
+        key = (shape, placements)
+        if key not in self._nested:
+            self._nested[key] = nests(shape, placements, self.mesh)
+        return self._nested[key]
 
     def _whole_calls(self) -> frozenset[str]:
         """Calls without gradient that are computed whole everywhere: masks, positions, rotary tables, shifted labels.
@@ -471,23 +482,6 @@ class Model:
                 operand = call.inputs.index(ref)
                 buffers[self.graph[ref.node].target] = tuple(s.inputs[operand] for s in chosen[call.node.name])
         return Assignment(self.mesh, chosen, parameters, buffers)
-
-
-def nests(shape: Sequence[int], placements: Placements, mesh: Mesh) -> bool:
-    """Whether cuts of one dim on several axes agree in unit and blocks and leave every device something."""
-    cuts = [(axis, p) for axis, p in enumerate(placements) if isinstance(p, Shard)]
-    for dim in {p.dim for _, p in cuts}:
-        on = [(axis, p) for axis, p in cuts if p.dim == dim]
-        if len(on) < 2:
-            continue
-        if any((p.unit, p.blocks) != (on[0][1].unit, on[0][1].blocks) for _, p in on):
-            return False
-        least = shape[dim] // (on[0][1].unit * on[0][1].blocks)
-        for axis, p in on:
-            least = min(deal(least, mesh.shape[axis], p.weights or mesh.weights[axis]))
-        if least < 1:
-            return False
-    return True
 
 
 def _choices(items: Sequence[Placements], identity: Hashable) -> _Choices:

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weft.graph.graph import Graph, Ref, TensorSpec
-from weft.placement.assignment import Assignment
+from weft.placement.assignment import Assignment, ParameterPlacement
 from weft.placement.layout import Placements
 from weft.planner.costs import FREE, Boxing, Costs, State
+from weft.planner.memory import held
 from weft.planner.prepared import Call, Prepared
 
 __all__ = ["PlacedGraph", "View"]
@@ -44,6 +45,7 @@ class PlacedGraph:
         self._views: dict[tuple[int, int], View] = {}
         self._boxings: dict[tuple[tuple[int, ...], int, bool, int, int], Boxing] = {}
         self._pieces: dict[tuple[tuple[int, ...], int], NDArray[np.float64]] = {}
+        self._shares: dict[tuple[int, int], tuple[ParameterPlacement, tuple[NDArray[np.float64], ...]]] = {}
 
     @property
     def graph(self) -> Graph:
@@ -108,3 +110,14 @@ class PlacedGraph:
         if found is None:
             found = self._pieces[key] = self.costs.fraction(spec.shape, self._placements[number])
         return spec.nbytes * found
+
+    def shares(self, spec: TensorSpec, placement: ParameterPlacement) -> tuple[NDArray[np.float64], ...]:
+        """Fractions of a parameter that a device of each class holds: stored, of the gradient, of the state.
+
+        Placements are told apart by identity; the cache keeps them alive.
+        """
+        key = (spec.numel, id(placement))
+        if key not in self._shares:
+            three = (placement.stored, placement.gradient, placement.state)
+            self._shares[key] = (placement, tuple(held(self.costs, spec, p) for p in three))
+        return self._shares[key][1]

@@ -26,7 +26,7 @@ from weft.placement.axes import Cuts, find_cuts
 from weft.placement.layout import Shard
 from weft.planner.buckets import Bucket, buckets_of
 from weft.planner.costs import Boxing, Costs
-from weft.planner.memory import MemoryUse, held, memory_use
+from weft.planner.memory import MemoryUse, memory_use
 from weft.planner.optimizer import OptimizerCost
 from weft.planner.placed import PlacedGraph, View
 from weft.planner.prepared import Prepared, layer_of
@@ -390,7 +390,7 @@ class _Walk:
         for name, node in self.pricing.prepared.graph.parameters.items():
             spec = node.outputs[0]
             if spec.requires_grad:
-                share = held(self.costs, spec, self.assignment.parameters[name].state)
+                share = self.placed.shares(spec, self.assignment.parameters[name])[2]
                 nbytes, numel, trained = nbytes + spec.nbytes * share, numel + spec.numel * share, True
         flops, moved = optimizer.flops(1.0) * numel, optimizer.moved_bytes(1.0) * nbytes
         seconds = self.costs.seconds("optimizer", flops, moved, "float32", int(trained))

@@ -30,7 +30,7 @@ __all__ = ["Factor", "Infeasible", "Program", "Solution", "TooWide", "integer"]
 Variable: TypeAlias = Hashable
 Table: TypeAlias = NDArray[np.float64]
 
-LIMIT = 12_000_000  # entries of the largest table that elimination may build (96 MB)
+LIMIT = 3_000_000  # entries of the largest table that elimination may build (24 MB); a wider problem takes minutes
 
 
 class Infeasible(ValueError):
