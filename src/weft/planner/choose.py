@@ -3,6 +3,7 @@
 meshes            all arrangements of the devices in one or two axes, or the one asked for             `meshes_for`
 unlike devices    shards in proportion to speed, and even ones: the pricing decides                    `mesh_weights`
 per mesh          the search for several weights, and the strategies with names                        `explore`
+enough            a plan within 5 % of the lower bound ends the search over meshes
 memory            only if the fastest does not fit: the search again with a price on bytes             `explore.within_memory`
 """
 
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,9 @@ from weft.planner.prepared import Prepared
 from weft.planner.roles import Roles
 from weft.planner.search import Infeasible
 
+ENOUGH = 1.05  # a plan this near the lower bound ends the search over meshes: none can be better by more
 REFINED = 3  # meshes whose best candidate is refined
+AGAIN = 2  # strategies with names that get a second look at most
 NEAR = 1.1  # a strategy with a name gets a second look within this factor of the best
 
 __all__ = ["make_plan", "memory_limits", "mesh_weights", "meshes_for", "plan"]
@@ -95,10 +99,14 @@ def make_plan(
     graph = model if isinstance(model, Graph) else _capture(model, batch, loss)
     costing = OptimizerCost.of(optimizer)
     limits = memory_limits(memory, cluster)
-    explorers, refused = _explorers(graph, cluster, costing, constraints, limits, mesh, weights, allow_replicated)
+    bound = lower_bound(graph, cluster, costing)
+    refused: list[ValueError] = []
     candidates: list[tuple[Explorer, Candidate]] = []
-    for explorer in explorers:
+    for make in _explorers(graph, cluster, costing, constraints, limits, mesh, weights, allow_replicated):
+        if any(c.prediction.fits and c.prediction.seconds <= ENOUGH * bound for _, c in candidates):
+            break
         try:
+            explorer = make()
             candidates += [(explorer, c) for c in (*explorer.named(), *explorer.free())]
         except (ImpossibleConstraint, MeshTooLarge, Infeasible) as error:
             refused.append(error)
@@ -123,7 +131,7 @@ def make_plan(
         explorer.pricing.price(best.assignment),
         _alternatives([c for _, c in candidates], best),
         best.method,
-        lower_bound(graph, cluster, costing),
+        bound,
         best.name if constraints.strategy == "any" else strategy,
         time.perf_counter() - started,
         graph,
@@ -134,7 +142,10 @@ def make_plan(
 def _named_again(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explorer, Candidate]]:
     """Strategies with names that come near the best, searched with the weights that `Plan.manual` would try as well."""
     best = min(c.prediction.seconds for _, c in candidates)
-    near = [(e, c) for e, c in candidates if c.name != "search" and c.prediction.seconds <= NEAR * best]
+    near = sorted(
+        ((e, c) for e, c in candidates if c.name != "search" and c.prediction.seconds <= NEAR * best),
+        key=lambda pair: pair[1].prediction.seconds,
+    )[:AGAIN]
     return [(explorer, again) for explorer, candidate in near for again in explorer.again(candidate)]
 
 
@@ -184,21 +195,17 @@ def _explorers(
     mesh: Mesh | Sequence[int] | None,
     weights: Sequence[float] | None,
     allow_replicated: bool | Sequence[str],
-) -> tuple[list[Explorer], list[ValueError]]:
-    """An explorer per mesh worth trying, and why others cannot be. Unknown operators come out here, first of all."""
+) -> list[Callable[[], Explorer]]:
+    """What makes an explorer of each mesh worth trying, on demand. Unknown operators come out here, first of all."""
     meshes = list(meshes_for(graph, cluster, optimizer, constraints, mesh, weights))
     ready = {}
     for size in {m.size for m in meshes}:
         prepared = Prepared(graph, find_cuts(graph, finest=size, allow_replicated=allow_replicated))
         ready[size] = (prepared, Roles(prepared))
-    explorers: list[Explorer] = []
-    refused: list[ValueError] = []
-    for one in meshes:
-        try:
-            explorers.append(Explorer(*ready[one.size], Costs(cluster, one), optimizer, constraints, limits))
-        except (ImpossibleConstraint, MeshTooLarge) as error:
-            refused.append(error)
-    return explorers, refused
+    return [
+        partial(lambda one: Explorer(*ready[one.size], Costs(cluster, one), optimizer, constraints, limits), one)
+        for one in meshes
+    ]
 
 
 def meshes_for(
