@@ -61,7 +61,7 @@ def measure(quick: bool, host: str | None = None) -> dict[str, Any]:
         own = probes.Clock(device, window, group)
         for name in probes.COLLECTIVES:
             for nbytes in QUICK_SIZES if quick else SIZES:
-                seconds = own.waiting(probes.collective(name, nbytes, device, group))
+                seconds = own.between_computing(probes.collective(name, nbytes, device, group))
                 if name != "send":
                     result["links"].append((level, name, nbytes, list(ranks), seconds))
                 elif ranks.index(dist.get_rank()) ^ 1 < len(ranks):

@@ -2,7 +2,9 @@
 
 Time runs over 2N steps for a graph of N calls: call i runs forward at step i and backward at step 2N - 1 - i. In between a
 device holds
-    parameters, gradients, optimizer state    pieces as the plan stores them, all the time
+    parameters, optimizer state               pieces as the plan stores them, all the time
+    gradients                                 what travels: its flat bucket, all the time, and autograd's own until the
+                                              bucket is full. What does not: from its backward to the update  `_gradients`
     gathered copies                           of ZeRO-3 parameters, around their use (and the next bucket's, fetched ahead)
     activations                               from the call that makes them to their last reader, or if autograd keeps them
                                               to the backward of the first call that kept them                      `Retention`
@@ -114,13 +116,12 @@ def memory_use(
     """Memory of one device of each class of `costs.places`, at its peak. `views` are `placed.views(assignment)`."""
     graph, costs = placed.graph, placed.costs
     places = len(costs.places)
-    parameters, gradients, state = np.zeros(places), np.zeros(places), np.zeros(places)
+    parameters, state = np.zeros(places), np.zeros(places)
     for name, node in graph.parameters.items():
         spec, placement = node.outputs[0], assignment.parameters[name]
-        stored, of_gradient, of_state = placed.shares(spec, placement)
+        stored, _, of_state = placed.shares(spec, placement)
         parameters += spec.nbytes * stored
         if spec.requires_grad:
-            gradients += spec.nbytes * of_gradient
             state += optimizer.state_bytes(spec.nbytes) * of_state
     for node in graph.of("buffer"):
         placements = assignment.output(graph, Ref(node.name))
@@ -129,11 +130,14 @@ def memory_use(
         parameters += node.outputs[0].nbytes
     activations = _activations(placed, assignment, views)
     gathered = _gathered(graph, buckets, places)
-    peak = (activations + gathered).argmax(axis=0)
+    gradients = _gradients(placed, assignment, buckets)
+    peak = (activations + gathered + gradients).argmax(axis=0)
     at = np.arange(places)
+    moving = (part[peak, at] for part in (gradients, gathered, activations))
+    of_gradients, of_copies, of_activations = moving
     return [
         MemoryUse(*(float(x) for x in row))
-        for row in zip(parameters, gradients, state, gathered[peak, at], activations[peak, at], strict=True)
+        for row in zip(parameters, of_gradients, state, of_copies, of_activations, strict=True)
     ]
 
 
@@ -231,7 +235,7 @@ def _narrows(made: Placements, wanted: Placements) -> bool:
 
 
 def _gathered(graph: Graph, buckets: Sequence[Bucket], places: int) -> NDArray[np.float64]:
-    """Bytes of whole copies of ZeRO-3 buckets and of whole gradients waiting to be scattered, per step and class."""
+    """Bytes of whole copies of ZeRO-3 buckets, per step and class."""
     n = len(graph.calls)
     timeline = _Timeline(2 * n, places)
     gathered = [bucket for bucket in buckets if bucket.gathers]
@@ -243,7 +247,30 @@ def _gathered(graph: Graph, buckets: Sequence[Bucket], places: int) -> NDArray[n
             timeline.hold(2 * n - 1 - max(fetched, bucket.last), 2 * n - 1 - bucket.first, bucket.used_bytes)
         else:
             timeline.hold(min(fetched, bucket.first), 2 * n - 1 - bucket.first, bucket.used_bytes)
-    for bucket in buckets:
-        if bucket.scatters:
-            timeline.hold(2 * n - 1 - bucket.last, 2 * n - 1 - bucket.first, bucket.used_bytes)
+    return timeline.levels()
+
+
+def _gradients(placed: PlacedGraph, assignment: Assignment, buckets: Sequence[Bucket]) -> NDArray[np.float64]:
+    """Bytes of gradients of parameters, per step and class, as `runtime.buckets` holds them for one micro-batch.
+
+    A bucket's flat tensor is always there: the sums of an all-reduce, or this device's piece of a reduce-scatter. Autograd's
+    own gradients stand beside it until the bucket is full; a reduce-scatter then copies them into the order of the members.
+    """
+    graph, readings = placed.graph, placed.prepared.readings
+    n = len(graph.calls)
+    timeline = _Timeline(2 * n, len(placed.costs.places))
+    bucket_of = {name: bucket for bucket in buckets for name in bucket.names}
+    for name, node in graph.parameters.items():
+        spec, placement = node.outputs[0], assignment.parameters[name]
+        if not spec.requires_grad or name not in readings.last:
+            continue
+        used = spec.nbytes * placed.costs.fraction(spec.shape, placement.used)
+        born, bucket = 2 * n - 1 - readings.last[name], bucket_of.get(name)
+        full = 2 * n - 1 - (bucket.first if bucket else 0)
+        timeline.hold(born, full, used)
+        if bucket is not None:
+            scattered = placement.state != placement.used
+            timeline.hold(0, 2 * n - 1, spec.nbytes * placed.shares(spec, placement)[2] if scattered else used)
+            if scattered:
+                timeline.hold(full, full, used)
     return timeline.levels()
