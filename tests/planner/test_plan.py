@@ -244,3 +244,23 @@ def test_small_helpers():
         with pytest.raises(ValueError, match="memory"):
             memory_limits(wrong, cluster)
     assert json.loads(Plan.manual(capture(gpt(1), tokens()), cluster=cluster).to_json())["format"] == 1
+
+
+def test_operators_are_priced_for_the_devices_of_the_cluster():
+    """Attention with dropout keeps its scores on a CPU, and not on a GPU: the model stands on the CPU in both cases."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.1).sum()
+
+    batch = (torch.zeros(2, 2, 64, 8),)
+    made = [
+        plan(Attention(), batch, cluster=c) for c in (Cluster.local(processes=1), Cluster.homogeneous("A100-80GB", 1))
+    ]
+    on_cpu, on_gpu = (next(n for n in p.graph.calls if n.kind == "attention").cost.saved for p in made)
+    assert on_gpu < on_cpu

@@ -96,7 +96,7 @@ def make_plan(
     from weft.graph import graph_fingerprint
 
     started = time.perf_counter()
-    graph = model if isinstance(model, Graph) else _capture(model, batch, loss)
+    graph = model if isinstance(model, Graph) else _capture(model, batch, loss, cluster)
     costing = OptimizerCost.of(optimizer)
     limits = memory_limits(memory, cluster)
     bound = lower_bound(graph, cluster, costing)
@@ -158,12 +158,14 @@ def _refined(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explore
     return [pair for pair, before in zip(tried, best.values(), strict=False) if pair[1] is not before[1]]
 
 
-def _capture(model: Any, batch: Any, loss: Any) -> Graph:
-    from weft.graph import capture
+def _capture(model: Any, batch: Any, loss: Any, cluster: Cluster) -> Graph:
+    """The model's graph, with the costs of operators on the cluster's devices rather than on the model's own."""
+    from weft.graph import capture, reprice
 
     if batch is None:
         raise ValueError("plan needs one batch of the model's inputs, to know shapes and sizes; pass batch=...")
-    return capture(model, batch, loss)
+    graph = capture(model, batch, loss)
+    return graph if any(device.kind.startswith("cpu") for device in cluster.devices) else reprice(graph, "cuda")
 
 
 def _seconds(candidate: Candidate) -> float:
@@ -348,11 +350,15 @@ def _does_not_fit(leanest: Candidate) -> DoesNotFit:
 def _alternatives(candidates: list[Candidate], best: Candidate) -> tuple[Alternative, ...]:
     """The others, fastest first: one per name and mesh, and per price."""
     found: dict[tuple, Alternative] = {}
+
+    def key(c: Candidate) -> tuple:
+        price = f"{c.prediction.seconds:.4g}" if c.name == "search" else ""
+        return (c.name, c.assignment.mesh.shape, any(c.assignment.mesh.weights), price)
+
     for c in sorted(candidates, key=_seconds):
-        p, shape = c.prediction, c.assignment.mesh.shape
-        weighted = any(c.assignment.mesh.weights)
-        key = (c.name, shape, weighted) if c.name != "search" else (c.name, shape, weighted, f"{p.seconds:.4g}")
-        if c is not best and key not in found and not (c.name == "search" and c.assignment == best.assignment):
-            name = f"{c.name}, weighted" if weighted else c.name
-            found[key] = Alternative(name, shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits)
+        if key(c) == key(best) or key(c) in found:
+            continue
+        p, weighted = c.prediction, any(c.assignment.mesh.weights)
+        name = f"{c.name}, weighted" if weighted else c.name
+        found[key(c)] = Alternative(name, c.assignment.mesh.shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits)
     return tuple(found.values())
