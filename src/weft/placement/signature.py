@@ -20,6 +20,7 @@ of every value of a graph, the few cuts (unit, blocks) that some neighbour can g
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -170,8 +171,8 @@ def linear_signature(call: Call, row: Row, group: tuple[int, ...]) -> Signature:
     return Signature(inputs, (Partial(),) * len(call.outputs))
 
 
-class Local:
-    """What a local program may know of where it runs. Implemented by `localize.LocalCall`.
+class Local(abc.ABC):
+    """What a local program may know of where it runs. `localize` implements it for a device's program, `verify` for proofs.
 
     A row's `local` gets one and returns a callable that takes the node's args and kwargs (with local tensors in place of
     `Ref`s, exactly in the call's argument structure) and returns the local output(s).
@@ -179,41 +180,42 @@ class Local:
 
     node: Node
 
+    @abc.abstractmethod
     def input_shape(self, operand: int) -> tuple[int, ...]:
         """Local shape of an operand."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def output_shape(self, output: int = 0) -> tuple[int, ...]:
         """Local shape of an output."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def input_range(self, operand: int, dim: int) -> tuple[int, int]:
         """Half-open range of the whole dim that this device holds of an operand (contiguous cuts only)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def output_range(self, output: int, dim: int) -> tuple[int, int]:
         """The same for an output."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def axes_of_input(self, operand: int, dim: int) -> tuple[int, ...]:
         """Mesh axes over which this dim of the operand is sharded, outermost first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def axes_of_output(self, output: int, dim: int) -> tuple[int, ...]:
-        raise NotImplementedError
+        """The same for an output."""
 
+    @abc.abstractmethod
     def group(self, axis: int) -> Any:
         """The `weft.placement.comms.Group` along a mesh axis, for collectives inside the operator."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def coordinate(self, axis: int) -> int:
         """This device's coordinate along a mesh axis."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def random_stream(self) -> Callable[[], int]:
         """A function giving the seed of this node's next random draw.
 
         Equal on devices along every axis where the node's output is not Shard (their values must agree), different along
         axes where it is; different from call to call and from node to node.
         """
-        raise NotImplementedError
