@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.placement.rows.build import operator
+from weft.graph.rewrite import operator
 from weft.placement.rows.pointwise import NONLINEAR
 
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from weft.graph.graph import Graph, Node, Ref, map_refs
+from weft.graph.rewrite import operator
 from weft.placement.assignment import Assignment
 from weft.placement.axes import Cuts, find_cuts
 from weft.placement.boxing import compile_boxing
 from weft.placement.comms import Comms
 from weft.placement.layout import Placements, Replicate, Shard, intervals, local_shape
-from weft.placement.rows.build import operator
 from weft.placement.signature import Local
 
 __all__ = ["LocalModule", "ParameterHooks", "localize"]

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.graph.graph import map_refs
+from weft.graph.rewrite import operator
 from weft.placement.layout import Mesh, Partial, Placement, Replicate, Shard, local_shape, parse
-from weft.placement.rows.build import operator
 from weft.placement.signature import Call, Link, Position, Row, Signature
 from weft.placement.verify import VerificationError, call_of, deal_out, put_together, verify
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from weft.errors import WeftError
 from weft.graph.graph import Node, Ref, TensorSpec, map_refs
+from weft.graph.rewrite import operator
 from weft.placement.comms import Comms, run_threads, thread_comms
 from weft.placement.layout import (
     Mesh,
@@ -39,7 +40,6 @@ from weft.placement.layout import (
     take,
 )
 from weft.placement.rows import row_of
-from weft.placement.rows.build import operator
 from weft.placement.signature import Call, Local, Row, Signature, linear_signature, link_signature
 
 __all__ = ["VerificationError", "call_of", "deal_out", "put_together", "run_pieces", "signatures_of", "verify"]

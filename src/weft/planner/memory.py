@@ -119,7 +119,7 @@ def memory_use(
     parameters, state = np.zeros(places), np.zeros(places)
     for name, node in graph.parameters.items():
         spec, placement = node.outputs[0], assignment.parameters[name]
-        stored, _, of_state = placed.shares(spec, placement)
+        stored, of_state = placed.shares(spec, placement)
         parameters += spec.nbytes * stored
         if spec.requires_grad:
             state += optimizer.state_bytes(spec.nbytes) * of_state
@@ -270,7 +270,7 @@ def _gradients(placed: PlacedGraph, assignment: Assignment, buckets: Sequence[Bu
         timeline.hold(born, full, used)
         if bucket is not None:
             scattered = placement.state != placement.used
-            timeline.hold(0, 2 * n - 1, spec.nbytes * placed.shares(spec, placement)[2] if scattered else used)
+            timeline.hold(0, 2 * n - 1, spec.nbytes * placed.shares(spec, placement)[1] if scattered else used)
             if scattered:
                 timeline.hold(full, full, used)
     return timeline.levels()

@@ -112,12 +112,12 @@ class PlacedGraph:
         return spec.nbytes * found
 
     def shares(self, spec: TensorSpec, placement: ParameterPlacement) -> tuple[NDArray[np.float64], ...]:
-        """Fractions of a parameter that a device of each class holds: stored, of the gradient, of the state.
+        """Fractions of a parameter that a device of each class holds: stored, of the optimizer's state.
 
         Placements are told apart by identity; the cache keeps them alive.
         """
         key = (spec.numel, id(placement))
         if key not in self._shares:
-            three = (placement.stored, placement.gradient, placement.state)
-            self._shares[key] = (placement, tuple(held(self.costs, spec, p) for p in three))
+            both = (placement.stored, placement.state)
+            self._shares[key] = (placement, tuple(held(self.costs, spec, p) for p in both))
         return self._shares[key][1]

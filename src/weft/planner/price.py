@@ -390,7 +390,7 @@ class _Walk:
         for name, node in self.pricing.prepared.graph.parameters.items():
             spec = node.outputs[0]
             if spec.requires_grad:
-                share = self.placed.shares(spec, self.assignment.parameters[name])[2]
+                _, share = self.placed.shares(spec, self.assignment.parameters[name])
                 nbytes, numel, trained = nbytes + spec.nbytes * share, numel + spec.numel * share, True
         flops, moved = optimizer.flops(1.0) * numel, optimizer.moved_bytes(1.0) * nbytes
         seconds = self.costs.seconds("optimizer", flops, moved, "float32", int(trained))

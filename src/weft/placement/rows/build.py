@@ -2,32 +2,19 @@
 
 links from an einsum-like line                `axes`
 links of the dims that shapes share           `broadcast`
-the operator behind a node's target           `operator`
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import torch
 
 from weft.graph.graph import Ref
 from weft.placement.signature import Call, Link, Local, Position, Row
 
-__all__ = ["axes", "broadcast", "dims_of", "is_tensor", "letters", "normal", "operator"]
+__all__ = ["axes", "broadcast", "dims_of", "is_tensor", "letters", "normal"]
 
 LocalBuilder = Callable[[Local], Callable[..., Any]]
-
-
-@functools.cache
-def operator(target: str) -> Callable[..., Any]:
-    """The callable of `aten.linear.default`."""
-    found: Any = torch.ops
-    for part in target.split("."):
-        found = getattr(found, part)
-    return found
 
 
 def normal(dim: int, rank: int) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.placement.rows.build import broadcast, operator
+from weft.graph.rewrite import operator
+from weft.placement.rows.build import broadcast
 from weft.placement.signature import Call, Local, Row
 
 __all__ = ["CHANCE", "drawn", "seeded"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from weft.placement.rows.build import operator
+from weft.graph.rewrite import operator
 from weft.placement.signature import Call, Link, Local, Position, Row
 
 __all__ = ["CONVOLUTION"]

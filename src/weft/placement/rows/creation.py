@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from weft.graph.rewrite import operator
 from weft.placement.layout import Partial, Replicate
-from weft.placement.rows.build import broadcast, operator
+from weft.placement.rows.build import broadcast
 from weft.placement.signature import Call, Link, Local, Position, Row, Signature
 
 __all__ = ["CREATION"]

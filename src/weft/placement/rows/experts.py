@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.placement.rows.build import operator
+from weft.graph.rewrite import operator
 from weft.placement.signature import Call, Link, Local, Position, Row
 
 __all__ = ["EXPERTS"]

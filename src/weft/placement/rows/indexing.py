@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.placement.rows.build import is_tensor, normal, operator
+from weft.graph.rewrite import operator
+from weft.placement.rows.build import is_tensor, normal
 from weft.placement.signature import Call, Link, Local, Position, Row
 
 __all__ = ["INDEXING"]

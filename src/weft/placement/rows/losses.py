@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.placement.rows.build import operator
+from weft.graph.rewrite import operator
 from weft.placement.rows.collectives import groups_along, plain_sum
 from weft.placement.rows.softmax import log_sum_exp, plain_log_sum_exp, widened
 from weft.placement.signature import Call, Link, Local, Position, Row

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.placement.rows.build import operator
+from weft.graph.rewrite import operator
 from weft.placement.rows.collectives import all_reduce, groups_along
 from weft.placement.rows.softmax import widened
 from weft.placement.signature import Call, Link, Local, Position, Row

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from weft.placement.rows.build import operator
+from weft.graph.rewrite import operator
 from weft.placement.rows.chance import seeded
 from weft.placement.signature import Call, Link, Local, Position, Row
 

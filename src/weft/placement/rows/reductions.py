@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from weft.placement.rows.build import dims_of, normal, operator
+from weft.graph.rewrite import operator
+from weft.placement.rows.build import dims_of, normal
 from weft.placement.rows.collectives import all_reduce, groups_along
 from weft.placement.rows.softmax import log_sum_exp, wide_dtype, widened
 from weft.placement.signature import Call, Link, Local, Position, Row

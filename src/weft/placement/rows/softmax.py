@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.placement.rows.build import normal, operator
+from weft.graph.rewrite import operator
+from weft.placement.rows.build import normal
 from weft.placement.rows.collectives import all_max, groups_along, plain_sum
 from weft.placement.signature import Call, Link, Local, Position, Row
 
