@@ -253,6 +253,9 @@ def _norms() -> Iterator[Example]:
     yield call("batch_norm.default", r(5, 3, 4), None, None, None, None, True, 0.1, 1e-5, False)
     yield call("batch_norm.default", r(5, 3), r(3), r(3), r(3), u(3), False, 0.1, 1e-5, False)
     yield call("instance_norm.default", r(5, 3, 4), r(3), r(3), None, None, True, 0.1, 1e-5, False)
+    yield call("_weight_norm.default", r(5, 3, 4), r(5, 1, 1), 0)
+    yield call("_weight_norm.default", r(5, 3, 7), r(1, 1, 7), 2)
+    yield call("_weight_norm.default", r(5, 3), r(1, 1), -1)
 
 
 def _losses() -> Iterator[Example]:

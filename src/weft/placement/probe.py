@@ -9,6 +9,7 @@ Method     enumerate Replicate, Shard(d) and Partial for every tensor operand; r
            splittable); else they stay as they are. A combination on which the operator fails is not splittable.
 Guarantee  as good as a numeric test can be; what it finds needs no communication inside the operator, and holds for whole
            indices (no blocks). Operators whose combinations are more than `limit` are refused: they need a row.
+           It is tried in a child process: shapes it was not meant for may crash it.                    `apart.each_apart`
 Cache      `$WEFT_CACHE` or `~/.cache/weft`, by operator, shape pattern (which sizes are equal), dtypes, other arguments
            and torch version; only of torch's own operators, for a user's may change under the same name.
                                                                            `discover_call`, `probed_row`
@@ -32,6 +33,7 @@ from torch import Tensor
 from weft.errors import WeftError
 from weft.graph.graph import map_refs
 from weft.graph.rewrite import operator
+from weft.placement.apart import each_apart
 from weft.placement.layout import Mesh, Partial, Placement, Replicate, Shard, local_shape, parse
 from weft.placement.signature import Call, Link, Position, Row, Signature
 from weft.placement.verify import VerificationError, call_of, deal_out, put_together, verify
@@ -88,10 +90,12 @@ def discover(
     unequal = (2.5, *(1.0 for _ in range(parts[-1] - 1)))
     meshes = [*(Mesh((p,)) for p in parts), Mesh((parts[-1],), weights=(unequal,))]
     samples = [_sample(call, operands, seed) for seed in (0, 1)]
-    found = set()
-    for inputs in itertools.product(*options):
+
+    def holding(inputs: Sequence[Placement]) -> list[Signature]:
         candidates = _formed(samples[0], inputs, meshes[0])
-        found |= {s for s in candidates if all(_holds(sample, s, mesh) for mesh in meshes for sample in samples)}
+        return [s for s in candidates if all(_holds(sample, s, mesh) for mesh in meshes for sample in samples)]
+
+    found = {s for held in each_apart(holding, list(itertools.product(*options))) for s in held or ()}
     _write(file, found)
     return found
 
@@ -218,7 +222,7 @@ def _forms(pieces: Mapping[tuple[int, ...], Tensor], whole: Tensor, placement: P
     if any(piece.dtype != whole.dtype for piece in pieces.values()):
         return False
     together, spread = put_together(pieces, whole.shape, (placement,), mesh)
-    if not whole.is_floating_point():
+    if not (whole.is_floating_point() or whole.is_complex()):
         return spread == 0 and torch.equal(together, whole)
     scale = max(1.0, float(whole.abs().max())) if whole.numel() else 1.0
     return spread <= 1e-9 * scale and torch.allclose(together, whole, rtol=0, atol=1e-9 * scale, equal_nan=True)

@@ -4,6 +4,7 @@ layer_norm, rms_norm     every dim but the normalised ones
 group_norm               batch, and whole groups of channels
 batch_norm (training)    channels; batch and pixels only synchronised: their sums are all-reduced inside the local program
 batch_norm (evaluation)  everything: a fixed scale and shift per channel
+weight_norm              the dim that keeps its own length: v (.., k, ..) and g (1, .., k, .., 1)
 """
 
 from __future__ import annotations
@@ -107,6 +108,23 @@ def instance_norm(call: Call) -> Row:
     return Row((*_channels(call), *batch), local=local)
 
 
+def weight_norm(call: Call) -> Row:
+    """_weight_norm(v, g, dim): v scaled to the lengths g along every dim but `dim`; -1 means one length for all of v."""
+    dim = call.arg(2, "dim", default=0)
+    if dim == -1 or call.inputs[0].shape[dim] < 2:
+        return Row()
+
+    def local(_: Local) -> Callable[..., Tensor]:
+        operate = operator(call.node.target)
+
+        def run(v: Tensor, g: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+            return operate(v, g, *rest, **kwargs) if v.numel() else v * g  # torch divides by the size
+
+        return run
+
+    return Row((Link("k", (Position(0, dim), Position(1, dim)), (Position(0, dim),)),), local=local)
+
+
 def _synchronised(
     count: int,
     groups: Sequence[Any],
@@ -141,4 +159,5 @@ def _synchronised(
 NORMS: dict[str, Callable[[Call], Row]] = {
     "layer_norm": layer_norm, "rms_norm": layer_norm, "native_layer_norm": native_layer_norm, "group_norm": group_norm,
     "batch_norm": batch_norm, "instance_norm": instance_norm,
+    "_weight_norm": weight_norm,
 }  # fmt: skip
