@@ -142,6 +142,17 @@ def test_random_legal_plans_equal_one_device(build, mesh):
         assert_equals_one_device(assignment, graph, model, batch)
 
 
+@pytest.mark.parametrize("build", [attention, convolutional])
+def test_three_mesh_axes_equal_one_device(build):
+    torch.manual_seed(0)
+    model, batch = build()
+    model.train()
+    graph, mesh = capture(model, batch), Mesh((2, 2, 2))
+    cuts = find_cuts(graph, finest=mesh.size)
+    for seed in range(5):
+        assert_equals_one_device(random_assignment(graph, mesh, cuts, seed), graph, model, batch)
+
+
 def test_a_wrong_signature_is_noticed():
     torch.manual_seed(0)
     model, batch = attention()

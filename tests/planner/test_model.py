@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 from tests.planner.conftest import plain_cluster
 
+from weft.graph.graph import TensorSpec
 from weft.placement.axes import find_cuts
-from weft.placement.layout import Mesh
+from weft.placement.layout import Mesh, Partial, Replicate, Shard
 from weft.planner.costs import Costs
 from weft.planner.model import Model
 from weft.planner.optimizer import OptimizerCost
@@ -37,6 +41,21 @@ def test_the_sum_of_tables_is_the_price_without_overlap(gpt_graph, shape):
     price = pricing.price(assignment)
     assert price.seconds == pytest.approx(solution.cost, rel=0.05)
     assert price.seconds == pytest.approx(price.compute + price.communication + price.update, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2)])
+def test_interpolated_boxings_cost_what_boxings_do(shape):
+    """Also those that send nothing and only write zeros or a multiple: a partial sum made of a whole is not free."""
+    mesh, value = Mesh(shape), TensorSpec((480, 480), torch.float32)
+    costs = Costs(plain_cluster(mesh.size, latency=1e-5), mesh)
+    along = (Replicate(), Shard(0), Shard(1), Partial(), Partial("avg"))
+    every = list(itertools.product(along, repeat=mesh.ndim))
+    table = costs.box_table(value, every, every)
+    exact = [[costs.boxing(value.shape, 4, a, b).seconds for b in every] for a in every]
+    np.testing.assert_allclose(table, exact, rtol=0.2)  # paths are those of stand-ins
+    whole = every.index((Replicate(),) * mesh.ndim)
+    owed = every.index((Partial(),) * mesh.ndim)
+    assert 0 < table[whole, owed] < 0.2 * table[owed, whole]
 
 
 def test_folding_changes_nothing(deep_graph):

@@ -89,6 +89,10 @@ def test_placements_by_hand(gpt_graph):
         assert [str(p) for p in made.assignment.parameters[name].used] == ["R", "S(0)"]
     embedding = next(n for n in gpt_graph.calls if any(r.node == "x_tokens" for r in n.inputs))
     assert [str(s.inputs[1]) for s in made.assignment.signatures[embedding.name]] == ["S(0)", "R"]
+    tables = Plan.manual(
+        gpt_graph, cluster=plain_cluster(2), strategy="tp", parameters={"embed.weight": "R"}
+    ).assignment
+    assert [str(tables.parameters[n].used[0]) for n in ("embed.weight", "blocks.0.expand.weight")] == ["R", "S(0)"]
     whole = ParameterPlacement.zero((Replicate(),), {0: Shard(0)}, 2)
     by_hand = Plan.manual(gpt_graph, cluster=plain_cluster(2), parameters={"norm.weight": whole})
     assert by_hand.assignment.parameters["norm.weight"] == whole

@@ -3,8 +3,9 @@
     seconds = sum over steps of the slowest line of devices along the step's axis        `boxing_cost`
     a line's time is `weft.cluster.costs` of the collective, on p times the line's largest piece: the slowest piece counts
 
-Lines along an axis work at the same time; those that cross one shared link together divide it (`concurrent`). Local steps
-(slice, pad, keep, scale) cost exactly nothing. Between device sets: `transfer_cost`.
+Lines along an axis work at the same time; those that cross one shared link together divide it (`concurrent`). A slice is a
+view and costs exactly nothing; the other local steps (`LOCAL`) cost what they read and write. Between device sets:
+`transfer_cost`.
 
 The planner asks 10^5 times: everything is memoised, per (placements, shape, mesh, cluster).
 """
@@ -23,8 +24,9 @@ from weft.placement.boxing_steps import Step, lacking, steps
 from weft.placement.layout import Mesh, Placements, Replicate, Shard, deal
 from weft.placement.recut import volume
 
-__all__ = ["BoxingCost", "boxing_cost", "transfer_cost"]
+__all__ = ["LOCAL", "BoxingCost", "boxing_cost", "in_memory", "transfer_cost"]
 
+LOCAL = ("keep", "pad", "scale")  # kinds of steps that send nothing and yet write a new tensor
 PROBES = (0.0, 1e3, 1e5, 1e7, 1e9)  # bytes at which lines of devices are compared
 
 
@@ -101,7 +103,9 @@ def _cost(
     path = steps(src, dst, mesh, shape)
     if not path:
         return FREE
-    seconds = sum(_seconds(step, shape, itemsize, mesh, cluster) for step in path if step.elements)
+    seconds = sum(
+        _seconds(step, shape, itemsize, mesh, cluster) for step in path if step.elements or step.kind in LOCAL
+    )
     return BoxingCost(seconds, itemsize * sum(step.elements for step in path), path)
 
 
@@ -115,19 +119,23 @@ def _seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh, clus
         if isinstance(placement, Shard) and line[placement.dim]:  # p times the largest piece
             share *= p * _largest(line[placement.dim], placement, axis, mesh) / line[placement.dim]
     nbytes = itemsize * math.prod(line) * share
-    collective = getattr(costs, step.kind)
-    wire = max(
-        collective(cluster, ranks, nbytes, concurrent=together) for ranks, together in _lines(mesh, (axis,), cluster)
-    )
+    wire = 0.0
+    if step.elements:
+        collective = getattr(costs, step.kind)
+        wire = max(
+            collective(cluster, ranks, nbytes, concurrent=together)
+            for ranks, together in _lines(mesh, (axis,), cluster)
+        )
     strided = any(math.prod(line[: s.dim]) > 1 for s in (step.source, step.target) if isinstance(s, Shard))
-    return wire + nbytes * _in_memory(step.kind, p, strided, cluster, mesh)
+    return wire + nbytes * in_memory(step.kind, p, strided, cluster, mesh)
 
 
-def _in_memory(kind: str, p: int, strided: bool, cluster: Cluster, mesh: Mesh) -> float:
-    """Seconds per byte of the whole tensor that a collective spends in a device's own memory, beside the wire.
+def in_memory(kind: str, p: int, strided: bool, cluster: Cluster, mesh: Mesh) -> float:
+    """Seconds per byte of the whole tensor that a step spends in a device's own memory, beside the wire.
 
     Sums read two operands and write one, as elementwise operators do. Pieces along a dim that is not the first (`strided`) are
-    not contiguous: they are copied before they are sent, or put together after they came, at the rate of gathers.
+    not contiguous: they are copied before they are sent, or put together after they came, at the rate of gathers. Who does
+    not keep a value writes zeros; who pads a piece writes zeros and copies the piece among them.
     """
     rest = (p - 1) / p
     summed, copied = {
@@ -135,6 +143,9 @@ def _in_memory(kind: str, p: int, strided: bool, cluster: Cluster, mesh: Mesh) -
         "reduce_scatter": (3.0 * rest, 2.0 * rest * strided),
         "all_reduce": (3.0 * rest if p > 2 else 3.0, 0.0),
         "all_to_all": (0.0, 4.0 / p),
+        "keep": (1.0, 0.0),
+        "pad": (1.0 + 2.0 / p, 0.0),
+        "scale": (2.0, 0.0),
     }[kind]
     return summed * _per_byte("elementwise", cluster, mesh) + copied * _per_byte("gather", cluster, mesh)
 
@@ -154,7 +165,7 @@ def _recut_seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh
     wire = max(
         costs.all_to_all(cluster, ranks, nbytes, concurrent=together) for ranks, together in _lines(mesh, axes, cluster)
     )
-    return wire + nbytes * _in_memory("all_to_all", p, True, cluster, mesh)
+    return wire + nbytes * in_memory("all_to_all", p, True, cluster, mesh)
 
 
 def _moves_along(axis: int, before: Placements, after: Placements) -> bool:

@@ -100,10 +100,11 @@ def masks(model: Model, constraints: Constraints, roles: Roles) -> dict[Variable
                 left, liked = _strategy_mask(model, call, template.axis_signatures[axis], strategy, roles)
                 mask = mask & left[template.index[:, axis]]
                 preferred = preferred & liked[template.index[:, axis]]
-        mask = preferred if preferred.any() else mask  # what axes prefer may not nest
         if constraints.parameters or constraints.inputs:
             for operand, ref in enumerate(call.inputs):
-                mask &= _operand_mask(model, node, operand, ref, constraints)
+                mask = mask & _operand_mask(model, node, operand, ref, constraints)
+        if (mask & preferred).any():  # what axes prefer may not nest, nor be what was asked for by hand
+            mask = mask & preferred
         if not mask.any():
             legal = sorted({" | ".join(map(str, state)) for state in template.states})
             shapes = [list(spec.shape) for spec in call.specs]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from weft.cluster import costs as collectives
 from weft.graph.graph import Node, TensorSpec
-from weft.placement.boxing_cost import boxing_cost
+from weft.placement.boxing_cost import LOCAL, boxing_cost, in_memory
 from weft.placement.boxing_steps import lacking, steps
 from weft.placement.layout import Mesh, Partial, Placement, Placements, Replicate, Shard, deal, dual
 from weft.placement.signature import Row, Signature
@@ -259,7 +259,7 @@ class _Curves:
         self._placements: list[Placements] = []
         self._index = np.full((64, 64), -1, np.int64)
         self._patterns: dict[tuple[Placements, Placements], int] = {}
-        self._collectives: dict[tuple[str, int, bool, tuple[int, ...]], NDArray[np.float64]] = {}
+        self._steps: dict[tuple[str, int, bool, tuple[int, ...]], NDArray[np.float64]] = {}
         self._recuts: dict[_Move, NDArray[np.float64]] = {}
         self._values = np.zeros((0, len(self.SIZES)))
 
@@ -313,15 +313,15 @@ class _Curves:
                 others = tuple(axis for axis, p in enumerate(step.before) if axis != step.axis and isinstance(p, Shard))
                 ends = (step.before[step.axis], step.after[step.axis])
                 key = (step.kind, step.axis, any(isinstance(p, Shard) and p.dim > 0 for p in ends), others)
-                if key not in self._collectives:
-                    self._collectives[key] = self._collective(*key)
-                total += self._collectives[key]
+                if key not in self._steps:
+                    self._steps[key] = self._step(*key)
+                total += self._steps[key]
         return total
 
-    def _collective(self, kind: str, axis: int, strided: bool, others: tuple[int, ...]) -> NDArray[np.float64]:
-        """A collective along an axis of a value that is cut over the other axes, each on a dim of its own.
+    def _step(self, kind: str, axis: int, strided: bool, others: tuple[int, ...]) -> NDArray[np.float64]:
+        """A step along an axis of a value that is cut over the other axes, each on a dim of its own.
 
-        `strided`: what the collective cuts is not the first dim.
+        `strided`: what the step cuts, or what it puts together, is not the first dim.
         """
         cut = Shard(int(strided))
         ends: dict[str, tuple[Placement, Placement]] = {
@@ -329,6 +329,9 @@ class _Curves:
             "reduce_scatter": (Partial(), cut),
             "all_reduce": (Partial(), Replicate()),
             "all_to_all": (Shard(0), Shard(1)),
+            "keep": (Replicate(), Partial()),
+            "pad": (cut, Partial()),
+            "scale": (Partial(), Partial("avg")),
         }
         pair: list[list[Placement]] = [[Replicate()] * self.mesh.ndim for _ in range(2)]
         for placements, end in zip(pair, ends[kind], strict=True):
@@ -355,8 +358,8 @@ class _Curves:
         most = float(np.max(lacking(step.before, step.after, self.mesh, shape)))
         fraction = most / float(np.prod(shape)) * p * p / max(1, p - 1)
         lines = self.mesh.size // p  # at work at the same time, over the same links where those are shared
-        cost = lambda nbytes: collectives.all_to_all(self.cluster, ranks, nbytes, concurrent=lines)
-        return np.array([cost(size * fraction) for size in self.SIZES])
+        wire = [collectives.all_to_all(self.cluster, ranks, size * fraction, concurrent=lines) for size in self.SIZES]
+        return np.array(wire) + self.SIZES * fraction * in_memory("all_to_all", p, True, self.cluster, self.mesh)
 
 
 @dataclass(frozen=True)
@@ -390,7 +393,7 @@ def stand_ins(source: Placements, target: Placements) -> tuple[Placements, Place
 
 @lru_cache(maxsize=1 << 14)
 def _path(source: Placements, target: Placements) -> tuple[_Move, ...]:
-    """The steps of a boxing of stand-ins, those that move nothing left out.
+    """The steps of a boxing of stand-ins, those that cost nothing left out.
 
     Found on two devices per axis, for every mesh: which path has least bytes hardly depends on their number.
     """
@@ -403,7 +406,9 @@ def _path(source: Placements, target: Placements) -> tuple[_Move, ...]:
         return tuple(Shard(p.dim, None, p.unit, p.blocks) if isinstance(p, Shard) else p for p in placements)
 
     path = steps(plain(source), plain(target), mesh, shape)
-    return tuple(_Move(step.kind, step.axis, step.before, step.after) for step in path if step.elements)
+    return tuple(
+        _Move(step.kind, step.axis, step.before, step.after) for step in path if step.elements or step.kind in LOCAL
+    )
 
 
 def _dual(placements: Placements) -> Placements:
