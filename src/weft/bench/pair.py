@@ -17,6 +17,7 @@ compared by the caller: they must be equal.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -221,6 +222,7 @@ def _timed(step: Step, batch: tuple[Any, ...]) -> tuple[float, float, float, flo
 
     from weft.bench.meters import loopback_bytes
 
+    gc.collect()  # of what the contender before this one left: its cycles of Python objects are not this one's cost
     dist.barrier()
     before = loopback_bytes()
     dist.barrier()  # nobody starts before everybody has read the counter
