@@ -9,13 +9,17 @@ builds the sentence for people. `weft` on the command line prints that sentence 
 from __future__ import annotations
 
 __all__ = [
+    "BudgetError",
     "CaptureError",
     "CheckpointDamaged",
+    "DiskFull",
     "DoesNotFit",
+    "FolderInUse",
     "ImpossibleConstraint",
     "MeshTooLarge",
     "NotFinite",
     "NotReplayable",
+    "ParameterChanged",
     "PeerLost",
     "PlanMismatch",
     "UnknownOperators",
@@ -184,3 +188,68 @@ class MeshTooLarge(WeftError, ValueError):
             f"mesh axis {self.axis} has {self.devices} devices, but {self.what} has only {self.size} entries to share "
             "among them. Use fewer devices on that axis, a larger batch, or another strategy."
         )
+
+
+class BudgetError(WeftError, ValueError):
+    """A step cannot be run within a budget. `budget` and `least` are bytes (`least` 0 if unknown), `what` names what does not
+    fit: an operator, or the parameters."""
+
+    def __init__(self, budget: int, least: int, what: str):
+        super().__init__(budget, least, what)
+        self.budget, self.least, self.what = budget, least, what
+
+    def __str__(self) -> str:
+        fits = f" The least that will do is {_mib(self.least)} ({self.least} bytes)." if self.least else ""
+        return (
+            f"the step does not fit in {_mib(self.budget)}: {self.what}.{fits} Give a larger budget, a smaller batch, "
+            "or a lower tier to offload to."
+        )
+
+
+class DiskFull(WeftError, OSError):
+    """A folder's file system has no room. `need` and `have` are bytes, `doing` says when it was found."""
+
+    def __init__(self, path: str, need: int, have: int, doing: str):
+        super().__init__(path, need, have, doing)
+        self.path, self.need, self.have, self.doing = path, need, have, doing
+
+    def __str__(self) -> str:
+        return (
+            f"{self.doing}: {self.path} needs {_mib(self.need)} ({self.need} bytes) and has {_mib(self.have)} "
+            f"({self.have} bytes) left. The last complete step is intact; free some space, or name a folder on another disk."
+        )
+
+    def __reduce__(self) -> tuple[type[DiskFull], tuple[str, int, int, str]]:  # OSError keeps two arguments only
+        return type(self), (self.path, self.need, self.have, self.doing)
+
+
+class FolderInUse(WeftError, RuntimeError):
+    """Another process works in a folder of training state. `holder` says which, as far as it is known."""
+
+    def __init__(self, path: str, holder: str):
+        super().__init__(path, holder)
+        self.path, self.holder = path, holder
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is in use by {self.holder}; two jobs would destroy each other's state. Name another folder, "
+            "or end it."
+        )
+
+
+class ParameterChanged(WeftError, RuntimeError):
+    """A parameter that lives on a lower tier was written to by something else than the optimizer; the change would be lost."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return (
+            f"parameter {self.name} was changed outside the optimizer while it was on the device; its home is a lower tier, so "
+            "the change would be lost. Change it through Tiered.write(name, tensor)."
+        )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:,.2f} GiB"
