@@ -1,0 +1,1 @@
+"""Planning: what to keep, rebuild and offload so that one step fits into a budget. The map is in `weft.memory`."""

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+from tests.memory.plan.test_retention import copied, state
+from tests.memory.plan.traces import chain, random_step, transformer
+
+from weft.errors import BudgetError
+from weft.memory.plan.check import check
+from weft.memory.plan.improve import Gaps, descend, fill, search, smallest
+from weft.memory.plan.optimum import optimum
+from weft.memory.plan.retention import Retention
+from weft.memory.plan.shape import Shape
+
+
+def floor(shape: Shape) -> int:
+    return max(
+        int(shape.fixed[op]) + shape.own[op] + sum(shape.bytes[v] for v in shape.inputs[op]) for op in range(shape.end)
+    )
+
+
+def improved(trace, budget: int, work: int = 20_000) -> Retention | None:
+    plan = Retention(Shape(trace))
+    gaps = Gaps(plan, 1)
+    if not descend(plan, gaps, budget, patience=12):
+        return None
+    fill(plan, budget)
+    search(plan, gaps, budget, work)
+    return plan
+
+
+def budgets(trace, count: int = 4) -> list[int]:
+    low, high = floor(Shape(trace)), int(Retention(Shape(trace)).peaks().max())
+    return sorted({low + (high - low) * k // count for k in range(count + 1)})
+
+
+@pytest.mark.parametrize("layers", [3, 5, 7])
+def test_chains_are_planned_as_well_as_can_be(layers):
+    trace = chain(layers)
+    for budget in budgets(trace):
+        try:
+            expected = check(trace, optimum(trace, budget)).repeated_seconds
+        except BudgetError:
+            continue
+        plan = improved(trace, budget)
+        assert plan is not None and plan.peaks().max() <= budget
+        assert plan.seconds == pytest.approx(expected), budget
+
+
+def test_random_steps_are_planned_within_a_few_percent_of_the_optimum():
+    gaps, missed, cases = 0.0, 0, 0
+    for seed in range(12):
+        trace = random_step(seed, ops=10)
+        for budget in budgets(trace, 3)[1:]:
+            try:
+                best = check(trace, optimum(trace, budget)).seconds
+            except BudgetError:
+                continue
+            plan, cases = improved(trace, budget, 5_000), cases + 1
+            if plan is None:
+                missed += 1
+            else:
+                found = check(trace, plan.schedule())
+                assert found.peak <= budget and found.seconds >= best - 1e-9
+                gaps += found.seconds / best - 1
+    assert cases > 20 and missed <= cases // 10 and gaps / cases < 0.05
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.35])
+def test_fill_and_search_only_ever_improve_and_stay_within_the_budget(share):
+    trace = transformer(4)
+    budget = int(share * trace.peak)
+    plan = Retention(Shape(trace))
+    gaps = Gaps(plan, 1)
+    assert descend(plan, gaps, budget, patience=12)
+    greedy = plan.seconds
+    assert plan.peaks().max() <= budget
+    fill(plan, budget)
+    filled = plan.seconds
+    search(plan, gaps, budget, 20_000)
+    assert plan.seconds <= filled <= greedy and plan.peaks().max() <= budget
+    checked = check(trace, plan.schedule())
+    assert checked.peak <= budget and checked.repeated_seconds == pytest.approx(plan.seconds)
+
+
+def test_the_same_search_twice_gives_the_same_plan():
+    trace = transformer(3)
+    first, second = (improved(trace, int(0.4 * trace.peak)) for _ in range(2))
+    assert first is not None and second is not None and state(first) == state(second)
+
+
+def test_cheap_elementwise_results_go_before_products_are_computed_twice():
+    trace = transformer(4)
+    plan = improved(trace, int(0.6 * trace.peak))
+    again = {trace.ops[op].name for ops in plan.again for last in ops for op in plan.shape.chain[last]}
+    assert "gelu" in again and not again & {"expand", "contract", "qkv", "project"}
+
+
+def test_failing_to_descend_leaves_a_valid_plan():
+    trace = transformer(2)
+    plan = Retention(Shape(trace))
+    assert not descend(plan, Gaps(plan, 1), floor(plan.shape) - 1, patience=4, work=50_000)
+    check(trace, plan.schedule())
+
+
+def test_a_block_of_a_transformer_is_planned_as_well_as_can_be_and_the_least_budget_is_exact():
+    trace = transformer(1)
+    shape = Shape(trace)
+    plan = smallest(shape, 1, floor(shape), 100_000)
+    least = int(plan.peaks().max())
+    assert check(trace, plan.schedule()).peak == least
+    with pytest.raises(BudgetError):
+        optimum(trace, least - 64)
+    for budget in (least, least + 128, least + 256):
+        plan = improved(trace, budget)
+        assert plan is not None
+        assert plan.seconds == pytest.approx(check(trace, optimum(trace, budget)).repeated_seconds)
+
+
+def test_smallest_needs_little_more_than_one_operator():
+    for trace in (chain(12), transformer(4)):
+        shape = Shape(trace)
+        assert floor(shape) <= smallest(shape, 1, floor(shape), 300_000).peaks().max() <= 1.4 * floor(shape)
+
+
+def test_a_copy_goes_its_own_way():
+    trace = chain(5)
+    plan = Retention(Shape(trace))
+    before = copied(plan)
+    other = plan.copy()
+    assert descend(other, Gaps(other, 1), int(0.8 * trace.peak))
+    assert state(plan) == before and state(other) != before

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.memory.plan.traces import Builder, chain, random_step, transformer
+
+from weft.errors import BudgetError
+from weft.memory.core.policy import POLICIES
+from weft.memory.core.simulate import simulate
+from weft.memory.plan.check import Tier, check
+from weft.memory.plan.memory_plan import MemoryPlan, size
+from weft.memory.plan.planning import frontier, least, plan
+
+UNIT = 64 * 1024
+
+
+def sound(found: MemoryPlan, budget: int) -> None:
+    """What every plan promises, by the judge."""
+    checked = check(found.trace, found.schedule, found.tier)
+    assert checked == found.checked
+    assert checked.peak <= checked.reserved <= budget
+    assert found.overhead == checked.overhead and found.seconds == checked.seconds
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.6, 0.45, 0.35])
+def test_plans_fit_their_budget_addresses_included(share):
+    trace = transformer(4, unit=UNIT)
+    budget = int(share * trace.peak)
+    found = plan(trace, budget)
+    sound(found, budget)
+    if share == 1.0:
+        assert found.overhead == 0 and found.checked.repeated == 0
+    else:
+        assert 0.9 * budget <= found.reserved and found.schedule.arena > 0
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_steps_are_planned_or_refused(seed):
+    trace = random_step(seed, ops=18)
+    for share in (1.0, 0.85, 0.7):
+        budget = int(share * (trace.peak + 256))
+        try:
+            found = plan(trace, budget, effort_seconds=0.02)
+        except BudgetError as error:
+            assert error.budget == budget < error.least
+            sound(plan(trace, error.least, effort_seconds=0.02), error.least)
+            continue
+        sound(found, budget)
+
+
+def test_plans_are_clearly_cheaper_than_those_of_every_policy():
+    trace = transformer(6, unit=UNIT)
+    ours = theirs = 0.0
+    for share in (0.8, 0.6, 0.3):
+        budget = int(share * trace.peak)
+        found = plan(trace, budget, policies=tuple(POLICIES))
+        costs = dict(found.policies)
+        assert set(costs) == set(POLICIES)
+        assert costs["pager"] == simulate(trace, budget, "pager").overhead
+        best = min(cost for cost in costs.values() if cost >= 0)
+        assert 0 < found.overhead <= best
+        ours, theirs = ours + found.overhead, theirs + best
+    assert ours <= 0.92 * theirs
+
+
+def test_more_bytes_never_cost_more_seconds():
+    trace = transformer(3, unit=UNIT)
+    low = least(trace)
+    limits = [low + (trace.peak - low) * k // 12 for k in (5, 0, 12, 3, 9, 1, 7, -1)]
+    plans = frontier(trace, limits, effort_seconds=0.05)
+    assert plans[-1] is None  # below the least
+    pairs = sorted((limit, found) for limit, found in zip(limits, plans, strict=True) if found is not None)
+    for limit, found in pairs:
+        sound(found, limit)
+        assert found.budget == limit
+    seconds = [found.seconds for _, found in pairs]
+    assert seconds == sorted(seconds, reverse=True) and seconds[-1] == trace.seconds < seconds[0]
+    # and one by one, from the least up
+    again = [plan(trace, limit, effort_seconds=0.05).seconds for limit, _ in pairs]
+    assert again == sorted(again, reverse=True)
+
+
+def test_plans_do_not_depend_on_what_was_planned_before_for_more_bytes():
+    first, second = transformer(3, unit=UNIT), transformer(3, unit=UNIT)
+    budget = int(0.4 * first.peak)
+    plan(first, int(0.7 * first.peak))
+    assert plan(first, budget).schedule == plan(second, budget).schedule
+
+
+def test_refusals_name_the_least_budget_and_what_is_too_much():
+    build = Builder()
+    weight = build.before(1000)
+    a = build.op((weight,), (500,), name="wide")[0]
+    build.op((a, weight), (700,), name="loss")
+    trace = build.trace()
+    with pytest.raises(BudgetError, match=r"loss alone takes 22\d\d bytes.*The least that will do is") as caught:
+        plan(trace, 2000)
+    assert caught.value.least == least(trace) == plan(trace, caught.value.least).reserved
+    with pytest.raises(BudgetError, match=r"what else cannot go take 1000 bytes"):
+        plan(build_fixed(), 999)
+
+
+def build_fixed():
+    build = Builder()
+    weight = build.before(1000)
+    build.op((weight,), (0,))
+    return build.trace()
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ("much", "budget: must be bytes, for example 80 GiB"),
+        ("6 apples", "not a unit of bytes"),
+        (-1, "budget: must be a number of bytes >= 0"),
+        (float("inf"), ">= 0, got inf"),
+    ],
+)
+def test_budgets_that_are_none(budget, words):
+    with pytest.raises(ValueError, match=words):
+        plan(chain(2), budget)
+
+
+def test_budgets_as_text_and_policies_that_do_not_exist():
+    trace = chain(3, nbytes=2**20)
+    assert plan(trace, "1 GiB").budget == 2**30 == plan(trace, "1GiB").budget
+    with pytest.raises(ValueError, match="pager"):
+        plan(trace, "1 GiB", policies=("page",))
+
+
+def test_without_a_budget_everything_is_kept_and_placed():
+    trace = transformer(2, unit=UNIT)
+    found = plan(trace)
+    assert found.budget == 0 and found.overhead == 0 and found.checked.repeated == 0
+    assert found.schedule.arena > 0 and found.reserved <= 1.02 * trace.peak
+
+
+def test_a_lower_tier_makes_plans_faster_and_possible_with_less():
+    trace = transformer(4, unit=UNIT)
+    budget = int(0.4 * trace.peak)
+    alone = plan(trace, budget)
+    assert alone.overhead > 0
+    fast, slow = Tier(bandwidth=UNIT * 1.0, name="host"), Tier(bandwidth=UNIT / 50.0, name="disk")
+    helped, hardly = plan(trace, budget, tier=fast), plan(trace, budget, tier=slow)
+    for found in (helped, hardly):
+        sound(found, budget)
+    assert helped.overhead < 0.5 * alone.overhead and helped.checked.saved_bytes > 0
+    assert hardly.overhead <= alone.overhead
+    assert least(trace, fast) <= least(trace)
+    text = str(helped)
+    assert "to host" in text and "offload" in text and helped.offloaded[0].nbytes > 0
+
+
+def test_offload_reaches_budgets_that_recomputation_cannot():
+    build = Builder()
+    x = build.before(0, "input")
+    a = build.op((x,), (1000,), repeatable=False)[0]
+    b = build.op((x,), (1000,), repeatable=False)[0]
+    for _ in range(3):
+        build.op((x,), (10,))
+    build.op((a,), (1,))
+    build.op((b,), (1,))
+    trace = build.trace()
+    with pytest.raises(BudgetError):
+        plan(trace, 1500)
+    found = plan(trace, 1500, tier=Tier(bandwidth=1e6))
+    sound(found, 1500)
+    assert found.checked.saved_bytes >= 1000
+
+
+def test_a_plan_prints_what_it_does_and_survives_json(tmp_path):
+    trace = transformer(3, unit=UNIT)
+    found = plan(trace, int(0.5 * trace.peak))
+    text = str(found)
+    assert text.startswith(f"fits in {size(found.budget)}, {100 * found.overhead:.1f} % slower, least possible ")
+    assert size(found.least) in text and f"recompute {found.checked.repeated} operators" in text and "pager" in text
+    assert sum(part.seconds for part in found.recomputed) == pytest.approx(found.checked.repeated_seconds)
+    for path in (tmp_path / "plan.json", tmp_path / "plan.json.z"):
+        found.save(path)
+        assert MemoryPlan.load(path) == found
+    data = json.loads(json.dumps(plan(trace, int(0.5 * trace.peak), tier=Tier(1e6)).to_dict()))
+    assert MemoryPlan.from_dict(data).tier == Tier(1e6)
+    data["actions"].pop(3)
+    with pytest.raises(ValueError, match="Schedule"):
+        MemoryPlan.from_dict(data)
+    with pytest.raises(ValueError, match="reads format"):
+        MemoryPlan.from_dict({**data, "format": 0})
+
+
+def test_sizes_for_people():
+    assert [size(n) for n in (0, 1023, 2048, 80 * 2**20, 5 * 2**29)] == [
+        "0 B",
+        "1023 B",
+        "2.00 KiB",
+        "80.0 MiB",
+        "2.50 GiB",
+    ]
