@@ -1,0 +1,187 @@
+"""What a trace must know of an operator and its schema does not say, or says in many words.
+
+    writes          which arguments it writes in place                                        from the schema
+    tensors_of      the tensors among arguments or results, in order
+    reads_bytes     False for what looks only at shapes (`zeros_like`)                        `SHAPE_ONLY`
+    draws           whether this call takes numbers from a generator                          from the tags
+    is_dense        matrix products, convolutions, attention: many operations per byte        torch's table of FLOPs
+    is_metadata     asks a tensor for its shape, reads nothing, makes nothing                 `METADATA`
+    communicates    whether it exchanges data with other processes: cannot be had twice
+    wrapped_bytes   plain numbers given where a tensor is expected: torch makes tensors of them for the time of the call
+
+Normalisation with running statistics writes them in training, and its schema is silent about it (`native_batch_norm`) or not
+(`_batch_norm_with_update`). A trace leaves these writes out for all of them (`STATISTICS` lists the arguments): the statistics
+lie in buffers, which stay where they are, and an executor that repeats the call passes none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+__all__ = [
+    "METADATA", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "is_dense", "is_metadata", "label", "reads_bytes",
+    "statistics_of", "tensors_of", "wrapped_bytes", "writes", "written_arguments",
+]  # fmt: skip
+
+# operator -> positions of running statistics: written in training, left out of a trace
+STATISTICS: dict[str, tuple[int, ...]] = {
+    "aten.native_batch_norm": (3, 4),
+    "aten.cudnn_batch_norm": (3, 4),
+    "aten.miopen_batch_norm": (3, 4),
+    "aten._native_batch_norm_legit": (3, 4),
+    "aten._batch_norm_with_update": (3, 4),
+    "aten.batch_norm_gather_stats": (3, 4),
+    "aten.batch_norm_gather_stats_with_counts": (3, 4),
+}
+
+SHAPE_ONLY = frozenset(
+    f"aten.{name}"
+    for name in (
+        "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_empty",
+        "new_zeros", "new_ones", "new_full", "new_empty_strided",
+    )
+)  # fmt: skip
+
+METADATA = frozenset(
+    [
+        f"aten.{name}"
+        for name in (
+            "size", "stride", "numel", "dim", "storage_offset", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset",
+            "is_contiguous", "sym_is_contiguous", "is_non_overlapping_and_dense", "is_strides_like_format", "is_same_size",
+            "is_pinned", "_assert_tensor_metadata", "_has_compatible_shallow_copy_type", "_version", "is_complex",
+            "is_floating_point", "record_stream",
+        )
+    ]
+    + ["prim.device", "prim.layout", "prim.dtype"]
+)  # fmt: skip
+
+_DENSE = frozenset(str(packet) for packet in flop_registry) | {
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten.linear",
+    "aten.mkldnn_rnn_layer",
+    "aten.mkldnn_rnn_layer_backward",
+    "aten._cudnn_rnn",
+    "aten._cudnn_rnn_backward",
+    "aten.addbmm",
+    "aten.mv",
+    "aten._int_mm",
+    "aten._grouped_mm",
+}
+
+
+@cache
+def label(func: Any) -> str:
+    """Name of an operator with its overload: `aten.addmm.default`."""
+    return str(func)
+
+
+@cache
+def _packet(func: Any) -> str:
+    """Name without overload: `aten.addmm`."""
+    return str(getattr(func, "overloadpacket", func))
+
+
+@cache
+def statistics_of(func: Any) -> tuple[int, ...]:
+    """Positions of running statistics that the operator may write."""
+    return STATISTICS.get(_packet(func), ())
+
+
+@cache
+def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """(position, name) of the arguments that the operator writes, by its schema; running statistics left out."""
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        return ()
+    skip = statistics_of(func)
+    return tuple(
+        (i, a.name)
+        for i, a in enumerate(schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write and i not in skip
+    )
+
+
+def writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors that this call writes in place."""
+    for position, name in written_arguments(func):
+        value = args[position] if position < len(args) else kwargs.get(name)
+        yield from tensors_of((value,))
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """Tensors in arguments or results: items, and those in lists, tuples and dicts, in order."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_of(value)
+        elif isinstance(value, dict):
+            yield from tensors_of(value.values())
+
+
+@cache
+def reads_bytes(func: Any) -> bool:
+    """Whether the operator needs the contents of its tensors, not only their shapes."""
+    return _packet(func) not in SHAPE_ONLY
+
+
+@cache
+def is_metadata(func: Any) -> bool:
+    """Whether it only asks for shapes, strides or devices, or leaves a mark for the profiler."""
+    name = _packet(func)
+    return name in METADATA or name.startswith("profiler.")
+
+
+@cache
+def is_dense(func: Any) -> bool:
+    """Whether it does many operations per byte, so that its result is dear to make again."""
+    return _packet(func) in _DENSE
+
+
+@cache
+def communicates(func: Any) -> bool:
+    """Whether it exchanges data with other processes."""
+    return _packet(func).split(".")[0] in ("c10d", "_c10d_functional", "c10d_functional", "symm_mem", "_dtensor")
+
+
+@cache
+def _random_with(func: Any) -> tuple[int, str] | bool:
+    """False, True, or the (position, name) of the dropout probability on which it depends."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    for i, a in enumerate(func._schema.arguments):
+        if a.name == "dropout_p":
+            return i, a.name
+    return True
+
+
+def draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether this call takes numbers from a generator; attention without dropout does not."""
+    found = _random_with(func)
+    if isinstance(found, bool):
+        return found
+    position, name = found
+    return bool(args[position] if position < len(args) else kwargs.get(name, 0.0))
+
+
+@cache
+def _tensor_arguments(func: Any) -> tuple[int, ...]:
+    schema = getattr(func, "_schema", None)
+    return () if schema is None else tuple(i for i, a in enumerate(schema.arguments) if str(a.type) == "Tensor")
+
+
+def wrapped_bytes(func: Any, args: Sequence[Any]) -> int:
+    """Bytes of the tensors that torch makes of plain numbers for this call (`x + 1` passes a tensor of one number)."""
+    found = 0
+    for position in _tensor_arguments(func):
+        value = args[position] if position < len(args) else None
+        if isinstance(value, (bool, int, float, complex)):
+            found += 1 if isinstance(value, bool) else 16 if isinstance(value, complex) else 8
+    return found
