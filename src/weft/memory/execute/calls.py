@@ -1,0 +1,131 @@
+"""One operator call, remembered without its tensors: enough to run it again and get the same bits.
+
+    Look     where a tensor of the call lay: which block, dtype, sizes, strides, offset (a view costs nothing to make again)
+    Call     the operator, its arguments with looks in place of tensors, and the generator's state if it drew numbers
+
+What is repeated differs from what ran first in two ways only. Running statistics of a normalisation are not passed (or, where the
+operator insists, are passed as copies), so that buffers move once per step. The generator is put where it was and back again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from weft.memory.core.blocks import Block
+from weft.memory.execute.backends import shown
+from weft.memory.execute.facts import Facts
+from weft.memory.execute.random_state import Drawn
+from weft.memory.private import hollow, shaped, storage_of, uncast
+
+__all__ = ["Call", "Look", "flat"]
+
+Look = tuple[Any, int, Block, tuple[torch.dtype, torch.Size, tuple[int, ...]], int]
+"""(position, index in a list or -1, block, (dtype, size, stride), storage offset) of a tensor among the arguments; the position
+is a number in `args` or a key of `kwargs`."""
+
+
+def hollowed(geometry: tuple[torch.dtype, torch.Size, tuple[int, ...]], offset: int, device: torch.device) -> Tensor:
+    """A tensor of this geometry without bytes, for operators that only ask for shapes."""
+    dtype, size, stride = geometry
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
+    return shaped(hollow((last + 1) * dtype.itemsize, device), dtype, size, stride, offset)
+
+
+def flat(result: Any) -> Sequence[Tensor]:
+    """Tensors of a result, in order."""
+    if isinstance(result, Tensor):
+        return (result,)
+    found: list[Tensor] = []
+    if isinstance(result, (tuple, list)):
+        for item in result:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, (tuple, list)):
+                found.extend(flat(item))
+    return found
+
+
+@final
+class Call:
+    """An operator call without its tensors.
+
+    Attributes:
+        facts: of the operator.
+        args, kwargs: as passed, with `None` where a tensor was.
+        looks: at each of its tensors.
+        drawn: what to put back before it draws again; None if it does not draw.
+        device: of its tensors.
+        keep: storages that have no recipe and that this one needs: held as long as somebody may want to repeat this.
+        over, made: (old, new) of what it wrote and the blocks of its fresh outputs; replay's own, online has a `Step` for that.
+        places: for each of the call's outputs in fresh storages, in order: position among its flat results.
+    """
+
+    __slots__ = ("args", "device", "drawn", "facts", "keep", "kwargs", "looks", "made", "over", "places")
+
+    def __init__(
+        self,
+        facts: Facts,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        looks: Sequence[Look],
+        device: torch.device,
+        keep: Sequence[torch.UntypedStorage] | None = None,
+    ):
+        self.facts = facts
+        self.args = args
+        self.kwargs = kwargs
+        self.looks = looks
+        self.device = device
+        self.drawn: Drawn | None = None
+        self.keep = keep
+        self.places: Sequence[int] = ()
+        self.over: Sequence[tuple[Block, Block]] = ()
+        self.made: Sequence[Block] = ()
+
+    def __repr__(self) -> str:
+        return self.facts.name
+
+    def again(
+        self, run: Callable[..., Any], places: Any = (), workspace: tuple[int, int] = (-1, 0)
+    ) -> list[torch.UntypedStorage]:
+        """Run it once more; the storages of its fresh outputs, in order. What it writes in place it writes over the bytes of the
+        overwritten block. `run` is that of a backend, as are `places` and `workspace`."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for position, index, block, geometry, offset in self.looks:
+            if self.facts.needs_bytes:
+                tensor = shaped(shown(block), *geometry, offset)
+            else:
+                tensor = hollowed(geometry, offset, self.device)
+            holder: Any = kwargs if isinstance(position, str) else args
+            if index < 0:
+                holder[position] = tensor
+            else:
+                holder[position] = items = list(holder[position])
+                items[index] = tensor
+        statistics = self.facts.statistics
+        if statistics:
+            _leave_out(self.facts, statistics, args)
+        with uncast():
+            if self.drawn is None:
+                result = run(places, workspace, self.facts.call, args, kwargs)
+            else:
+                with self.drawn.put_back():
+                    result = run(places, workspace, self.facts.call, args, kwargs)
+        outputs = flat(result)
+        return [storage_of(outputs[place]) for place in self.places]
+
+
+def _leave_out(facts: Facts, statistics: Sequence[int], args: list[Any]) -> None:
+    """Running statistics as a repetition gets them: not at all, or as copies where the operator writes them by its schema."""
+    schema = facts.func._schema.arguments
+    training = next((args[i] for i, a in enumerate(schema) if a.name == "training" and i < len(args)), True)
+    if not training:
+        return  # they are read, not written
+    for position in statistics:
+        if position < len(args) and args[position] is not None:
+            optional = schema[position].alias_info is None
+            args[position] = None if optional else torch.zeros_like(args[position])

@@ -1,0 +1,102 @@
+"""What the executor asks of an operator at every call, worked out once per operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+
+from weft.memory.private import direct, is_composite
+from weft.memory.tracing.operators import (
+    STATISTICS,
+    communicates,
+    draws,
+    is_dense,
+    is_metadata,
+    label,
+    reads_bytes,
+    written_arguments,
+)
+
+__all__ = ["Facts", "facts_of"]
+
+# these give an existing tensor other bytes or another geometry: what was recorded of it no longer holds
+_REGEOMETRY = frozenset(("aten.set_", "aten.resize_", "aten.resize_as_", "aten._resize_output_", "aten.set_data"))
+# views that their schema does not declare
+_SECRET_VIEWS = frozenset(
+    ("aten._unsafe_view", "aten.unsafe_split", "aten.unsafe_split_with_sizes", "aten.unsafe_chunk")
+)
+
+
+@final
+class Facts:
+    """An operator as the executor sees it.
+
+    Attributes:
+        name: with overload (`aten.addmm.default`).
+        call: runs it; cheaper than the operator object itself.
+        view: only looks at storages: it makes no bytes, reads none and writes none.
+        written: (position, name) of the arguments that it writes in place.
+        statistics: positions of running statistics, which it writes in training and which a repetition leaves out.
+        needs_bytes: False if it asks only for the shapes of its tensors.
+        effect: it does something besides its outputs, and cannot be repeated.
+        in_flight: its results may be written after it returns (collectives).
+        regeometry: it changes which bytes a tensor lies over.
+        dense: many operations per byte.
+        random: some of its calls draw from a generator.
+        varies: bytes of its outputs depend on the data.
+    """
+
+    __slots__ = (
+        "call",
+        "dense",
+        "effect",
+        "func",
+        "in_flight",
+        "name",
+        "needs_bytes",
+        "random",
+        "regeometry",
+        "statistics",
+        "varies",
+        "view",
+        "written",
+    )
+
+    def __init__(self, func: Any):
+        packet = str(getattr(func, "overloadpacket", func))
+        self.func = func
+        self.name = label(func)
+        self.call: Callable[..., Any] = direct(func)
+        self.view = (
+            is_metadata(func)
+            or packet in _SECRET_VIEWS
+            or (bool(getattr(func, "is_view", False)) and not is_composite(func))
+        )
+        self.written = written_arguments(func)
+        self.statistics = STATISTICS.get(packet, ())
+        self.needs_bytes = reads_bytes(func)
+        self.in_flight = communicates(func)
+        self.regeometry = packet in _REGEOMETRY
+        self.effect = self.in_flight or self.regeometry or self.name == "aten._local_scalar_dense.default"
+        self.dense = is_dense(func)
+        tags = getattr(func, "tags", ())
+        self.random = torch.Tag.nondeterministic_seeded in tags
+        self.varies = torch.Tag.dynamic_output_shape in tags
+
+    def draws(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether this call takes numbers from a generator."""
+        return self.random and draws(self.func, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"Facts({self.name})"
+
+
+def facts_of(func: Any) -> Facts:
+    """The facts of an operator. They are kept on the operator object itself: hashing one calls into Python."""
+    try:
+        return func._weft_facts
+    except AttributeError:
+        func._weft_facts = found = Facts(func)
+        return found

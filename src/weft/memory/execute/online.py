@@ -1,0 +1,546 @@
+"""Running operators as they come within a budget: what is missing is brought back, room is made, what ran is remembered.
+
+Per call   1. find the block of every argument (`Hold`, tied to its storage); a storage not met before is adopted
+           2. `Core.begin`: missing inputs come back (`Online.again`), outputs get room; random operators' state is kept
+           3. the operator runs
+           4. `Core.end`; outputs are tied to their blocks
+A block's recipe is a `Step` of the core with a `Call` as payload; neither holds a tensor, so that bytes die when the user's last
+reference dies. Exception: what a recipe reads and nothing can make again (a batch, a parameter) lives as long as the recipe.
+
+Without recipe (they stay until they die, or are overwritten): what was there before, finished gradients, what the optimizer
+makes, results of collectives, everything whose address is known outside (`numpy()`).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from weft.memory.core import Block, Core, Step
+from weft.memory.execute.backends import Backend, Count, Hold, Owner, tie
+from weft.memory.execute.calls import Call, flat
+from weft.memory.execute.facts import Facts
+from weft.memory.execute.random_state import about_to_draw
+from weft.memory.execute.sizes import SETTLED, Size, Sizes
+from weft.memory.execute.tape import Tape
+from weft.memory.private import below, fill, storage_of
+from weft.memory.record import Category
+
+__all__ = ["Online"]
+
+BY_ORDER = attrgetter("order")
+RUN = Count().run
+
+
+@final
+class Online:
+    """The machine of a `Core`, and the program's side of it.
+
+    Args:
+        budget: bytes for everything: what is adopted, what operators make, workspace.
+        policy: of the core.
+        backend: holds the bytes.
+        device: whose bytes are counted; tensors elsewhere are left alone.
+        owner: whose ties they are; another executor of the same limit may have had them before.
+        gauge: measures the workspace of an operator's first run; None where nothing can.
+
+    Attributes:
+        core: decides.
+        effects: while True nothing gets a recipe (the optimizer's step).
+        tape: writes down the step, if it is set.
+        watch: called with each leaf that wants a gradient when it is first met.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        policy: Any,
+        backend: Backend,
+        device: torch.device,
+        owner: Owner | None = None,
+        gauge: Any = None,
+    ):
+        self.core = Core(budget, policy, self)
+        self.owner = owner or Owner()
+        self.owner.executor = self
+        self.backend = backend
+        self.device = device
+        self.gauge = gauge
+        self.sizes = Sizes()
+        self.effects = False
+        self.watch: Callable[[Tensor], None] = lambda leaf: None
+        self.tape: Tape | None = None
+        self._gone: list[Block] = []  # died while the core was at work
+        self._busy = False
+        self._dropped: dict[Block, None] = {}  # not there, but a storage of the user's shows them
+        self._single = device.type == "cpu"  # there are no tensors on other devices, or they do not matter
+        self._clock = time.thread_time if device.type == "cpu" else time.perf_counter
+
+    # -- storages -----------------------------------------------------------------------------------------------------
+
+    def hold_of(self, tensor: Tensor) -> Hold | None:
+        """Our tie to the bytes of a tensor, None if we never met them."""
+        hold = getattr(storage_of(tensor), "_weft_tie", None)
+        return hold if type(hold) is Hold and hold.owner is self.owner else None
+
+    def adopt(self, tensor: Tensor, kind: Category | None = None) -> Hold:
+        """Take note of a storage that was there before; it stays until it dies. `kind` is what it is to the user."""
+        hold = self.hold_of(tensor)
+        if hold is None:
+            storage = storage_of(tensor)
+            counted = storage.nbytes() if storage.device.type == self.device.type else 0
+            whole = tensor if tensor._base is None else tensor._base  # a weight is met first as its transpose
+            leaf = whole.requires_grad and whole.is_leaf
+            kind = kind or ("parameter" if leaf else "optimizer" if self.effects else "input")
+            hold = tie(self.owner, storage, self.core.adopt(counted, inside=True), kind)
+            if leaf:
+                self.watch(whole)
+        return hold
+
+    def died(self, hold: Hold) -> None:
+        """The last tensor over a storage is gone, and its bytes with it."""
+        block = hold.block
+        block.payload = None
+        if block.step is None:
+            block.read = False  # no recipe needs it: that would have kept it alive
+        if self._dropped:
+            self._dropped.pop(block, None)
+        if self.tape is not None:
+            self.tape.died(hold, self._busy)
+        if self._busy:
+            self._gone.append(block)
+        else:
+            self.core.release(block)
+        if hold.exposed:
+            self.core.unpin(block)
+
+    def _clear(self) -> None:
+        """Tell the core of what died while it was at work."""
+        self._busy = False
+        while self._gone:
+            self.core.release(self._gone.pop())
+
+    # -- one call -----------------------------------------------------------------------------------------------------
+
+    def call(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operator within the budget."""
+        if facts.regeometry:
+            return self._regeometry(facts, args, kwargs)
+        looks: list[Any] = []
+        reads: dict[Block, Hold] = {}
+        shapes: list[Any] = []  # geometry of the tensors, part of the signature
+        owner = self.owner
+        plain = list(args)  # what is not a tensor, the rest of it
+        for position, value in enumerate(args):
+            if isinstance(value, Tensor):
+                plain[position] = None
+                try:
+                    storage = storage_of(value)
+                    hold = storage._weft_tie  # type: ignore[attr-defined]
+                    if hold.owner is not owner:
+                        hold = self.adopt(value)
+                except AttributeError:
+                    hold = self.adopt(value)
+                except (NotImplementedError, RuntimeError):
+                    return self._opaque(facts, args, kwargs)  # sparse, opaque: no storage of its own
+                block = hold.block
+                reads[block] = hold
+                geometry = (value.dtype, value.shape, value.stride())
+                shapes.append(geometry)
+                looks.append((position, -1, block, geometry, value.storage_offset()))
+            elif isinstance(value, (list, tuple)):
+                plain[position] = self._look_into(value, position, looks, shapes, reads)
+        if kwargs:
+            plain_kwargs = dict(kwargs)
+            for name, value in kwargs.items():
+                if isinstance(value, Tensor):
+                    self._look(value, name, -1, looks, shapes, reads)
+                    plain_kwargs[name] = None
+                elif isinstance(value, (list, tuple)):
+                    plain_kwargs[name] = self._look_into(value, name, looks, shapes, reads)
+            size = self.sizes.look_up((facts, *shapes, *plain, *plain_kwargs.items()), facts, args, kwargs)
+        else:
+            plain_kwargs = kwargs
+            size = self.sizes.look_up((facts, *shapes, *plain), facts, args, kwargs)
+
+        if not facts.needs_bytes:
+            looks = [(position, index, None, geometry, offset) for position, index, _, geometry, offset in looks]
+            reads.clear()
+        repeatable = not (facts.effect or self.effects)
+        makes: list[tuple[int, bool]] = []
+        overwrites: Sequence[tuple[Block, int]] = ()
+        written: Sequence[Hold] = ()
+        if facts.written:
+            overwrites, written = self._overwritten(facts, args, kwargs, makes)
+            if len(overwrites) < len(written):
+                repeatable = False
+        keep: list[torch.UntypedStorage] | None = None
+        if repeatable:
+            for block in reads:
+                if block.step is None or not block.step.repeatable:
+                    hold = reads[block]
+                    if hold.kind == "gradient":
+                        repeatable = False
+                        break
+                    storage = hold()
+                    if keep is None:
+                        keep = [storage]
+                    else:
+                        keep.append(storage)
+        call = Call(facts, plain, plain_kwargs, looks, self.device, keep)
+        if size.fresh is not None:
+            for nbytes in size.fresh:
+                makes.append((nbytes, facts.dense))
+        self._busy = True
+        core = self.core
+        try:
+            step = core.begin(list(reads), makes, size.workspace, size.seconds, repeatable, overwrites, call)
+        except BaseException:
+            self._clear()
+            raise
+        try:
+            if facts.random and repeatable and facts.draws(args, kwargs):
+                call.drawn = about_to_draw(args, kwargs, self.device)
+            if size.runs < SETTLED:
+                result = self._measured(step, len(overwrites), size, facts, args, kwargs)
+            else:
+                result = self._execute(step, len(overwrites), facts, args, kwargs)
+            if overwrites:
+                for old, position in overwrites:
+                    hold, block = old.payload, step.makes[position]
+                    block.payload, old.payload, hold.block = hold, None, block
+            fresh = self._bind(step, call, size, len(overwrites), result)
+        except BaseException:
+            core.abort(step)
+            self._clear()
+            raise
+        core.end(step, size.seconds)
+        if self.tape is not None:
+            self.tape.ran(
+                facts, list(reads.values()), written, [block.payload for block in fresh], workspace=size.workspace,
+                seconds=size.seconds, repeatable=not facts.effect, random=facts.draws(args, kwargs), effects=self.effects,
+                has_outputs=bool(flat(result)),
+            )  # fmt: skip
+        self._busy = False
+        if self._gone:
+            self._clear()
+        if facts.in_flight:
+            self._expose(flat(result), reads.values())
+        return result
+
+    def _look_into(
+        self, values: Sequence[Any], position: Any, looks: list[Any], shapes: list[Any], reads: dict[Block, Hold]
+    ) -> Sequence[Any]:
+        """Look at the tensors of a list; the list without them, as a tuple."""
+        plain = list(values)
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                self._look(value, position, index, looks, shapes, reads)
+                plain[index] = None
+        return tuple(plain)
+
+    def _look(
+        self, tensor: Tensor, position: Any, index: int, looks: list[Any], shapes: list[Any], reads: dict[Block, Hold]
+    ) -> None:
+        """Look at one tensor (`call` does the same in its own loop, for speed)."""
+        hold = self.adopt(tensor)
+        reads[hold.block] = hold
+        geometry = (tensor.dtype, tensor.shape, tensor.stride())
+        shapes.append(geometry)
+        looks.append((position, index, hold.block, geometry, tensor.storage_offset()))
+
+    def _overwritten(
+        self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any], makes: list[tuple[int, bool]]
+    ) -> tuple[list[tuple[Block, int]], list[Hold]]:
+        """What a call writes: (old block, position in `makes`) of what has a recipe, and so becomes a new version; and all
+        storages. What has no recipe changes as it is, after what was made from it has been cut off."""
+        found: dict[Block, Hold] = {}
+        for position, name in facts.written:
+            value = args[position] if position < len(args) else kwargs.get(name)
+            for tensor in flat(value):
+                hold = self.adopt(tensor)
+                if hold.block.step is None and hold.block.read:
+                    self.cut((hold.block,))
+                found[hold.block] = hold
+        overwrites = []
+        for block in found:
+            if block.step is not None:
+                overwrites.append((block, len(makes)))
+                makes.append((block.nbytes, facts.dense))
+        return overwrites, list(found.values())
+
+    def _regeometry(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operator that gives a tensor another storage or a storage another size: what it touches has no recipe."""
+        tensors = [tensor for value in (*args, *kwargs.values()) for tensor in flat(value)]
+        for tensor in tensors:
+            self.settle(tensor)
+            self.cut((self.adopt(tensor).block,))
+        result = facts.call(*args, **kwargs)
+        for tensor in (*tensors, *flat(result)):
+            hold, nbytes = self.adopt(tensor), storage_of(tensor).nbytes()
+            if hold.block.nbytes != nbytes:
+                self.core.release(hold.block)
+                hold.block = self.core.adopt(nbytes, hold, inside=True)
+        return result
+
+    def _opaque(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operator on tensors without storages (sparse, oneDNN's own): everything else it uses comes back and stays."""
+        for value in (*args, *kwargs.values()):
+            for tensor in flat(value):
+                if tensor.layout is torch.strided:
+                    self.settle(tensor)
+        result = facts.call(*args, **kwargs)
+        for tensor in flat(result):
+            if tensor.layout is torch.strided:
+                self.adopt(tensor)
+        return result
+
+    def _execute(self, step: Step, num_over: int, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if not self.backend.addresses:
+            return facts.call(*args, **kwargs)
+        places = [(block.nbytes, block.offset) for block in step.makes[num_over:]]
+        return self.backend.run(places, (step.offset, step.workspace), facts.call, args, kwargs)
+
+    def _measured(
+        self, step: Step, num_over: int, size: Size, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run an operator, and learn what its signature takes."""
+        gauge = self.gauge
+        if gauge is not None:
+            gauge.mark()
+        start = self._clock()
+        result = self._execute(step, num_over, facts, args, kwargs)
+        seconds = self._clock() - start
+        size.seconds = min(size.seconds, seconds) if size.runs else seconds
+        size.runs += 1
+        if gauge is not None:
+            size.workspace = max(size.workspace, gauge.since()[0] - sum(size.fresh or ()))
+        return result
+
+    def _bind(self, step: Step, call: Call, size: Size, at: int, result: Any) -> Sequence[Block]:
+        """Tie what came out of an operator to the blocks that were made for it, from the one at `at` on; returns these."""
+        made: Any = step.makes
+        places, owner = [], self.owner
+        start = at
+        for place, output in enumerate((result,) if isinstance(result, Tensor) else flat(result)):
+            try:
+                storage = storage_of(output)
+            except (NotImplementedError, RuntimeError):
+                step.repeatable = False
+                continue
+            hold = getattr(storage, "_weft_tie", None)
+            if hold is not None and hold.owner is owner:
+                continue  # a view, or what it wrote
+            nbytes = storage.nbytes() if self._single or storage.device.type == self.device.type else 0
+            if at < len(made) and made[at].nbytes == nbytes:
+                block = made[at]
+            else:
+                size.fresh = None  # not what was foreseen: from now on it runs first
+                block = self.core.make(step, nbytes, call.facts.dense)
+                made = step.makes
+                made.insert(at, made.pop())
+            tie(owner, storage, block, "activation")
+            if self.backend.addresses:
+                self.backend.born(block, storage)
+            places.append(place)
+            at += 1
+        call.places = places
+        if self.backend.addresses:
+            self.backend.bound()
+        fresh = made[start:at]
+        if at < len(made):
+            size.fresh = None
+            for block in made[at:]:
+                self.core.arena.remove(block)
+                block.resident = block.alive = False
+            del made[at:]
+        elif size.fresh is None and not call.facts.varies:
+            size.fresh = tuple(block.nbytes for block in fresh)
+        return fresh
+
+    # -- what the core asks for ---------------------------------------------------------------------------------------
+
+    def drop(self, block: Block) -> None:
+        if type(block.payload) is Hold:
+            self._dropped[block] = None
+        self.backend.drop(block)
+
+    def place(self, block: Block) -> None:
+        pass
+
+    def again(self, step: Step) -> None:
+        call: Call = step.payload
+        makes, num_over, places = step.makes, len(step.overwrites), []
+        if self.backend.addresses:
+            places = list(zip(step.sizes, step.places, strict=True))[num_over:]
+        made = call.again(self.backend.run, places, (step.offset, step.workspace))
+        for old, position in step.overwrites:
+            scratch, old.payload = old.payload, None
+            self._come_back(makes[position], scratch)
+        for block, storage in zip(makes[num_over:], made, strict=True):
+            self._come_back(block, storage)
+        self.backend.bound()
+
+    def _come_back(self, block: Block | None, storage: torch.UntypedStorage) -> None:
+        if block is not None:
+            self._dropped.pop(block, None)
+            self.backend.back(block, storage)
+
+    def move(self, block: Block, old_offset: int) -> None:
+        self.backend.move(block, old_offset)
+
+    def save(self, block: Block) -> None:
+        raise NotImplementedError("no lower tier here")
+
+    def load(self, block: Block) -> None:
+        raise NotImplementedError("no lower tier here")
+
+    def describe(self, step: Step | None, block: Block) -> str:
+        call = (step or block.step).payload if step is not None or block.step is not None else None
+        return repr(call) if call is not None else "a tensor that came from outside"
+
+    # -- what the user does besides calling operators -----------------------------------------------------------------
+
+    def ensure(self, tensor: Tensor) -> None:
+        """The bytes of a tensor are there when this returns."""
+        hold = self.hold_of(tensor)
+        if hold is not None and not hold.block.resident:
+            self._at_work(lambda: self.core.ensure(hold.block))
+
+    def expose(self, tensor: Tensor) -> None:
+        """Somebody is about to know the address of a tensor's bytes: they stay there as long as they live."""
+        hold = self.hold_of(tensor)
+        if hold is not None and not hold.exposed:
+            hold.exposed = True
+            self._at_work(lambda: self.core.pin(hold.block))
+
+    def settle(self, tensor: Tensor, kind: Category = "activation") -> None:
+        """A tensor's bytes come back and stay, without recipe: a finished gradient."""
+        hold = self.adopt(tensor)
+        hold.kind = kind
+        if hold.block.step is not None:
+            self._at_work(lambda: self.core.settle(hold.block))
+            if hold.block.read:
+                self.cut((hold.block,))
+
+    def cut(self, leaves: Collection[Block]) -> None:
+        """Blocks without recipe are about to change: whatever was made from them, in however many steps, comes back and stays.
+
+        What is recorded of them can no longer be repeated; whoever reads what it made keeps that alive (see `call`).
+        """
+        reached: set[Step] = set()
+        alive = [hold.block for hold in self.owner.holds.values()]
+        stack = [block.step for block in alive if block.step is not None]
+        while stack:
+            step = stack.pop()
+            if step not in reached:
+                reached.add(step)
+                stack.extend([read.step for read in step.reads if read.step is not None])
+        stale: set[Step] = set()
+        for step in sorted(reached, key=BY_ORDER):
+            if any(read in leaves or read.step in stale for read in step.reads):
+                stale.add(step)
+        going = [block for block in alive if block.step in stale]
+        for block in going:
+            self._at_work(lambda block=block: self.core.settle(block))
+        for step in stale:
+            step.repeatable = False
+        for block in leaves:
+            block.read = False
+
+    def optimizing(self, yes: bool) -> None:
+        """The optimizer's step begins or ends."""
+        self.effects = yes
+        if yes:
+            self.cut({hold.block for hold in self.owner.holds.values() if hold.block.step is None and hold.block.read})
+
+    def _expose(self, outputs: Sequence[Tensor], holds: Any) -> None:
+        for hold in [*holds, *map(self.hold_of, outputs)]:
+            if hold is not None and not hold.exposed:
+                hold.exposed = True
+                self.core.pin(hold.block)
+
+    def _at_work(self, work: Callable[[], None]) -> None:
+        self._busy = True
+        try:
+            with below():
+                work()
+        finally:
+            self._clear()
+
+    def hand_over(self) -> None:
+        """Between two steps: everything that is alive is there when this returns, and somebody else executes from now on."""
+        for block in list(self._dropped):
+            self._at_work(lambda block=block: self.core.ensure(block))
+        for hold in self.owner.holds.values():
+            hold.block.step = None  # what lives on needs no recipe any more
+            self._leave(hold)
+        self.backend.close()
+
+    def _leave(self, hold: Hold) -> None:
+        storage = hold()
+        if storage is not None and self.backend.addresses:
+            self.backend.leave(storage)
+
+    def hand_back(self) -> None:
+        """Everything the user still refers to is there when this returns, budget or not, and nothing is managed any more.
+
+        Independent of the core, which an exception may have left in the middle of something.
+        """
+        self._busy = True  # what dies meanwhile is of no interest any more
+        wanted = [block for block in self._dropped if type(block.payload) is Hold and block.payload() is not None]
+        steps: dict[Step, None] = {}
+        stack = [block.step for block in wanted]
+        while stack:
+            step = stack.pop()
+            if step is not None and step not in steps:
+                steps[step] = None
+                stack.extend(read.step for read in step.reads if not read.resident)
+        readers = Counter(read for step in steps for read in step.reads)
+        with below():
+            for step in sorted(steps, key=BY_ORDER):
+                if all(read.payload is not None for read in step.reads):
+                    self._rebuild(step, readers)
+        gone = [block for block in wanted if not block.resident]
+        for block in gone:  # a tensor without bytes must never be left behind: reading it would end the process
+            fill(block.payload(), storage_of(torch.full((block.nbytes,), 255, dtype=torch.uint8, device=self.device)))
+        if gone:
+            warnings.warn(
+                f"weft.memory.limit: {len(gone)} tensors could not be made again when the limit was left (the largest has "
+                f"{max(block.nbytes for block in gone):,} bytes); they hold NaN", RuntimeWarning, stacklevel=4,
+            )  # fmt: skip
+        self._dropped.clear()
+        self._gone.clear()
+        for hold in self.owner.holds.values():
+            self._leave(hold)
+        self.owner.holds.clear()
+        self.backend.close()
+
+    def _rebuild(self, step: Step, readers: Counter[Block]) -> None:
+        """One step of `hand_back`: its outputs that are not there come to lie in torch's own memory."""
+        call: Call = step.payload
+        made = call.again(RUN)
+        for old, position in step.overwrites:
+            made.insert(position, old.payload)
+            old.payload = None
+        for reference, storage in zip(step.outputs, made, strict=True):
+            block = reference()
+            if block is not None and not block.resident and storage is not None:
+                block.resident, block.offset = True, -1
+                if type(block.payload) is Hold:
+                    mine = block.payload()
+                    if mine is not None:
+                        fill(mine, storage)
+                else:
+                    block.payload = storage
+        for read in step.reads:
+            readers[read] -= 1
+            if not readers[read] and type(read.payload) is not Hold:
+                read.payload = None

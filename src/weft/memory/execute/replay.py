@@ -1,0 +1,590 @@
+"""Carrying a plan out: the steps of a loop that does the same every time, without any search.
+
+A `Schedule` says what happens before each operator of a `Trace`. `Replay` compares each call with the operator that the trace
+has at this point, does what the schedule says, runs it, and remembers the call for repetitions. It decides nothing.
+
+It relies on the trace for bytes only, never for bits: whatever is repeated is repeated from calls that were remembered in this
+very step, and a call that reads something that is not there is noticed. Such a call, or a run of calls that the trace does not
+have, makes it hand over to `Online`, in the middle of the step, with everything remembered so far (`takeover.take_over`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from weft.memory.core import Block
+from weft.memory.execute.backends import Backend, Hold, Owner, Places, shown, tie
+from weft.memory.execute.calls import Call, flat
+from weft.memory.execute.facts import Facts
+from weft.memory.execute.random_state import about_to_draw
+from weft.memory.execute.shelf import Shelf
+from weft.memory.private import storage_of
+from weft.memory.record import Trace
+from weft.memory.schedule import Action, Schedule
+
+__all__ = ["Deviation", "Replay"]
+
+CAUTIOUS_STEPS = 8  # replayed steps in which every call is remembered; afterwards those of the forward pass
+EXTRA_CALLS = 8  # calls in a row that the trace does not have, before the step counts as another one
+EXTRA_BYTES = 64 * 2**10  # bytes that they may make where the budget leaves nothing
+
+
+class Deviation(Exception):
+    """The program does something else than the trace says. `once`: it may well do as planned in the next step."""
+
+    def __init__(self, why: str, once: bool = False):
+        super().__init__(why)
+        self.once = once
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One operator of the trace, and what is to be done before it."""
+
+    name: str
+    makes: tuple[int, ...]  # fresh values, in order
+    overwrites: tuple[tuple[int, int], ...]
+    places: Places  # of the fresh values
+    workspace: tuple[int, int]  # address and bytes
+    remember: bool  # the call may be repeated
+    bind: bool  # what it makes may go, or is read by calls that may be repeated
+    facts: Facts | None = None  # once seen
+    before: list[Callable[[], None]] = field(default_factory=list)
+
+
+@final
+class Replay:
+    """Executes one planned step after the other.
+
+    Args:
+        trace, schedule: the plan.
+        backend: holds the bytes.
+        device: whose bytes.
+        slack: bytes between the plan's peak and the budget: what calls that the trace does not have may make.
+
+    Attributes:
+        at: number of the operator that comes next.
+        effects: the optimizer's step is running.
+        watch: called with each leaf that wants a gradient when it is first met.
+        repeats: operators run again so far.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        schedule: Schedule,
+        backend: Backend,
+        device: torch.device,
+        slack: int,
+        owner: Owner | None = None,
+    ):
+        self.trace, self.schedule, self.backend, self.device = trace, schedule, backend, device
+        self.owner = owner or Owner()
+        self.owner.executor = self
+        self.slack = max(slack, EXTRA_BYTES)
+        self.at = 0
+        self.effects = False
+        self.repeats = 0
+        self.token = -1.0  # marks the blocks of this step; negative, as no clock
+        self.watch: Callable[[Tensor], None] = lambda leaf: None
+        self.blocks: list[Block | None] = [None] * len(trace.values)
+        self.calls: list[Call | None] = [None] * len(trace.ops)
+        self.log: list[tuple[Call, int | None]] = []  # what was remembered in this step, and its number in the trace
+        self.dropped: dict[Block, None] = {}  # not there, but a storage of the user's shows them
+        self.after: list[Callable[[], None]] = []
+        self.steps = 0
+        self._cautious = True
+        self.shelf = Shelf(device)
+        self._last_load = {action.index: action for action in schedule.actions if action.kind == "load"}
+        self._unread, spared = self._never_read_again()
+        self._spared = spared
+        self.rows = self._rows(cautious=True)
+        self._extra_calls = self._extra_bytes = 0
+
+    def _rows(self, cautious: bool) -> list[_Row]:
+        """The schedule as one row per operator; what follows the last operator goes to `after`.
+
+        Args:
+            cautious: remember all operators, so that everything can go on online if the step turns out to be another one;
+                else those of the forward pass, whose results users may hold on to, and those that will be repeated.
+        """
+        trace, rows = self.trace, []
+        remember = _repeatable_operators(trace, self.schedule)
+        if remember:
+            phases = ("forward", "backward") if cautious else ("forward",)
+            remember |= {j for j, op in enumerate(trace.ops) if op.phase in phases}
+        self._cautious = cautious and bool(remember)
+        bound = {v for j in remember for v in (*trace.ops[j].reads, *trace.ops[j].makes)}
+        bound.update(a.index for a in self.schedule.actions if a.kind in ("drop", "move", "save", "load"))
+        waiting: list[Callable[[], None]] = []
+        for action in self.schedule.actions:
+            if action.kind != "run":
+                waiting.append(self._doing(action))
+                continue
+            op, places = trace.ops[action.index], dict(action.places)
+            inherited = {new for _, new in op.overwrites}
+            fresh = tuple(v for v in op.makes if v not in inherited)
+            row = _Row(
+                op.name, fresh, op.overwrites, tuple((trace.values[v].nbytes, places.get(v, -1)) for v in fresh),
+                (action.workspace, op.workspace), remember=action.index in remember,
+                bind=self.backend.addresses or any(v in bound for v in op.makes),
+            )  # fmt: skip
+            row.before, waiting = waiting, []
+            rows.append(row)
+        self.after = waiting
+        return rows
+
+    def _never_read_again(self) -> tuple[set[int], set[int]]:
+        """Values that the plan drops for good though somebody (a local variable, mostly the loss) refers to them when the
+        optimizer begins. Once it has changed the parameters they could not be brought back. The second set are those that are
+        kept nevertheless: as many as fit into the slack."""
+        values, ops = self.trace.values, self.trace.ops
+        start = next((j for j, op in enumerate(ops) if op.phase == "optimizer"), len(ops))
+        state: dict[int, bool] = {}  # value -> there
+        for action in self.schedule.actions:
+            if action.kind == "drop":
+                state[action.index] = False
+            else:
+                state.update((v, True) for v, _ in action.places)
+        unread = {v for v, there in state.items() if not there and start <= values[v].dies + 1}
+        moved = {action.index for action in self.schedule.actions if action.kind in ("save", "load", "move")}
+        spared, room = set(), self.slack
+        for v in sorted(unread, key=lambda v: values[v].nbytes):
+            if values[v].nbytes <= room and v not in moved:
+                spared.add(v)
+                room -= values[v].nbytes
+        return unread - spared, spared
+
+    # -- storages -----------------------------------------------------------------------------------------------------
+
+    def hold_of(self, tensor: Tensor) -> Hold | None:
+        """Our tie to the bytes of a tensor, None if we never met them."""
+        hold = getattr(storage_of(tensor), "_weft_tie", None)
+        return hold if type(hold) is Hold and hold.owner is self.owner else None
+
+    def adopt(self, tensor: Tensor, kind: Any = None) -> Hold:
+        """Take note of a storage that was there before."""
+        hold = self.hold_of(tensor)
+        if hold is None:
+            storage = storage_of(tensor)
+            whole = tensor if tensor._base is None else tensor._base  # a weight is met first as its transpose
+            leaf = whole.requires_grad and whole.is_leaf
+            hold = tie(self.owner, storage, Block(storage.nbytes()), kind or ("parameter" if leaf else "input"))
+            if leaf:
+                self.watch(whole)
+        return hold
+
+    def died(self, hold: Hold) -> None:
+        block = hold.block
+        block.payload, block.resident, block.alive = None, False, False
+        if self.dropped:
+            self.dropped.pop(block, None)
+            self.shelf.forget(block)
+
+    # -- one call -----------------------------------------------------------------------------------------------------
+
+    def call(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operator of the program, as planned.
+
+        Raises:
+            Deviation: it has not run; somebody else must.
+        """
+        at = self.at
+        if at == len(self.rows):
+            return self._extra(facts, args, kwargs)
+        row = self.rows[at]
+        if row.facts is not facts:
+            if row.name != facts.name:
+                return self._extra(facts, args, kwargs)
+            row.facts = facts
+        for act in row.before:
+            act()
+        if row.remember:
+            call = self.calls[at] = self._remember(facts, args, kwargs)
+            self.log.append((call, at))
+            if facts.random and facts.draws(args, kwargs):
+                call.drawn = about_to_draw(args, kwargs, self.device)
+        else:
+            call = None
+            if self.dropped:
+                self._check(facts, args, kwargs)
+        self.at = at + 1
+        self._extra_calls = 0
+        if not row.bind:
+            result = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
+            if row.overwrites:
+                self._write_over(row.overwrites, facts, args, kwargs, known=True)
+            return result
+        result = self.backend.run(row.places, row.workspace, facts.call, args, kwargs)
+        over = self._write_over(row.overwrites, facts, args, kwargs) if row.overwrites else ()
+        self._bind(row.makes, row.places, call, over, result)
+        return result
+
+    def _bind(
+        self,
+        numbers: Sequence[int],
+        addresses: Places,
+        call: Call | None,
+        over: Sequence[tuple[Block, Block]],
+        result: Any,
+    ) -> None:
+        """Tie the fresh outputs of an operator: values `numbers` of the trace."""
+        blocks, places, made, token, owner = self.blocks, [], [], self.token, self.owner
+        count = 0
+        for place, output in enumerate((result,) if isinstance(result, Tensor) else flat(result)):
+            storage = storage_of(output)
+            hold = getattr(storage, "_weft_tie", None)
+            if hold is not None and hold.owner is owner:
+                continue
+            block = Block(storage.nbytes())
+            block.last = token
+            tie(owner, storage, block, "activation")
+            if count < len(numbers):
+                blocks[numbers[count]] = block
+                block.offset = addresses[count][1]
+                if block.offset >= 0:
+                    self.backend.born(block, storage)
+            places.append(place)
+            made.append(block)
+            count += 1
+        if call is not None:
+            call.places, call.made, call.over = places, made, over
+        if self.backend.addresses:
+            self.backend.bound()
+
+    def _check(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise `Deviation` if a call reads what is not there."""
+        if not facts.needs_bytes:
+            return
+        owner = self.owner
+        for value in args if not kwargs else (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                hold = getattr(storage_of(value), "_weft_tie", None)
+                if hold is not None and not hold.block.resident and hold.owner is owner:
+                    raise Deviation(f"{facts.name} reads what the plan has dropped")
+            elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
+                self._check(facts, value, {})
+
+    def _remember(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """A call without its tensors. Raises `Deviation` if it reads what is not there."""
+        looks: list[Any] = []
+        plain = list(args)
+        keep: list[torch.UntypedStorage] | None = None
+        needs, token, owner = facts.needs_bytes, self.token, self.owner
+        for position, value in enumerate(args):
+            if isinstance(value, Tensor):
+                plain[position] = None
+                storage = storage_of(value)
+                try:
+                    hold = storage._weft_tie  # type: ignore[attr-defined]
+                    if hold.owner is not owner:
+                        hold = self.adopt(value)
+                except AttributeError:
+                    hold = self.adopt(value)
+                block = hold.block
+                if needs:
+                    if not block.resident:
+                        raise Deviation(f"{facts.name} reads what the plan has dropped")
+                    if block.last != token and hold.kind != "gradient":
+                        if keep is None:
+                            keep = [storage]
+                        else:
+                            keep.append(storage)
+                looks.append(
+                    (
+                        position,
+                        -1,
+                        block if needs else None,
+                        (value.dtype, value.shape, value.stride()),
+                        value.storage_offset(),
+                    )
+                )
+            elif isinstance(value, (list, tuple)):
+                plain[position] = self._look_into(facts, value, position, looks)
+        if kwargs:
+            kwargs = dict(kwargs)
+            for name, value in kwargs.items():
+                if isinstance(value, Tensor):
+                    self._look_into(facts, (value,), name, looks)
+                    kwargs[name] = None
+                elif isinstance(value, (list, tuple)):
+                    kwargs[name] = self._look_into(facts, value, name, looks)
+        return Call(facts, plain, kwargs, looks, self.device, keep)
+
+    def _look_into(self, facts: Facts, values: Sequence[Any], position: Any, looks: list[Any]) -> Sequence[Any]:
+        plain, single = list(values), isinstance(position, str) and len(values) == 1
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                block = self.adopt(value).block
+                if facts.needs_bytes and not block.resident:
+                    raise Deviation(f"{facts.name} reads what the plan has dropped")
+                plain[index] = None
+                where = -1 if single else index
+                looks.append(
+                    (
+                        position,
+                        where,
+                        block if facts.needs_bytes else None,
+                        (value.dtype, value.shape, value.stride()),
+                        value.storage_offset(),
+                    )
+                )
+        return tuple(plain)
+
+    def _write_over(
+        self, overwrites: Sequence[tuple[int, int]], facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any],
+        known: bool = False,
+    ) -> list[tuple[Block, Block]]:  # fmt: skip
+        """What an operator has written in place is a new version of its storage; what was read before keeps the old one."""
+        over = []
+        for n, hold in enumerate(self._written(facts, args, kwargs, known)):
+            old = hold.block
+            block = Block(old.nbytes)
+            block.payload, block.offset, block.last, hold.block = hold, old.offset, self.token, block
+            old.payload, old.resident, old.alive = None, False, False
+            over.append((old, block))
+            if n < len(overwrites):
+                self.blocks[overwrites[n][1]] = block
+        return over
+
+    def _written(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any], known: bool = False) -> list[Hold]:
+        """Ties of what a call writes; with `known` only those that there are already."""
+        found: dict[Block, Hold] = {}
+        for position, name in facts.written:
+            value = args[position] if position < len(args) else kwargs.get(name)
+            for tensor in flat(value):
+                hold = self.hold_of(tensor) if known else self.adopt(tensor)
+                if hold is not None:
+                    found[hold.block] = hold
+        return list(found.values())
+
+    def _extra(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A call that the trace does not have here: it runs if it reads only what is there, and makes little."""
+        inside = 0 < self.at < len(self.rows) and not self.effects
+        if inside and self._extra_calls > EXTRA_CALLS:
+            raise Deviation(f"{facts.name} where the plan has {self.rows[self.at].name}")
+        if inside and self._cautious:
+            return self._extra_remembered(facts, args, kwargs)
+        if self.dropped:
+            self._check(facts, args, kwargs)
+        if inside and facts.written and self._written(facts, args, kwargs, known=True):
+            raise Deviation(f"{facts.name} writes something, which the plan does not do here")
+        known = {storage_of(tensor)._cdata for value in (*args, *kwargs.values()) for tensor in flat(value)}
+        result = facts.call(*args, **kwargs)
+        if inside:
+            outputs = flat(result)
+            made = [storage_of(out).nbytes() for out in outputs if storage_of(out)._cdata not in known]
+            self._stray(facts, made, bool(outputs))
+        return result
+
+    def _extra_remembered(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        call = self._remember(facts, args, kwargs)
+        if facts.random and facts.draws(args, kwargs):
+            call.drawn = about_to_draw(args, kwargs, self.device)
+        result = facts.call(*args, **kwargs)
+        over = self._write_over((), facts, args, kwargs) if facts.written else ()
+        self._bind((), (), call, over, result)
+        if call.made or over:
+            self.log.append((call, None))
+        self._stray(facts, [block.nbytes for block in call.made], bool(flat(result)))
+        return result
+
+    def _stray(self, facts: Facts, made: Sequence[int], has_outputs: bool) -> None:
+        """Count a call that the trace does not have; a view in disguise is none."""
+        if made or facts.written or not has_outputs:
+            self._extra_calls += 1
+            self._extra_bytes += sum(made)
+            if self._extra_bytes > self.slack:
+                self._extra_calls = EXTRA_CALLS + 1  # the next one is one too many
+
+    def optimizing(self, yes: bool) -> None:
+        """The optimizer's step begins or ends. Raises `Deviation` if something is still to be brought back that it would make
+        impossible to bring back."""
+        if yes and self._missed():
+            raise Deviation("something outlives the backward pass that the plan has dropped", once=True)
+        self.effects = yes
+
+    def _missed(self) -> bool:
+        """Whether something is not there that the user refers to, other than what the trace says nobody will read."""
+        return bool(self.dropped) and not self.dropped.keys() <= {self.blocks[v] for v in self._unread}
+
+    def skip_optimizer(self) -> bool:
+        """Whether the optimizer's step may run without us, since nothing is to be done in it; then it counts as done."""
+        if self._missed() or self.backend.addresses or self.at == 0:
+            return False
+        at, rows, ops = self.at, self.rows, self.trace.ops
+        while at < len(rows) and ops[at].phase != "optimizer":
+            at += 1  # operators of the trace that did not come: they will not come any more
+        end = at
+        while end < len(rows) and ops[end].phase == "optimizer":
+            if rows[end].before or rows[end].bind:
+                return False
+            end += 1
+        if at != self.at:
+            return False
+        self.at = end
+        return True
+
+    # -- what the schedule says ---------------------------------------------------------------------------------------
+
+    def _doing(self, action: Action) -> Callable[[], None]:
+        v = action.index
+        if action.kind == "drop":
+            return (lambda: None) if v in self._spared else lambda: self._drop(v)
+        if action.kind == "again":
+            return self._repeating(action)
+        if action.kind == "move":
+            ((_, offset),) = action.places
+            return lambda: self._move(v, offset)
+        if action.kind == "save":
+            return lambda: self._save(v)
+        last = self._last_load[v] is action
+        return lambda: self._load(v, dict(action.places).get(v, -1), last)
+
+    def _drop(self, v: int) -> None:
+        block = self.blocks[v]
+        if block is None or not block.resident:
+            return
+        if type(block.payload) is Hold:
+            if block.payload.exposed:
+                return  # somebody has its address
+            self.dropped[block] = None
+        self.backend.drop(block)
+        block.resident = False
+
+    def _repeating(self, action: Action) -> Callable[[], None]:
+        op, places = self.trace.ops[action.index], dict(action.places)
+        inherited = {new for _, new in op.overwrites}
+        fresh = tuple(places.get(v) for v in op.makes if v not in inherited)
+        offsets = tuple((self.trace.values[v].nbytes, places.get(v, -1)) for v in op.makes if v not in inherited)
+        over = tuple(new in places for _, new in op.overwrites)
+        return lambda: self._again(action.index, fresh, over, offsets, (action.workspace, op.workspace))
+
+    def _again(
+        self, j: int, fresh: Sequence[int | None], over: Sequence[bool], places: Places, workspace: tuple[int, int]
+    ) -> None:
+        """Run operator j again. `fresh`: for each fresh output its address, None to throw it away; `over`: for each storage
+        that it writes, whether its new contents are to come back."""
+        call = self.calls[j]
+        if call is None or len(call.over) != len(over) or len(call.made) != len(fresh):
+            raise Deviation(f"operator {j} of the plan was another one")
+        for look in call.looks:
+            if look[2] is not None and look[2].payload is None:
+                raise Deviation(f"what {call.facts.name} needs to run again is not there")
+        self.repeats += 1
+        made = call.again(self.backend.run, places, workspace)
+        for (old, new), comes in zip(call.over, over, strict=True):
+            scratch, old.payload, old.resident = old.payload, None, False
+            if comes:
+                self._back(new, scratch, old.offset)
+        for block, storage, offset in zip(call.made, made, fresh, strict=True):
+            if offset is not None:
+                self._back(block, storage, offset)
+        self.backend.bound()
+
+    def _back(self, block: Block, storage: torch.UntypedStorage, offset: int) -> None:
+        if block.resident:
+            return
+        block.offset = offset
+        self.backend.back(block, storage)
+        block.resident = True
+        self.dropped.pop(block, None)
+
+    def _save(self, v: int) -> None:
+        block = self.blocks[v]
+        if block is not None and block.resident:
+            self.shelf.save(block, shown(block))
+
+    def _load(self, v: int, offset: int, last: bool) -> None:
+        block = self.blocks[v]
+        if block in self.shelf:
+            if block.alive:  # else nobody refers to it any more
+                self._back(block, self.shelf.load(block), offset)
+                self.backend.bound()
+            if last:
+                self.shelf.forget(block)
+
+    def fetch(self, block: Block) -> None:
+        """Bring a block back from the lower tier, if that has it."""
+        if block in self.shelf:
+            self._back(block, self.shelf.load(block), -1)
+            self.shelf.forget(block)
+
+    def _move(self, v: int, offset: int) -> None:
+        block = self.blocks[v]
+        if block is None or not block.resident or (type(block.payload) is Hold and block.payload.exposed):
+            return
+        old, block.offset = block.offset, offset
+        self.backend.move(block, old)
+
+    # -- what the user does besides calling operators -----------------------------------------------------------------
+
+    def expose(self, tensor: Tensor) -> None:
+        """Somebody is about to know the address of a tensor's bytes. Raises `Deviation` if they are not there."""
+        hold = self.hold_of(tensor)
+        if hold is not None:
+            if not hold.block.resident:
+                raise Deviation("the address of a tensor is asked for that the plan has dropped", once=True)
+            hold.exposed = True
+
+    def settle(self, tensor: Tensor, kind: Any) -> None:
+        """A tensor is a finished gradient. Raises `Deviation` if its bytes are not there."""
+        hold = self.adopt(tensor, kind)
+        hold.kind = kind
+        if not hold.block.resident:
+            raise Deviation("a finished gradient is not there")
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def end_step(self) -> bool:
+        """The step is over: everything remembered is forgotten. False if something is missing that the user still refers to."""
+        if self.at == len(self.rows):
+            for act in self.after:
+                act()
+        whole = not self._missed()
+        if whole:
+            self.forget()
+        return whole
+
+    def forget(self) -> None:
+        """Begin again with the first operator."""
+        if self.backend.addresses:
+            for hold in self.owner.holds.values():
+                storage = hold()
+                if storage is not None and hold.block.offset >= 0:
+                    self.backend.leave(storage)
+                    hold.block.offset = -1
+        self.steps += 1
+        if self.steps == CAUTIOUS_STEPS:
+            self.rows = self._rows(cautious=False)
+        self.blocks = [None] * len(self.trace.values)
+        self.calls = [None] * len(self.trace.ops)
+        self.log = []
+        self.dropped.clear()
+        self.shelf.clear()
+        self.at = self._extra_calls = self._extra_bytes = 0
+        self.token -= 1.0
+
+
+def _repeatable_operators(trace: Trace, schedule: Schedule) -> set[int]:
+    """Operators that may have to run again: those that the schedule repeats, and those without which something dropped could
+    not be brought back if the step were left, or went on otherwise, while the user still refers to it."""
+    values, found = trace.values, {a.index for a in schedule.actions if a.kind == "again"}
+    last = {a.index: n for n, a in enumerate(schedule.actions) if a.kind == "drop"}
+    back = {v: n for n, a in enumerate(schedule.actions) if a.kind == "again" for v, _ in a.places}
+    lasting: dict[int, int] = {}  # value -> until when it may be asked for
+    stack = [(v, values[v].dies) for v, n in last.items() if back.get(v, -1) < n]
+    while stack:
+        v, until = stack.pop()
+        if values[v].born < 0 or lasting.get(v, -1) >= until:
+            continue
+        lasting[v] = until
+        found.add(values[v].born)
+        # an input that lives as long is there, or has been dropped itself and is in this list
+        stack += [(read, until) for read in trace.ops[values[v].born].reads if values[read].dies < until]
+    return {j for j in found if trace.ops[j].repeatable}

@@ -1,0 +1,91 @@
+"""How many bytes a call is about to make: asked before it runs, so that room can be made first.
+
+A call's *signature* is its operator, the geometry of its tensors and its other arguments. The first call of a signature is
+tried on fake tensors (about a millisecond); afterwards what was seen is remembered: bytes of fresh outputs, workspace, and
+seconds, which are frozen after `SETTLED` runs so that decisions do not follow the load of the machine. Operators whose sizes
+depend on the data (`nonzero`) have a `Size` without bytes: they run first, and room is made for what they made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from weft.memory.execute.calls import flat
+from weft.memory.execute.facts import Facts
+from weft.memory.private import FakeTensorMode, storage_of
+
+__all__ = ["SETTLED", "Size", "Sizes"]
+
+SETTLED = 3  # runs after which the seconds of a signature stay as they are (the least seen)
+
+
+@final
+class Size:
+    """What calls of one signature take.
+
+    Attributes:
+        fresh: bytes of each output in a storage of its own, in order; None if it depends on the data.
+        workspace: bytes taken and given back. seconds: the least seen. runs: seen so far.
+    """
+
+    __slots__ = ("fresh", "runs", "seconds", "workspace")
+
+    def __init__(self, fresh: tuple[int, ...] | None, workspace: int = 0, seconds: float = 0.0, runs: int = 0):
+        self.fresh = fresh
+        self.workspace = workspace
+        self.seconds = seconds
+        self.runs = runs
+
+
+@final
+class Sizes:
+    """Table of signatures met so far."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Size] = {}
+
+    def look_up(self, key: tuple[Any, ...], facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Size:
+        """The entry of a signature (`key`, hashable or not); a new one is worked out."""
+        try:
+            return self.known[key]
+        except TypeError:
+            key = (facts, repr(key))
+            found = self.known.get(key)
+        except KeyError:
+            found = None
+        if found is None:
+            found = self.known[key] = Size(foresee(facts, args, kwargs))
+        return found
+
+
+def foresee(facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Bytes of each storage that a call would make, from a run on fake tensors; None if only a real run can tell."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            stand_ins: dict[int, Tensor] = {}  # by storage, so that an output in an argument's bytes is seen
+            fakes = [_fake(value, stand_ins) for value in args]
+            named = {name: _fake(value, stand_ins) for name, value in kwargs.items()}
+            taken = {storage_of(fake)._cdata for fake in stand_ins.values()}
+            fresh: list[int] = []
+            for output in flat(facts.func(*fakes, **named)):
+                storage = storage_of(output)
+                if storage._cdata not in taken:
+                    taken.add(storage._cdata)
+                    fresh.append(storage.nbytes())
+            return tuple(int(n) for n in fresh)
+    except Exception:  # whatever it is, the real call tells: it raises, or shows its sizes
+        return None
+
+
+def _fake(value: Any, stand_ins: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        fake = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+        stand_ins[id(fake)] = fake
+        return fake
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        return type(value)([_fake(item, stand_ins) for item in value])
+    return value

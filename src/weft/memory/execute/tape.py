@@ -1,0 +1,130 @@
+"""The trace of a step, written while the step runs online: what a plan for the following steps is made from.
+
+Operators and values are numbered as `weft.memory.tracing` numbers them: every call that makes bytes, overwrites bytes, or has no
+tensor result is an operator; views are not. Seconds and workspace are those that the executor has measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from weft.memory.execute.backends import Hold
+from weft.memory.execute.facts import Facts
+from weft.memory.private import in_backward
+from weft.memory.record import Category, Op, Phase, Trace, Value
+
+__all__ = ["Tape"]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A `Value` being written."""
+
+    nbytes: int
+    storage: int
+    born: int
+    hold: Any  # weak: what its storage is to the user is known at the end
+    dies: int = -2  # -2: still there
+    category: Category = "activation"
+
+
+@final
+class Tape:
+    """Writes down one step. The executor calls `ran` after each operator and `died` for each storage that dies."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Any, ...]] = []
+        self._values: list[_Draft] = []
+        self._now: dict[int, int] = {}  # id of a living hold -> number of its present value
+        self._pending: list[int] = []  # values that died in the call under way
+        self._num_storages = 0
+
+    @property
+    def num_ops(self) -> int:
+        """Operators so far."""
+        return len(self._rows)
+
+    def ran(
+        self,
+        facts: Facts,
+        reads: Sequence[Hold],
+        written: Sequence[Hold],
+        fresh: Sequence[Hold],
+        *,
+        workspace: int,
+        seconds: float,
+        repeatable: bool,
+        random: bool,
+        effects: bool,
+        has_outputs: bool,
+    ) -> None:
+        """An operator has run: it read and wrote these storages, and made `fresh` ones."""
+        index = len(self._rows)
+        read = dict.fromkeys(self._number(hold) for hold in reads)
+        if written or fresh or not has_outputs:
+            overwrites = []
+            for hold in dict.fromkeys(written):
+                old = self._number(hold)
+                draft = self._values[old]
+                draft.dies = index
+                self._now[id(hold)] = new = len(self._values)
+                self._values.append(_Draft(draft.nbytes, draft.storage, index, hold))
+                overwrites.append((old, new))
+            read.update(dict.fromkeys(old for old, _ in overwrites))
+            makes = [new for _, new in overwrites] + [self._begin(hold, index) for hold in fresh]
+            phase: Phase = "optimizer" if effects else "backward" if in_backward() else "forward"
+            self._rows.append(
+                (facts, phase, tuple(read), tuple(makes), tuple(overwrites), workspace, seconds, repeatable, random)
+            )
+        for number in self._pending:
+            self._values[number].dies = len(self._rows) - 1
+        self._pending.clear()
+
+    def died(self, hold: Hold, running: bool) -> None:
+        """The last reference to a storage is gone; `running`: while an operator runs."""
+        number = self._now.pop(id(hold), None)
+        if number is None:
+            return
+        draft = self._values[number]
+        draft.category = hold.kind
+        if running:
+            self._pending.append(number)
+        else:
+            draft.dies = len(self._rows) - 1
+
+    def _begin(self, hold: Hold, born: int) -> int:
+        number = len(self._values)
+        self._values.append(_Draft(hold.block.nbytes, self._num_storages, born, hold))
+        self._num_storages += 1
+        self._now[id(hold)] = number
+        return number
+
+    def _number(self, hold: Hold) -> int:
+        number = self._now.get(id(hold))
+        return self._begin(hold, -1) if number is None else number
+
+    def trace(self, device: str, model: str) -> Trace:
+        """What was written, ended here."""
+        end, kinds = len(self._rows), {}
+        for draft in self._values:
+            if draft.dies == -2:
+                draft.dies, draft.category = end, draft.hold.kind
+            if draft.category == "activation" and draft.born < 0:
+                draft.category = "input"
+            if draft.category != "activation":
+                kinds.setdefault(draft.storage, draft.category)
+        values = tuple(
+            Value(d.nbytes, d.storage, kinds.get(d.storage, "activation"), "", d.born, d.dies) for d in self._values
+        )
+        fixed = [value.category != "activation" for value in values]
+        ops = tuple(
+            Op(
+                facts.name, "", phase, reads, makes, overwrites, workspace, seconds,
+                repeatable=repeatable and not any(fixed[old] for old, _ in overwrites),
+                random=random, dense=facts.dense,
+            )
+            for facts, phase, reads, makes, overwrites, workspace, seconds, repeatable, random in self._rows
+        )  # fmt: skip
+        return Trace(ops, values, device, model, measured=True)
