@@ -1,0 +1,27 @@
+"""Training state on whatever memory there is: device, host, disk.
+
+    Tiered          a model with parameters, gradients, optimizer states, activations on tiers      tiered, store, fetch
+    DiskOptimizer   any elementwise torch optimizer with its state on disk, in one process          disk_optimizer, states
+    tile            a wide linear layer as tiles that run one after the other                       tiling
+    choose          which tiers, from what they hold and how fast they are                          traffic
+    describe        what a folder lies on, to print beside every number measured there              files
+
+One file each for what is underneath: bytes past the page cache (`files`), who holds what and where (`layout`), optimizers on
+pieces (`elementwise`), crash-safe records (`manifest`), resuming on any number of processes (`resume`), the order of uses
+(`prefetch`), agreement on collectives (`rounds`).
+Source: Rajbhandari et al., ZeRO-Infinity, arXiv:2104.07857.
+"""
+
+from __future__ import annotations
+
+from weft.memory.tiers.disk_optimizer import DiskOptimizer
+from weft.memory.tiers.files import Place, describe, measure
+from weft.memory.tiers.store import TIERS, Tiers
+from weft.memory.tiers.tiered import Tiered
+from weft.memory.tiers.tiling import TiledLinear, tile
+from weft.memory.tiers.traffic import Room, Traffic, choose, efficiency, intensity, traffic
+
+__all__ = [
+    "TIERS", "DiskOptimizer", "Place", "Room", "TiledLinear", "Tiered", "Tiers", "Traffic",
+    "choose", "describe", "efficiency", "intensity", "measure", "tile", "traffic",
+]  # fmt: skip

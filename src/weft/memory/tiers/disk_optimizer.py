@@ -1,0 +1,277 @@
+"""Any elementwise optimizer of torch with its state on disk: a drop-in for it, in one process.
+
+    optimizer = DiskOptimizer(model.parameters(), torch.optim.AdamW, "/fast/disk/run7", lr=3e-4)
+    ...
+    loss.backward()
+    optimizer.step()
+
+Parameters and gradients stay where they are; state (twice the parameters for Adam) is streamed through a few buffers, and the
+result is the optimizer's own, bit for bit. Every step ends with state and parameters complete on disk: after a crash the same
+call with `resume=True` goes on after the last complete step.
+
+Bits are equal where torch's kernels give an element the same result in any tensor: on one thread, or on several for tensors
+that torch does not split among them (32,768 elements); with several threads torch itself cuts large tensors at odd places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.cluster.units import quantity
+from weft.memory.tiers.elementwise import Elementwise
+from weft.memory.tiers.gradients import Gradients
+from weft.memory.tiers.layout import Segment, Shard
+from weft.memory.tiers.manifest import Manifest
+from weft.memory.tiers.peers import Peers
+from weft.memory.tiers.resume import open_states
+from weft.memory.tiers.states import States
+from weft.memory.tiers.workplace import Workplace
+
+__all__ = ["DiskOptimizer", "flat", "nbytes_of", "plain_options", "random_state", "restore_random"]
+
+
+class DiskOptimizer(torch.optim.Optimizer):
+    """See the file's header.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups, as any optimizer takes them.
+        kind: the optimizer's class.
+        folder: of the state; for one job at a time.
+        resume: go on from the state in the folder, which gives the parameters their values. Otherwise it must hold none.
+        chunk: bytes of parameters updated at once; takes `buffers` times that, and the same again per state, of memory.
+        buffers: 1 reads, updates and writes in turn; 3 do it at once.
+        threads: that read and write.
+        **options: of the optimizer.
+
+    Attributes:
+        steps: complete ones.
+        notes: a JSON-able dict that is written with each step and comes back on resuming (epoch, position in the data).
+    Raises:
+        ValueError: the optimizer is not elementwise; the folder holds the state of another model, or some and `resume` is False.
+        DiskFull: the folder has no room for the state (found before training).
+        FolderInUse: another job works there.
+        CheckpointDamaged: the state is not what was written.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        kind: type[torch.optim.Optimizer],
+        folder: Path | str,
+        *,
+        resume: bool = False,
+        chunk: int | str = "16 MiB",
+        buffers: int = 3,
+        threads: int = 4,
+        **options: Any,
+    ):
+        defaults = kind([nn.Parameter(torch.zeros(1))], **options).defaults
+        super().__init__(params, defaults)
+        self.kind, self.notes = kind, {}
+        self._parameters: list[nn.Parameter] = []
+        shards = []
+        for index, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                name = group["param_names"][place] if "param_names" in group else str(len(self._parameters))
+                if not parameter.dtype.is_floating_point and not parameter.dtype.is_complex:
+                    raise ValueError(f"parameter {name} of dtype {parameter.dtype} cannot be trained; leave it out")
+                shards.append(
+                    Shard(name, tuple(parameter.shape), parameter.dtype, 0, parameter.numel(), index, on_disk=False)
+                )
+                self._parameters.append(parameter)
+        if len({shard.name for shard in shards}) < len(shards):
+            raise ValueError("two parameters have one name; names tell them apart in the files")
+        rules = [Elementwise(kind, defaults) for _ in self.param_groups]
+        self.place = Workplace(folder, threads=threads)
+        self._folder = Path(folder)
+        try:
+            self.states = States(
+                shards,
+                rules,
+                lambda g: plain_options(self.param_groups[g]),
+                self._value,
+                streamed=True,
+                device=torch.device("cpu"),
+                peers=Peers(),
+                disk=self.place.disk,
+                folder=self._folder,
+                chunk=nbytes_of(chunk, "chunk"),
+                buffers=buffers,
+            )
+            self._gradients = Gradients(shards)
+            self._extra = self._open(resume)
+        except BaseException:
+            self.place.close()
+            raise
+        self._versions = [parameter._version for parameter in self._parameters]
+
+    def _open(self, resume: bool) -> dict[str, Tensor]:
+        found = open_states(self.states, self._folder, self._about, random_state, resume=resume)
+        if found is None:
+            for index, parameter in enumerate(self._parameters):
+                self.states.seed(index, flat(parameter))
+            self.states.commit(lambda: self._about(0), random_state())
+            return {}
+        extra, notes = found
+        self.notes.update(notes)
+        return extra
+
+    def _value(self, segment: Segment) -> Tensor:
+        return flat(self._parameters[segment.shard])[segment.start : segment.stop]
+
+    def _about(self, step: int) -> Manifest:
+        shapes = {s.name: (list(s.shape), str(s.dtype).removeprefix("torch.")) for s in self.states.shards}
+        groups = [described(group) for group in self.param_groups]
+        return Manifest(step, 0, 1, self.kind.__name__, shapes, [], groups, dict(self.notes))
+
+    @property
+    def steps(self) -> int:
+        return self.states.step
+
+    def restore_random(self) -> None:
+        """Set torch's random generators to where they were after the step that was resumed."""
+        restore_random(self._extra)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; on return it is complete on disk.
+
+        Raises:
+            DiskFull: parameters and state are as before the step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        changed = set()
+        for index, parameter in enumerate(self._parameters):
+            if parameter.grad is not None:
+                self._gradients.add(index, flat_like(parameter.grad, parameter))
+                changed.add(index)
+            elif parameter._version != self._versions[index]:
+                changed.add(index)  # by the user, between steps: the files must tell of it
+        order = sorted({c for index in changed for c, _ in self.states.of_shard[index]})
+        try:
+            self.states.update(order, self._gradients)
+            self.states.commit(lambda: self._about(self.states.step + 1), random_state())
+        except BaseException:
+            self.states.rollback()
+            raise
+        finally:
+            self._gradients.clear()
+        self._versions = [parameter._version for parameter in self._parameters]
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the optimizer in memory would give it: all of the state is read into memory."""
+        packed = super().state_dict()
+        packed["state"] = {
+            index: state
+            for index in range(len(self._parameters))
+            if (state := self.states.whole_state(index)) is not None
+        }
+        for state_index, state in packed["state"].items():
+            shape = self._parameters[state_index].shape
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim():
+                    state[key] = value.view(shape)
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of an optimizer of the same kind and parameters, and write it to disk."""
+        given = state_dict["state"]
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        try:
+            self.states.replace(lambda index: given.get(index))
+            self.states.commit(lambda: self._about(self.states.step), random_state())
+        except BaseException:
+            self.states.rollback()
+            raise
+
+    def close(self) -> None:
+        """Close the files and give the folder free; training cannot go on with this object."""
+        self.states.close()
+        self._gradients.close()
+        self.place.close()
+
+    def __enter__(self) -> DiskOptimizer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options without its parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def described(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options as far as JSON can say them."""
+    found = {}
+    for key, value in plain_options(group).items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, (bool, int, float, str, type(None), list, tuple)):
+            found[key] = value
+    return found
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A 1-D alias of a dense tensor, in memory order.
+
+    Raises:
+        ValueError: the tensor is not dense (a strided view), so that it has no such alias.
+    """
+    tensor = tensor.detach()
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if torch.empty_like(tensor, device="meta").stride() != tensor.stride():
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense; clone it first"
+        )
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def flat_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient's elements in the order of `flat(parameter)`."""
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"gradients of layout {gradient.layout} cannot be streamed; use dense gradients (sparse=False)"
+        )
+    if gradient.stride() == parameter.stride() or (gradient.is_contiguous() and parameter.is_contiguous()):
+        return flat(gradient)
+    return flat(torch.empty_like(parameter).copy_(gradient))
+
+
+def nbytes_of(size: int | str, what: str) -> int:
+    """Bytes of a size as people write it ("16 MiB", "16MiB", 16777216)."""
+    try:
+        number = quantity(size, "bytes")
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if number < 1:
+        raise ValueError(f"{what} must be at least 1 byte, got {size!r}")
+    return int(number)
+
+
+def random_state() -> dict[str, Tensor]:
+    """States of torch's generators, CPU and accelerators."""
+    found = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found.update({f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
+    return found
+
+
+def restore_random(extra: Mapping[str, Tensor]) -> None:
+    """Set the generators whose state is in `extra`."""
+    for name, state in extra.items():
+        if name == "random.cpu":
+            torch.set_rng_state(state)
+        elif name.startswith("random.cuda.") and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, int(name.rpartition(".")[2]))

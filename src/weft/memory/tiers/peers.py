@@ -1,0 +1,63 @@
+"""The processes of a job: what they tell each other, and how it shows when one is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from weft.errors import PeerLost
+
+__all__ = ["Peers", "together"]
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """A collective. What torch says of a process that ended or did not come becomes `PeerLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, PeerLost):
+            raise
+        raise PeerLost(-1, doing, str(error)) from error
+
+
+class Peers:
+    """The other processes of a job; alone, all of it is trivial. `control` is a process group that moves CPU tensors."""
+
+    def __init__(self, control: Any = None):
+        self.control = control
+        if control is None:
+            self.rank, self.world = 0, 1
+        else:
+            import torch.distributed as dist
+
+            self.rank, self.world = dist.get_rank(control), dist.get_world_size(control)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, in rank order."""
+        if self.control is None:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world
+        with together("agreeing with the other processes"):
+            dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def wait(self) -> None:
+        """Return when everybody has come here."""
+        self.gather(None)
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """Do something on every process; if it fails anywhere it fails everywhere, with the first rank's error."""
+        error: Exception | None = None
+        result = None
+        try:
+            result = work()
+        except Exception as found:
+            error = found
+        failed = next((item for item in self.gather(error) if item is not None), None)
+        if failed is not None:
+            raise error if error is not None else failed
+        return result

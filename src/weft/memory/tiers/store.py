@@ -1,0 +1,327 @@
+"""A model's parameters and optimizer states on their tiers: how they get there, and what a folder says of them.
+
+`Store` knows what lives where; it knows nothing of hooks, order or training steps (that is `tiered`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.memory.tiers.disk_optimizer import described, flat, plain_options, random_state
+from weft.memory.tiers.elementwise import Elementwise
+from weft.memory.tiers.fetch import Slot
+from weft.memory.tiers.layout import Segment, Shard, shard_length, share
+from weft.memory.tiers.manifest import Manifest
+from weft.memory.tiers.peers import Peers
+from weft.memory.tiers.resume import open_states
+from weft.memory.tiers.states import States
+from weft.memory.tiers.workplace import Workplace
+
+__all__ = ["TIERS", "Front", "Store", "Tiers"]
+
+TIERS = ("device", "host", "disk")
+BUFFER = "buffer."  # prefix of module buffers among the extra tensors of a step
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """Where each class of a training run's bytes lives: "device", "host" or "disk".
+
+    Attributes:
+        parameters: "device" keeps them whole on every process; otherwise each process keeps 1/N.
+        gradients: between backward and update; each process keeps its 1/N.
+        optimizer: its state, 1/N on each process. On "disk", parameters are written along with it at every step, and the folder
+            is enough to resume after a crash.
+        activations: what autograd saves for backward.
+    """
+
+    parameters: str = "device"
+    gradients: str = "device"
+    optimizer: str = "device"
+    activations: str = "device"
+
+    def __post_init__(self) -> None:
+        for name in ("parameters", "gradients", "optimizer", "activations"):
+            if getattr(self, name) not in TIERS:
+                raise ValueError(f"Tiers: {name} must be one of {', '.join(TIERS)}, got {getattr(self, name)!r}")
+
+    @property
+    def uses_disk(self) -> bool:
+        return "disk" in (self.parameters, self.gradients, self.optimizer, self.activations)
+
+
+class Front(torch.optim.Optimizer):
+    """What schedulers and training loops take for the optimizer: its groups are the ones used, its step is the run's."""
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any], advance: Callable[[], None]):
+        super().__init__(groups, defaults)
+        self._advance = advance
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._advance()
+        return loss
+
+
+class Store:
+    """See the file's header.
+
+    Args:
+        model, optimizer, tiers, groups: as `Tiered` takes them.
+        peers: the other processes.
+        device: where parameters are used.
+        place: the folder to work in, if there is one.
+        chunk, buffers, keep_below: in bytes, buffers, bytes.
+        advance: what `optimizer.step()` calls.
+
+    Attributes:
+        slots: one per parameter, in the model's order.
+        states: their optimizer states.
+        front: the optimizer for users.
+        notes: goes with every step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        tiers: Tiers,
+        groups: Sequence[Mapping[str, Any]] | None,
+        peers: Peers,
+        device: torch.device,
+        place: Workplace | None,
+        *,
+        chunk: int,
+        buffers: int,
+        keep_below: int,
+        advance: Callable[[], None],
+    ):
+        self.model, self.tiers, self.peers, self.device, self.place = model, tiers, peers, device, place
+        self.notes: dict[str, Any] = {}
+        trained = _groups(model, groups)
+        made = optimizer([
+            {**options, "params": [nn.Parameter(torch.zeros(2, dtype=parameter.dtype)) for parameter in parameters.values()]}
+            for parameters, options in trained
+        ])  # fmt: skip
+        self.kind = type(made)
+        strides = {name: torch.empty_like(p, device="meta").stride() for name, p in model.named_parameters()}
+        swapped = _leave_meta(model, device)
+        self._hollow = set(swapped)  # parameters that have no values yet
+        trained = [({n: swapped.get(n, p) for n, p in parameters.items()}, options) for parameters, options in trained]
+        self.front = Front(
+            [
+                {**plain_options(g), "params": list(parameters.values())}
+                for g, (parameters, _) in zip(made.param_groups, trained, strict=True)
+            ],
+            made.defaults,
+            advance,
+        )
+        group_of = {name: g for g, (parameters, _) in enumerate(trained) for name in parameters}
+        self.slots: list[Slot] = []
+        shards = []
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            numel, item = parameter.numel(), parameter.dtype.itemsize
+            start, stop = share(numel, peers.rank, peers.world)
+            tier = "device" if numel * item < keep_below else tiers.parameters
+            each, shape = shard_length(numel, peers.world), tuple(parameter.shape)
+            self.slots.append(
+                Slot(index, name, parameter, shape, strides[name], parameter.dtype, start, stop, each, tier)
+            )
+            shards.append(Shard(name, shape, parameter.dtype, start, stop, group_of.get(name, -1), tier == "disk"))
+        self.states = States(
+            shards,
+            [Elementwise(self.kind, made.defaults) for _ in trained],
+            lambda g: plain_options(self.front.param_groups[g]),
+            self.value,
+            streamed=tiers.optimizer == "disk",
+            device=device if tiers.optimizer == "device" else torch.device("cpu"),
+            peers=peers,
+            disk=place.disk if place is not None else None,
+            chunk=chunk,
+            buffers=buffers,
+        )
+
+    # ---- opening
+
+    def open(self, values: Iterable[tuple[str, Tensor]] | None, *, resume: bool) -> dict[str, Tensor]:
+        """Bring every parameter to its tier, from the folder or from its values; a collective.
+
+        Returns:
+            Random states of the step that was resumed, if one was.
+        """
+        for slot in self.slots:
+            if slot.tier == "host":
+                slot.home = torch.zeros(slot.each, dtype=slot.dtype, pin_memory=self.device.type == "cuda")
+            if slot.tier == "device" and resume:
+                self._make_whole(slot)
+        found = None
+        if self.tiers.optimizer == "disk":
+            assert self.place is not None
+            found = open_states(self.states, self.place.folder, self.about, self.extra, resume=resume)
+        elif self.states.nbytes:
+            self.states.folder = self.place.scratch
+            self.peers.agree(lambda: self.states.open(fresh=True))
+        if found is None:
+            self.peers.agree(lambda: self._take(values))
+            if self.tiers.optimizer == "disk":
+                self.states.commit(lambda: self.about(0), self.extra())
+            return {}
+        extra, notes = found
+        self.notes.update(notes)
+        for name, buffer in list(self.model.named_buffers()):
+            if BUFFER + name in extra:
+                _set_buffer(self.model, name, buffer, extra[BUFFER + name].to(self.device))
+        for slot in self.slots:
+            if slot.tier != "device":
+                slot.parameter.data = self.placeholder(slot)
+        return {name: tensor for name, tensor in extra.items() if not name.startswith(BUFFER)}
+
+    def _take(self, values: Iterable[tuple[str, Tensor]] | None) -> None:
+        """Give parameters and buffers their first values, one at a time."""
+        slots = {slot.name: slot for slot in self.slots}
+        buffers = dict(self.model.named_buffers())
+        missing = set(slots) | {name for name, buffer in buffers.items() if buffer.device.type == "meta"}
+        if values is None:
+            values = [(name, slot.parameter.detach()) for name, slot in slots.items() if name not in self._hollow]
+            values += [(name, buffer) for name, buffer in buffers.items() if buffer.device.type != "meta"]
+        for name, tensor in values:
+            if name not in slots and name not in buffers:
+                continue  # a further name of a tied parameter
+            missing.discard(name)
+            if name in buffers:
+                _set_buffer(self.model, name, buffers[name], tensor.detach().to(self.device))
+                continue
+            slot = slots[name]
+            if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
+                raise ValueError(
+                    f"the value of {name} is {tensor.dtype} {tuple(tensor.shape)}, the parameter {slot.dtype} {slot.shape}"
+                )
+            self.put(slot, tensor)
+            if slot.stop > slot.start:
+                self.states.seed(slot.index, self.part(slot, tensor))
+            del tensor
+        if missing:
+            raise ValueError(
+                f"{len(missing)} tensors have no value, for example {min(missing)}: they are on the meta device; pass values=..."
+            )
+
+    def _make_whole(self, slot: Slot) -> None:
+        """Memory for a parameter that lives whole on the device."""
+        data = slot.parameter.data
+        if data.stride() != slot.stride or data.device != self.device:
+            slot.parameter.data = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=self.device)
+
+    def put(self, slot: Slot, tensor: Tensor) -> None:
+        """Bring a whole value to a parameter's home, as far as that is memory; release the parameter if it is not the device."""
+        if slot.tier == "device":
+            self._make_whole(slot)
+            if slot.parameter.data_ptr() != tensor.data_ptr():
+                slot.parameter.data.copy_(tensor)
+            return
+        if slot.home is not None:
+            slot.home[: slot.stop - slot.start].copy_(self.part(slot, tensor))
+        slot.parameter.data = self.placeholder(slot)
+
+    def part(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """This process's elements of a whole value, in memory order."""
+        return flat_in(tensor.detach(), slot)[slot.start : slot.stop]
+
+    def placeholder(self, slot: Slot) -> Tensor:
+        """What a released parameter holds: its shape, one NaN."""
+        nothing = float("nan") if slot.dtype.is_floating_point or slot.dtype.is_complex else 0
+        return torch.full((), nothing, dtype=slot.dtype, device=self.device).expand(slot.shape)
+
+    # ---- what the states ask for
+
+    def value(self, segment: Segment) -> Tensor:
+        """The elements of a segment whose home is memory."""
+        slot = self.slots[segment.shard]
+        if slot.home is not None:
+            return slot.home[segment.start - slot.start : segment.stop - slot.start]
+        return flat(slot.parameter)[segment.start : segment.stop]
+
+    def about(self, step: int) -> Manifest:
+        shapes = {slot.name: (list(slot.shape), str(slot.dtype).removeprefix("torch.")) for slot in self.slots}
+        groups = [described(group) for group in self.front.param_groups]
+        return Manifest(
+            step, self.peers.rank, self.peers.world, self.kind.__name__, shapes, [], groups, dict(self.notes)
+        )
+
+    def extra(self) -> dict[str, Tensor]:
+        """What goes with a step besides parameters and states: buffers, random states."""
+        return {**{BUFFER + name: buffer for name, buffer in self.model.named_buffers()}, **random_state()}
+
+    def close(self) -> None:
+        self.states.close()
+
+
+def flat_in(tensor: Tensor, slot: Slot) -> Tensor:
+    """A whole tensor's elements in the memory order of a slot, 1-D."""
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"{slot.name}: gradients of layout {tensor.layout} cannot be kept on a tier; use dense ones (sparse=False)"
+        )
+    if tensor.stride() != slot.stride:
+        tensor = torch.empty_strided(slot.shape, slot.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _groups(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]] | None
+) -> list[tuple[dict[str, nn.Parameter], dict[str, Any]]]:
+    """(parameters by name, options) of each group; frozen parameters are left out."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("Tiered: the model has no parameter that requires gradients")
+    if groups is None:
+        return [(named, {})]
+    names = {id(p): name for name, p in named.items()}
+    found: list[tuple[dict[str, nn.Parameter], dict[str, Any]]] = []
+    seen: set[str] = set()
+    for group in groups:
+        members = {}
+        for item in group["params"]:
+            name = item if isinstance(item, str) else names.get(id(item), "")
+            if name not in named or name in seen:
+                what = "is in two groups" if name in seen else "is no trainable parameter of the model"
+                raise ValueError(f"Tiered: {name or 'a tensor in groups'} {what}")
+            seen.add(name)
+            members[name] = named[name]
+        found.append((members, {k: v for k, v in group.items() if k != "params"}))
+    return found
+
+
+def _leave_meta(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
+    """Put parameters without data on the device in place of those on meta, one for each, so that ties stay ties."""
+    twins: dict[int, nn.Parameter] = {}
+    old = []  # kept until the end: an id is free once its object is gone
+    for module in model.modules():
+        for key, held in module._parameters.items():
+            if held is not None and held.device.type == "meta":
+                if id(held) not in twins:
+                    old.append(held)
+                    data = torch.zeros((), dtype=held.dtype, device=device).expand(held.shape)
+                    twins[id(held)] = nn.Parameter(data, requires_grad=held.requires_grad)
+                module._parameters[key] = twins[id(held)]
+    made = {id(twin) for twin in twins.values()}
+    return {name: p for name, p in model.named_parameters() if id(p) in made}
+
+
+def _set_buffer(model: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
+    """Give a buffer its values, in place if it has memory, under all its names if not."""
+    if old.device == new.device:
+        if old.data_ptr() != new.data_ptr():
+            old.copy_(new)
+        return
+    for module in model.modules():
+        for key, held in module._buffers.items():
+            if held is old:
+                module._buffers[key] = new

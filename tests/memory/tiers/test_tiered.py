@@ -1,0 +1,617 @@
+"""`Tiered` in one process: the bits of training in memory, whatever lives where and whatever way the model takes."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+
+import pytest
+import torch
+from tests.memory.tiers.training import ADAMW, SMALL, Branching, Normed, differing, gpt, in_memory, tokens, train_tiered
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import weft
+from weft.errors import DiskFull, FolderInUse, ParameterChanged
+from weft.memory.tiers.prefetch import Mode
+from weft.memory.tiers.store import TIERS, Tiers
+from weft.memory.tiers.tiered import Tiered
+from weft.memory.tiers.traffic import traffic
+
+ALL = [*itertools.product(TIERS, TIERS, TIERS, ("device", "disk"))]
+DISK = Tiers("disk", "disk", "disk", "disk")
+LOWER = Tiers("disk", "host", "disk")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return in_memory(3)
+
+
+def check(tmp_path, reference, tiers, **options):
+    losses, final = reference
+    model = gpt()
+    with Tiered(model, ADAMW, tiers, tmp_path, **{**SMALL, **options}) as tiered:
+        assert train_tiered(model, tiered, range(3)) == losses
+        assert not differing(tiered.state_dict(), final)
+        assert tiered.steps == 3
+
+
+@pytest.mark.parametrize("names", ALL[::5], ids="-".join)
+def test_some_tiers(tmp_path, reference, names):
+    check(tmp_path, reference, Tiers(*names))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("names", list(itertools.product(TIERS, TIERS, TIERS, TIERS)), ids="-".join)
+def test_every_combination_of_tiers(tmp_path, reference, names, update):
+    check(tmp_path, reference, Tiers(*names), update=update)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize("names", ["disk device disk device", "host host disk device", "disk disk host disk"])
+def test_updates_in_backward(tmp_path, reference, names, buffers):
+    check(tmp_path, reference, Tiers(*names.split()), update="backward", buffers=buffers)
+
+
+@pytest.mark.parametrize("ahead", [1, "10 kB", "1 GB"])
+@pytest.mark.parametrize("keep_below", [1, 500, "1 GB"])
+def test_any_look_ahead_and_any_share_on_the_device(tmp_path, reference, ahead, keep_below):
+    check(tmp_path, reference, Tiers("disk", "host", "disk"), ahead=ahead, keep_below=keep_below)
+
+
+def test_batchnorm_buffers_and_conv_weights(tmp_path):
+    def steps(model, advance, zero):
+        for turn in range(3):
+            x = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(turn))
+            zero()
+            model(x).square().mean().backward()
+            advance()
+
+    torch.manual_seed(0)
+    model = Normed().to(memory_format=torch.channels_last)
+    optimizer = ADAMW(model.parameters())
+    steps(model, optimizer.step, optimizer.zero_grad)
+    torch.manual_seed(0)
+    ours = Normed().to(memory_format=torch.channels_last)
+    with Tiered(ours, ADAMW, DISK, tmp_path, **SMALL) as tiered:
+        steps(ours, tiered.step, tiered.zero_grad)
+        assert not differing(model.state_dict(), tiered.state_dict())
+    torch.manual_seed(7)
+    again = Normed().to(memory_format=torch.channels_last)
+    with Tiered(again, ADAMW, DISK, tmp_path, resume=True, **SMALL) as tiered:
+        assert not differing(model.state_dict(), tiered.state_dict())
+
+
+# ---- where things are
+
+
+def test_a_released_parameter_is_nan_and_cannot_be_written(tmp_path):
+    model = gpt()
+    with Tiered(model, ADAMW, Tiers("disk", "host", "disk"), tmp_path, **{**SMALL, "ahead": 1}) as tiered:
+        loss = model(*tokens(0))
+        for parameter in model.parameters():
+            assert parameter.isnan().all() and parameter.untyped_storage().nbytes() == parameter.element_size()
+        loss.backward()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        tiered.step()
+        with pytest.raises(RuntimeError), torch.no_grad():
+            model.head.weight.add_(1)
+        assert (
+            not tiered.read("head.weight" if "head.weight" in dict(model.named_parameters()) else "embed.weight")
+            .isnan()
+            .any()
+        )
+
+
+def live_bytes(step) -> int:
+    """Most bytes of tensors at any moment of a step, beyond those before it."""
+    from weft.memory.meters import meter
+
+    gc.collect()
+    with meter() as found:
+        before = found.live
+        step()
+        return found.peak - before
+
+
+def test_peak_memory_of_a_step(tmp_path):
+    """A chain of wide layers: on disk, a step may hold two of them, its gradient and the ring, not the model."""
+    width, layers = 128, 12
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    x, one = torch.randn(2, width), width * width * 4
+    ahead, chunk = one, one
+    with Tiered(
+        model, ADAMW, Tiers("disk", "disk", "disk"), tmp_path, keep_below=1, ahead=ahead, chunk=chunk, buffers=2
+    ) as tiered:  # fmt: skip
+
+        def step():
+            model(x).sum().backward()
+            tiered.step()
+
+        step()
+        peak = live_bytes(step)
+    # parameters: one used, one coming, one kept for the next use; gradients: new, being written (2), read; temporaries
+    assert peak <= 12 * one, f"{peak / one:.1f} layers' worth of bytes"
+    # the ring was there before, in the first step: two records of three arrays
+    assert 12 * one + 2 * 3 * one < 4 * layers * one  # what training in memory holds: parameter, gradient, two states
+
+
+def test_bytes_moved_are_the_formulas(tmp_path):
+    """Counted bytes of a step = the formulas, per class; sizes are whole pages so that padding is nothing."""
+    width, layers = 64, 3  # 64 x 64 floats: 4 pages
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    parameters = layers * width * width * 4
+    for tiers in (
+        Tiers("disk", "device", "device"),
+        Tiers("device", "disk", "device"),
+        Tiers("device", "device", "disk"),
+        Tiers("disk", "disk", "disk"),
+    ):
+        folder = tmp_path / "-".join((tiers.parameters, tiers.gradients, tiers.optimizer))
+        # Nothing is fetched ahead of a step and kept: each of the two passes fetches everything.
+        with Tiered(model, ADAMW, tiers, folder, keep_below=1, ahead=1) as tiered:
+            for _ in range(3):
+                disk = tiered._place.disk
+                before = disk.bytes_read, disk.bytes_written
+                model(torch.ones(1, width)).sum().backward()
+                tiered.fetcher.finish()  # what was read ahead for the next pass counts there
+                tiered.step()
+                moved = disk.bytes_read - before[0], disk.bytes_written - before[1]
+            # The last layer's parameter stays for its backward; what is read ahead at the end of the step is one more.
+            expected = traffic(tiers, parameters)
+            one = parameters // layers if tiers.parameters == "disk" else 0
+            assert abs(moved[0] - expected.read["disk"]) <= one
+            assert moved[1] == expected.write["disk"]
+            model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+
+
+# ---- models that take other ways
+
+
+def compare(tmp_path, make, steps, tiers=LOWER, optimizer=ADAMW, **options):
+    """`steps(model, begin, end)` in memory and on tiers; the Tiered, for more questions."""
+    torch.manual_seed(0)
+    model = make()
+    reference = optimizer(model.parameters())
+    expected = steps(model, reference.zero_grad, reference.step)
+    torch.manual_seed(0)
+    ours = make()
+    tiered = Tiered(ours, optimizer, tiers, tmp_path, **{**SMALL, **options})
+    found = steps(ours, lambda: None, tiered.step)
+    assert found == expected
+    assert not differing(tiered.state_dict(), model.state_dict())
+    tiered.close()
+    return tiered
+
+
+WAYS = [[0, 1, 2], [0, 1, 2], [2, 0], [4, 3, 2, 1, 0], [1, 1, 1], [], [0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_data_dependent_branches(tmp_path, update):
+    def steps(model, begin, end):
+        losses = []
+        for turn, way in enumerate(WAYS):
+            x = torch.randn(4, 24, generator=torch.Generator().manual_seed(turn))
+            begin()
+            loss = model(x, way).square().mean()
+            losses.append(loss.item())
+            loss.backward()
+            end()
+        return losses
+
+    tiered = compare(tmp_path, Branching, steps, update=update)
+    order = tiered.fetcher.training
+    assert order.rerecorded == 5  # every change of the way, and the way back
+    names = [tiered.slots[index].name for index in order.trace]
+    assert order.mode is Mode.COMPLETE
+    weights = [name for name in names if name.endswith("weight")]  # forward, then what backward needs
+    assert weights == [f"experts.{i}.weight" for i in (0, 1, 2)] + ["out.weight", "out.weight"] + [
+        f"experts.{i}.weight" for i in (2, 1)
+    ]
+
+
+def test_tied_weights_used_outside_the_model(tmp_path):
+    """The head is a functional use of another module's weight, once inside the model, once in the loss."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(31, 24), nn.Linear(24, 24)
+
+        def forward(self, x):
+            return F.linear(torch.tanh(self.mix(self.embed(x))), self.embed.weight)
+
+    def steps(model, begin, end):
+        losses = []
+        for turn in range(3):
+            x = torch.randint(31, (6,), generator=torch.Generator().manual_seed(turn))
+            begin()
+            y = model(x)
+            loss = F.cross_entropy(y, x) + (model.mix.weight * model.mix.weight).sum() + model.embed.weight.norm()
+            losses.append(loss.item())
+            loss.backward()
+            end()
+        return losses
+
+    compare(tmp_path, Tied, steps)
+    compare(tmp_path / "backward", Tied, steps, update="backward")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks(tmp_path, reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(12, 24)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24), nn.Dropout(0.1)) for _ in range(3)
+            )
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = x + checkpoint(block, x, use_reentrant=reentrant)
+            return x
+
+    def steps(model, begin, end):
+        losses = []
+        for turn in range(3):
+            torch.manual_seed(turn)
+            begin()
+            loss = model(torch.randn(5, 12)).square().mean()
+            losses.append(loss.item())
+            loss.backward()
+            end()
+        return losses
+
+    compare(tmp_path, Checkpointed, steps, tiers=DISK)
+
+
+def test_layers_that_hold_their_weights_themselves(tmp_path):
+    """LSTM keeps a list of its parameters, MultiheadAttention uses the weight of a module it never calls."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.attention = nn.LSTM(8, 12, num_layers=2, bidirectional=True), nn.MultiheadAttention(24, 3)
+            self.scale = nn.Parameter(torch.ones(24))
+
+        def forward(self, x):
+            y, _ = self.lstm(x)
+            return self.attention(y, y, y)[0] * self.scale
+
+    def steps(model, begin, end):
+        losses = []
+        for turn in range(3):
+            begin()
+            loss = model(torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(turn))).square().mean()
+            losses.append(loss.item())
+            loss.backward()
+            end()
+        return losses
+
+    compare(tmp_path, Mixed, steps)
+
+
+def test_frozen_and_unused_parameters(tmp_path):
+    def make():
+        model = Branching()
+        model.experts[1].requires_grad_(False)
+        return model
+
+    def steps(model, begin, end):
+        for turn in range(3):
+            begin()
+            model(torch.randn(4, 24, generator=torch.Generator().manual_seed(turn)), [0, 1]).square().mean().backward()
+            end()
+
+    compare(tmp_path, make, steps)
+
+
+def test_micro_batches_and_evaluation_between(tmp_path):
+    def steps(model, begin, end):
+        losses = []
+        for turn in range(3):
+            begin()
+            for part in range(3):
+                torch.manual_seed(turn)
+                loss = model(*tokens(3 * turn + part)) / 3
+                loss.backward()
+            with torch.no_grad():
+                losses.append(model.eval()(*tokens(99)).item())
+            model.train()
+            end()
+        return losses
+
+    for name in ("host", "disk", "device"):
+        compare(tmp_path / name, gpt, steps, tiers=Tiers("disk", name, "disk"))
+
+
+def test_a_second_backward_is_refused_where_updates_are_done(tmp_path):
+    model = gpt()
+    with Tiered(model, ADAMW, Tiers("disk", "host", "disk"), tmp_path, update="backward", **SMALL) as tiered:
+        before = tiered.state_dict()
+        for _ in range(2):
+            model(*tokens(0)).backward()
+        with pytest.raises(RuntimeError, match="one backward per step"):
+            tiered.step()
+        assert not differing(before, tiered.state_dict()) and tiered.steps == 0
+
+
+def test_clipping(tmp_path):
+    def in_place(model, optimizer):
+        norms = []
+        for turn in range(3):
+            torch.manual_seed(turn)
+            optimizer.zero_grad()
+            model(*tokens(turn)).backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+            optimizer.step()
+        return norms
+
+    reference = gpt()
+    norms = in_place(reference, ADAMW(reference.parameters()))
+    for name in ("device", "host", "disk"):
+        model = gpt()
+        with Tiered(
+            model, ADAMW, Tiers("disk", name, "disk"), tmp_path / name, **{**SMALL, "chunk": "1 MiB"}
+        ) as tiered:
+            for turn in range(3):
+                torch.manual_seed(turn)
+                model(*tokens(turn)).backward()
+                assert tiered.clip_grad_norm_(0.1).item() == norms[turn]
+                tiered.step()
+            assert not differing(tiered.state_dict(), reference.state_dict())
+    with Tiered(gpt(), ADAMW, Tiers("host"), update="backward") as tiered, pytest.raises(ValueError, match="clipped"):
+        tiered.clip_grad_norm_(1.0)
+
+
+def test_groups_by_name_and_a_schedule(tmp_path):
+    names = [name for name, p in gpt().named_parameters()]
+    decayed = [name for name, p in gpt().named_parameters() if p.dim() > 1]
+    groups = [
+        {"params": decayed, "weight_decay": 0.3},
+        {"params": [name for name in names if name not in decayed], "lr": 1e-3},
+    ]
+    reference = gpt()
+    named = dict(reference.named_parameters())
+    optimizer = torch.optim.AdamW([{**g, "params": [named[n] for n in g["params"]]} for g in groups], lr=1e-2)
+    model = gpt()
+    with Tiered(model, ADAMW, Tiers("disk", "host", "disk"), tmp_path, groups=groups, **SMALL) as tiered:
+        schedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in (optimizer, tiered.optimizer)]
+        for turn in range(3):
+            torch.manual_seed(turn)
+            optimizer.zero_grad()
+            reference(*tokens(turn)).backward()
+            optimizer.step()
+            torch.manual_seed(turn)
+            model(*tokens(turn)).backward()
+            tiered.optimizer.step()
+            for schedule in schedules:
+                schedule.step()
+        assert not differing(tiered.state_dict(), reference.state_dict())
+        assert [g["lr"] for g in tiered.optimizer.param_groups] == [g["lr"] for g in optimizer.param_groups]
+
+
+# ---- building a model piece by piece
+
+
+def test_a_model_that_was_never_whole(tmp_path):
+    from weft.placement import materialise
+
+    reference = gpt()
+    torch.manual_seed(0)
+    model = weft.deferred(gpt)
+    assert all(p.device.type == "meta" for p in model.parameters())
+    with Tiered(model, ADAMW, Tiers("disk", "host", "disk"), tmp_path, values=materialise(model), **SMALL) as tiered:
+        assert not differing(tiered.state_dict(), reference.state_dict())
+        optimizer = ADAMW(reference.parameters())
+        for turn in range(2):
+            torch.manual_seed(turn)
+            optimizer.zero_grad()
+            reference(*tokens(turn)).backward()
+            optimizer.step()
+        train_tiered(model, tiered, range(2))
+        assert not differing(tiered.state_dict(), reference.state_dict())
+        assert model.head.weight is model.embed.weight
+    again = weft.deferred(gpt)
+    with Tiered(again, ADAMW, Tiers("host", "host", "disk"), tmp_path, resume=True, **SMALL) as tiered:
+        assert tiered.steps == 2 and not differing(tiered.state_dict(), reference.state_dict())
+
+
+def test_peak_memory_of_building(tmp_path):
+    """32 layers, of which no more than a few are ever in memory."""
+    from weft.placement import materialise
+
+    width, layers = 96, 32
+    model = weft.deferred(lambda: nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))))
+
+    def build():
+        tiered = Tiered(
+            model, ADAMW, Tiers("disk", "disk", "disk"), tmp_path, values=materialise(model), keep_below=1, chunk=1
+        )
+        tiered.close()
+
+    assert live_bytes(build) <= 6 * width * width * 4
+
+
+@pytest.mark.parametrize("how", ["missing", "shape", "none"])
+def test_values_that_do_not_fit(tmp_path, how):
+    values = dict(gpt().state_dict())
+    if how == "missing":
+        del values["position.weight"]
+    elif how == "shape":
+        values["position.weight"] = torch.zeros(3, 3)
+    with torch.device("meta"):
+        model = gpt()
+    with pytest.raises(
+        ValueError, match="meta device" if how != "shape" else r"position.weight is torch.float32 \(3, 3\)"
+    ):
+        Tiered(
+            model,
+            ADAMW,
+            Tiers("disk", "host", "disk"),
+            tmp_path,
+            values=None if how == "none" else values.items(),
+            **SMALL,
+        )
+
+
+# ---- what goes wrong
+
+
+def test_an_exception_in_forward_or_backward(tmp_path, reference):
+    class Fault(Exception):
+        pass
+
+    losses, final = reference
+    model = gpt()
+
+    def fail(*_):
+        raise Fault
+
+    with Tiered(model, ADAMW, DISK, tmp_path, **SMALL) as tiered:
+        assert train_tiered(model, tiered, range(1)) == losses[:1]
+        hook = model.blocks[1].expand.register_forward_hook(fail)
+        with pytest.raises(Fault):
+            model(*tokens(1))
+        hook.remove()
+        loss = model(*tokens(1))
+        hook = model.blocks[0].register_full_backward_hook(fail)
+        torch.manual_seed(1)
+        loss = model(*tokens(1))
+        with pytest.raises(Fault):
+            loss.backward()
+        hook.remove()
+        tiered.zero_grad()
+        assert train_tiered(model, tiered, range(1, 3)) == losses[1:]
+        assert not differing(tiered.state_dict(), final)
+
+
+def test_a_parameter_changed_outside_the_optimizer(tmp_path):
+    model = gpt()
+    with Tiered(model, ADAMW, Tiers("disk", "host", "disk"), tmp_path, **{**SMALL, "ahead": 1}) as tiered:
+        hook = model.blocks[0].expand.register_forward_hook(lambda m, *_: m.weight.data.mul_(2) is None)
+        with torch.no_grad():
+            hook.remove()
+            hook = model.blocks[0].expand.register_forward_pre_hook(
+                lambda m, *_: m.weight.detach().mul_(2) is None or None
+            )
+            with pytest.raises(ParameterChanged, match=r"blocks\.0\.expand\.weight"):
+                model(*tokens(0))
+        hook.remove()
+        tiered.write("blocks.0.expand.weight", torch.ones(152, 38))
+        assert (tiered.read("blocks.0.expand.weight") == 1).all() and tiered.steps == 0
+
+
+@pytest.mark.parametrize("parameters", TIERS)
+def test_written_values_are_kept_and_resumed(tmp_path, parameters):
+    names = (parameters, "host", "disk")
+    model, other = gpt(), gpt()
+    with Tiered(model, ADAMW, Tiers(*names), tmp_path, **SMALL) as tiered:
+        train_tiered(model, tiered, range(1))
+        for name, p in other.named_parameters():
+            tiered.write(name, p.detach())
+        assert not differing(tiered.state_dict(), other.state_dict())
+    with Tiered(gpt(), ADAMW, Tiers(*names), tmp_path, resume=True, **SMALL) as tiered:
+        assert tiered.steps == 1 and not differing(tiered.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("parameters", TIERS)
+def test_a_full_disk_undoes_the_step(tmp_path, reference, monkeypatch, parameters, update):
+    import errno
+    import os
+
+    losses, final = reference
+    model = gpt()
+    with Tiered(model, ADAMW, Tiers(parameters, "host", "disk"), tmp_path, update=update, **SMALL) as tiered:
+        assert train_tiered(model, tiered, range(1)) == losses[:1]
+        before = tiered.state_dict()
+        pwritev, count = os.pwritev, []
+
+        def full(fd, views, offset):
+            count.append(1)
+            if len(count) > 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return pwritev(fd, views, offset)
+
+        torch.manual_seed(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", full)
+            with pytest.raises(DiskFull):
+                model(*tokens(1)).backward()
+                tiered.step()
+        assert tiered.steps == 1 and not differing(before, tiered.state_dict())
+        tiered.zero_grad()
+        assert train_tiered(model, tiered, range(1, 3)) == losses[1:]
+        assert not differing(tiered.state_dict(), final)
+
+
+def test_states_in_memory_cannot_be_undone_and_say_so(tmp_path, monkeypatch):
+    import errno
+    import os
+
+    model = gpt()
+    with Tiered(model, ADAMW, Tiers("disk", "host", "host"), tmp_path, **SMALL) as tiered:
+        train_tiered(model, tiered, range(1))
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        model(*tokens(1)).backward()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", full)
+            with pytest.raises(DiskFull):
+                tiered.step()
+        model(*tokens(1)).backward()
+        with pytest.raises(RuntimeError, match="load a checkpoint"):
+            tiered.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tiers": Tiers("disk")}, "needs a folder"),
+        ({"tiers": Tiers("host"), "resume": True}, "optimizer='disk'"),
+        ({"update": "sometimes"}, "'step' or 'backward'"),
+        ({"chunk": "many"}, "chunk"),
+        ({"groups": [{"params": ["nobody"]}]}, "nobody is no trainable"),
+        ({"groups": [{"params": ["head.bias"]}, {"params": ["head.bias"]}]}, "in two groups"),
+        ({"optimizer": torch.optim.Adafactor, "tiers": Tiers(optimizer="disk"), "folder": "here"}, "elementwise"),
+    ],
+)
+def test_bad_options(tmp_path, options, match):
+    options = {"model": Normed(), "optimizer": ADAMW, "tiers": Tiers(), **options}
+    if "folder" in options:
+        options["folder"] = tmp_path
+    with pytest.raises(ValueError, match=match):
+        Tiered(**options)
+
+
+def test_bad_tiers():
+    with pytest.raises(ValueError, match="parameters must be one of device, host, disk, got 'nvme'"):
+        Tiers(parameters="nvme")
+
+
+def test_two_jobs_in_one_folder(tmp_path):
+    with Tiered(gpt(), ADAMW, DISK, tmp_path), pytest.raises(FolderInUse):
+        Tiered(gpt(), ADAMW, DISK, tmp_path, resume=True)
+
+
+def test_closing_leaves_the_model_as_it_was(tmp_path):
+    model = gpt()
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    tiered = Tiered(model, ADAMW, Tiers("device", "host", "disk"), tmp_path, **SMALL)
+    assert hooks() > 0
+    tiered.close()
+    assert hooks() == 0 and all(type(m._parameters) is dict for m in model.modules())
+    loss = model(*tokens(0))
+    loss.backward()
+    assert math.isfinite(loss.item()) and all(p.grad is not None for p in model.parameters())
+    assert not list(tmp_path.glob("scratch*"))
