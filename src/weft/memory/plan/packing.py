@@ -3,9 +3,9 @@
 Problem    rectangles of given heights (bytes) over given times (from the action that brings something to the one that takes it
            away) get addresses so that no two overlap and the highest end is low: dynamic storage allocation, NP-hard.
 Method     first fit: in some order, each rectangle gets the lowest address free during its whole time       `first_fit`
-           orders: by bytes and by beginning or time, by the most bytes that are there at once with it, by bytes x time; then, in the best of
-           these, rectangles that stick out move to the front, or a random way there, and all are placed again ("squeaky
-           wheel"), a bounded number of times                                                              `pack`
+           orders: by bytes and then by beginning or time, by the most bytes that are there at once with it, by bytes x
+           time; then, in the best of these, rectangles that stick out move to the front, or a random way there, and all
+           are placed again ("squeaky wheel"), a bounded number of times                                  `pack`
 Guarantee  `place` never overlaps (`check` sees to it); the height is at least the most bytes at any moment, `load`.
 Source     first fit by size: Pisarchyk and Lee, "Efficient memory management for deep neural net inference", 2020
            (arXiv:2001.03288); squeaky wheel: Joslin and Clements, JAIR 10, 1999.

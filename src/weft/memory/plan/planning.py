@@ -264,7 +264,8 @@ class _Desk:
         """
         best, method, spent = None, "", 0
         powers = {"descent": 0.0, "descent by excess": 1.0}
-        for name in (*powers, "descent in steps", *(name for name, _ in schedules), "smallest plan"):
+        names = ("descent", "descent in steps", "descent by excess", *(name for name, _ in schedules), "smallest plan")
+        for name in names:
             if best is not None and (spent > work or (name == "smallest plan" and self.smallest is None)):
                 continue
             state = Retention(self.shape)
