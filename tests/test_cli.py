@@ -35,7 +35,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-COMMANDS = ("plan", "train", "profile", "export", "systems", "bench", "cite")
+COMMANDS = ("plan", "memory", "train", "profile", "export", "systems", "bench", "cite")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,6 +76,14 @@ def test_bad_usage_is_2(words, capsys):
         (["plan", "--task", "language-model", "--mesh", "2by4"], "not a mesh shape"),
         (["plan", "--task", "language-model", "--strategy", "zero-9"], "strategy must be one of"),
         (["plan", "--task", "language-model", "--cluster", "not-there.yaml"], "not-there.yaml"),
+        (["memory"], "say what to train"),
+        (["memory", "--task", "language-model", "--budget", "lots"], "--budget must be bytes"),
+        (["memory", "--task", "language-model", "--budget", "-1GiB"], "--budget must be at least one byte"),
+        (["memory", "--task", "language-model", "--offload", "fast"], "--offload must be bytes per second"),
+        (["memory", "--task", "language-model", "--save", "plan.json"], "say which with --budget"),
+        (["memory", "--task", "language-model", "--picture", "no/folder/memory.html"], "no folder"),
+        (["memory", "--task", "language-model", "--optimizer", "adamm"], "did you mean"),
+        (["memory", "--task", "language-model", "--device", "A100-80G"], "did you mean"),
         (["train", "--task", "language-model", "--steps", "0"], "--steps must be at least 1"),
         (["train", "--task", "language-model", "--lr", "-1"], "--lr must be a positive number"),
         (["train", "--task", "language-model", "--curve", "loss.png"], "name it .svg"),
@@ -219,6 +227,79 @@ def test_plan_refuses_what_cannot_be(here, capsys):
     told = capsys.readouterr()
     assert told.err.count("\n") <= 3
     assert told.out == ""
+
+
+DEEP = """
+import torch
+def build():
+    torch.manual_seed(0)
+    layers = [torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.GELU(), torch.nn.Dropout(0.1)) for _ in range(6)]
+    return torch.nn.Sequential(*layers), (torch.randn(256, 32), torch.randint(32, (256,))), torch.nn.functional.cross_entropy
+"""
+
+
+@pytest.fixture
+def deep(here, monkeypatch):
+    (here / "deep.py").write_text(DEEP)
+    monkeypatch.delitem(sys.modules, "deep", raising=False)
+    return "deep:build"
+
+
+def test_memory_says_what_a_step_holds(deep, capsys):
+    assert main(["memory", deep, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fixed"] < found["least"] < found["peak"]
+    assert sum(found["by_category"].values()) == found["peak"]
+    assert found["by_category"]["optimizer"] >= 2 * found["by_category"]["parameter"]  # AdamW's two moments
+    assert main(["memory", deep, "--optimizer", "none", "--json"]) == 0
+    assert "optimizer" not in json.loads(capsys.readouterr().out)["by_category"]
+
+
+def test_memory_fits_a_step_into_a_budget(deep, capsys):
+    from weft.memory.plan.memory_plan import MemoryPlan
+
+    assert main(["memory", deep, "--json"]) == 0
+    free = json.loads(capsys.readouterr().out)
+    budget = (free["least"] + free["peak"]) // 2
+    words = ["memory", deep, "--budget", str(budget), "--explain", "--picture", "memory.html", "--save", "plan.json.z"]
+    assert main(words) == 0
+    told = capsys.readouterr()
+    for said in (
+        "slower, least possible",
+        "recompute",
+        "largest of",
+        "what other budgets would cost",
+        "weft.memory.limit(",
+    ):
+        assert said in told.out
+    assert "tracing" in told.err  # progress is not a result
+    page = Path("memory.html").read_text()
+    assert "budget" in page
+    assert not re.findall(r"(?:src|href)=.https?://", page)
+    plan = MemoryPlan.load("plan.json.z")
+    assert plan.budget == budget
+    assert plan.reserved <= budget
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["repeated"] > 0
+    assert found["plan"]["reserved"] <= budget
+    overheads = [other["overhead"] for other in found["others"]]
+    assert overheads == sorted(overheads)  # less memory never costs less time
+
+
+def test_memory_refuses_what_cannot_be(deep, capsys):
+    assert main(["memory", deep, "--budget", "50KiB"]) == 2
+    told = capsys.readouterr()
+    assert "does not fit in" in told.err
+    assert "The least that will do is" in told.err
+    assert told.out == ""
+
+
+def test_memory_for_a_device_that_is_not_here(deep, capsys):
+    assert main(["memory", deep, "--device", "A100-80GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "A100-80GB"
+    assert found["seconds"] > 0
 
 
 def test_train_by_a_saved_plan_then_export(here, capsys):

@@ -1,4 +1,4 @@
-"""README's blocks run as they stand: Python in a fresh interpreter, the commands in a shell, each within a time limit."""
+"""Blocks of README and of docs/make-it-fit.md run as they stand: Python in a fresh interpreter, commands in a shell, in time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ README = (ROOT / "README.md").read_text()
 FENCE = re.compile(
     r"^(?P<skip><!-- not run: [^\n]+ -->\n)?```(?P<language>python|bash)\n(?P<code>.*?)^```$", re.M | re.S
 )
-BLOCKS = [(m["language"], m["code"]) for m in FENCE.finditer(README) if not m["skip"]]
+PAGES = {"README": README, "make-it-fit": (ROOT / "docs" / "make-it-fit.md").read_text()}
+BLOCKS = [
+    (name, m["language"], m["code"]) for name, page in PAGES.items() for m in FENCE.finditer(page) if not m["skip"]
+]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -31,7 +34,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("language", "code"), BLOCKS, ids=[f"{i}-{language}" for i, (language, _) in enumerate(BLOCKS)]
+    ("language", "code"),
+    [(language, code) for _, language, code in BLOCKS],
+    ids=[f"{name}-{i}-{language}" for i, (name, language, _) in enumerate(BLOCKS)],
 )
 def test_block_runs(language, code, tmp_path):
     if language == "python":
@@ -44,14 +49,15 @@ def test_block_runs(language, code, tmp_path):
 
 
 def test_there_is_a_short_program():
-    programs = [code for language, code in BLOCKS if language == "python"]
+    programs = [code for name, language, code in BLOCKS if name == "README" and language == "python"]
     assert programs
     assert len(programs[0].splitlines()) <= 15
 
 
 def test_skipped_blocks_say_why():
-    skipped = [m for m in FENCE.finditer(README) if m["skip"]]
-    assert len(skipped) <= 2  # `make demo` and the like, which other jobs run
+    for page in PAGES.values():
+        skipped = [m for m in FENCE.finditer(page) if m["skip"]]
+        assert len(skipped) <= 2  # `make demo` and the like, which other jobs run
 
 
 def test_the_numbers_are_those_of_the_records():

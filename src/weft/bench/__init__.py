@@ -28,6 +28,8 @@ __all__ = [
 CATALOGUE: dict[str, str] = {
     "oneflow": "weft.bench.systems.placement.oneflow",
     "zero-sharding": "weft.bench.systems.placement.zero_sharding",
+    "coop": "weft.bench.systems.memory.coop",
+    "zero-infinity": "weft.bench.systems.memory.zero_infinity",
 }
 
 

@@ -1,6 +1,7 @@
 """The command line: arguments in, library calls, tables out.
 
     weft plan      find a plan for a model and a cluster, print it, save it, draw it       `cli.plan`
+    weft memory    what a step holds, and how it fits into a number of bytes               `cli.memory`
     weft train     plan and train over local processes, or under torchrun                  `cli.train`
     weft profile   measure this machine into a cluster file                                `cli.profile`
     weft export    gather a checkpoint into one safetensors file                           `cli.export`
@@ -19,12 +20,21 @@ import os
 import sys
 from collections.abc import Sequence
 
-from weft.cli import catalogue, cite, export, plan, profile, train
+from weft.cli import catalogue, cite, export, memory, plan, profile, train
 from weft.errors import WeftError
 
 __all__ = ["main", "parser"]
 
-COMMANDS = (plan.add, train.add, profile.add, export.add, catalogue.add_systems, catalogue.add_bench, cite.add)
+COMMANDS = (
+    plan.add,
+    memory.add,
+    train.add,
+    profile.add,
+    export.add,
+    catalogue.add_systems,
+    catalogue.add_bench,
+    cite.add,
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,1 @@
+"""Catalogue entries of memory: one file per published system."""
