@@ -78,7 +78,7 @@ def test_bad_usage_is_2(words, capsys):
         (["plan", "--task", "language-model", "--cluster", "not-there.yaml"], "not-there.yaml"),
         (["memory"], "say what to train"),
         (["memory", "--task", "language-model", "--budget", "lots"], "--budget must be bytes"),
-        (["memory", "--task", "language-model", "--budget", "-1GiB"], "--budget must be at least one byte"),
+        (["memory", "--task", "language-model", "--budget=-1GiB"], "--budget must be at least one byte"),
         (["memory", "--task", "language-model", "--offload", "fast"], "--offload must be bytes per second"),
         (["memory", "--task", "language-model", "--save", "plan.json"], "say which with --budget"),
         (["memory", "--task", "language-model", "--picture", "no/folder/memory.html"], "no folder"),

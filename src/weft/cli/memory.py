@@ -105,8 +105,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be before tracing, which may take a while."""
+    from weft.cluster import library
     from weft.cluster.units import quantity
 
+    if arguments.device and arguments.device.split(":")[0] not in ("cpu", "cuda"):
+        library.device(arguments.device)  # raises with the nearest names
     if arguments.budget:
         try:
             budget = quantity(arguments.budget, "bytes")
