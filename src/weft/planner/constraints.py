@@ -5,7 +5,8 @@ A strategy is a set of states that it leaves to each operator, never a code path
     dp, zero-1, -2, -3   shards belong to the batch; readers of the batch's leaves cut it; parameters are used whole and stored
                          as the ZeRO stage says (dp: whole)
     sp                   the same for the sequence
-    tp                   no shard belongs to batch or sequence; a matrix that can be used sharded is
+    tp                   no shard belongs to batch or sequence; a matrix that is multiplied and can be used sharded is; a table
+                         that rows are looked up in where that is cheaper (a small one is not worth its all-reduce)
     tp+sp                no shard belongs to the batch; matrices as for tp; normalisations cut the sequence
     any                  everything
 """
@@ -175,7 +176,7 @@ def _strategy_mask(
         mask = found != "batch" if strategy == "tp+sp" else (found != "batch") & (found != "sequence")
         liked = np.zeros(len(options), bool)
         matrices = [i for i, ref in enumerate(call.inputs) if _is_matrix(model, ref)]
-        if matrices:
+        if matrices and call.node.op != "embedding":
             liked = mask & np.array([any(isinstance(s.inputs[i], Shard) for i in matrices) for s in options])
         elif strategy == "tp+sp" and call.node.op.endswith("_norm"):
             liked = mask & (found == "sequence")

@@ -27,6 +27,7 @@ __all__ = ["Recipe", "check_elementwise", "recipe"]
 ELEMENTWISE = frozenset(
     {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 )
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 NOT_ELEMENTWISE = {
     "LBFGS": "its steps mix all parameters",
     "Adafactor": "it keeps row and column statistics of whole matrices",
@@ -57,10 +58,13 @@ class Recipe:
         Raises:
             ValueError: the class cannot be called with its own options.
         """
-        groups = [{**options, "params": [pieces[n] for n in names if n in pieces]} for options, names in self.groups]
+        faster = self._fused(pieces)
+        groups = [
+            {**options, **faster, "params": [pieces[n] for n in names if n in pieces]} for options, names in self.groups
+        ]
         try:
             try:
-                return self.kind(groups, **self.defaults)  # type: ignore[call-arg]
+                return self.kind(groups, **{**self.defaults, **faster})  # type: ignore[call-arg]
             except TypeError:
                 if self.factory is None:
                     raise
@@ -70,6 +74,21 @@ class Recipe:
                 f"optimizer: {self.kind.__name__} cannot be made again over pieces of the parameters ({error}); pass the class "
                 "or a functools.partial of it instead of an instance"
             ) from error
+
+    def _fused(self, pieces: Mapping[str, Tensor]) -> dict[str, bool]:
+        """torch's fused update, where it has one and the user's options leave the choice open: one pass over memory instead of
+        about ten, a quarter of the time of the loop that torch runs by default on CPU. Its kernels walk bytes in order, so that
+        they need contiguous pieces, and keep more digits between the steps of an update, so that half precision is left alone."""
+        if self.kind not in FUSED:
+            return {}
+        options = [self.defaults, *(options for options, _ in self.groups)]
+        chosen = any(each.get(name) is not None for each in options for name in ("fused", "foreach"))
+        special = any(each.get(name) for each in options for name in ("capturable", "differentiable"))
+        plain = all(
+            p.dtype in (torch.float32, torch.float64) and p.is_contiguous() and p.device.type in ("cpu", "cuda")
+            for p in pieces.values()
+        )
+        return {"fused": True} if plain and not chosen and not special else {}
 
     def names(self) -> list[list[str]]:
         return [list(names) for _, names in self.groups]

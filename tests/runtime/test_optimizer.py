@@ -1,0 +1,62 @@
+"""The user's optimizer over pieces: which implementation of torch it gets, and that its updates are the same."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from weft.runtime.optimizer import recipe
+
+
+def pieces_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return {name: nn.Parameter(p.detach().to(dtype, copy=True)) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.AdamW, lr=1e-2),
+        partial(torch.optim.Adam, lr=1e-2, weight_decay=0.1, amsgrad=True),
+        partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True),
+        partial(torch.optim.RMSprop, lr=1e-2),
+    ],
+    ids=lambda o: o.func.__name__,
+)
+def test_updates_equal_those_of_the_users_own_words(optimizer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+    pieces, plain = pieces_of(model, torch.float64), list(pieces_of(model, torch.float64).values())
+    ours, theirs = recipe(optimizer, model).build(pieces), optimizer(plain)
+    for _ in range(5):
+        for mine, its in zip(pieces.values(), plain, strict=True):
+            its.grad = torch.randn_like(its)
+            mine.grad = its.grad.clone()
+        ours.step(), theirs.step()
+    for mine, its in zip(pieces.values(), plain, strict=True):
+        assert torch.allclose(mine, its, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "fused"),
+    [
+        (torch.optim.AdamW, torch.float32, True),
+        (partial(torch.optim.AdamW, foreach=True), torch.float32, None),
+        (partial(torch.optim.AdamW, fused=False), torch.float32, False),
+        (partial(torch.optim.Adam, differentiable=True), torch.float32, None),
+        (torch.optim.AdamW, torch.bfloat16, None),
+        (torch.optim.NAdam, torch.float32, None),
+    ],
+)
+def test_fused_where_the_user_leaves_it_open(optimizer, dtype, fused):
+    model = nn.Linear(4, 3)
+    built = recipe(optimizer, model).build(pieces_of(model, dtype))
+    assert built.param_groups[0].get("fused") is fused
+
+
+def test_pieces_that_do_not_lie_in_order_are_not_fused():
+    model = nn.Linear(4, 4, bias=False)
+    built = recipe(torch.optim.AdamW, model).build({"weight": nn.Parameter(torch.randn(4, 4).t())})
+    assert built.param_groups[0]["fused"] is None
