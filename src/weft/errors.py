@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointDamaged",
     "DiskFull",
     "DoesNotFit",
+    "ExchangeMismatch",
     "FolderInUse",
     "ImpossibleConstraint",
     "MeshTooLarge",
@@ -67,6 +68,17 @@ class PeerLost(WeftError, RuntimeError):
             f"lost {who} during {self.doing}: {self.detail}. Look at that process's own output for why it ended or stalled; "
             "if it was only slow, raise the timeout of the process group."
         )
+
+
+class ExchangeMismatch(WeftError, ValueError):
+    """Ranks do not exchange the same thing, or a checkpoint is that of another exchange. `what` differs: `ours`, `theirs`."""
+
+    def __init__(self, what: str, ours: str, theirs: str, remedy: str):
+        super().__init__(what, ours, theirs, remedy)
+        self.what, self.ours, self.theirs, self.remedy = what, ours, theirs, remedy
+
+    def __str__(self) -> str:
+        return f"gradient exchange: {self.what} differ: here {self.ours}, there {self.theirs}. {self.remedy}"
 
 
 class CaptureError(WeftError, ValueError):
@@ -137,7 +149,8 @@ class NotFinite(WeftError, RuntimeError):
 
 
 class DoesNotFit(WeftError, ValueError):
-    """No plan fits the devices' memory; `need` and `have` are bytes on `device` for the leanest plan found."""
+    """No plan fits the devices' memory; `need` and `have` are bytes on `device` for the leanest plan found, with everything
+    computed again that can be, unless that was ruled out."""
 
     def __init__(self, device: str, need: float, have: float, largest: str, remedy: str):
         super().__init__(device, need, have, largest, remedy)
@@ -145,7 +158,7 @@ class DoesNotFit(WeftError, ValueError):
 
     def __str__(self) -> str:
         return (
-            f"the leanest plan needs {self.need / 2**30:.2f} GiB on {self.device}, which has {self.have / 2**30:.2f} GiB. "
+            f"the leanest plan needs {_mib(self.need)} ({self.need:.0f} bytes) on {self.device}, which has {_mib(self.have)}. "
             f"The largest part is {self.largest}: {self.remedy}."
         )
 
@@ -251,5 +264,5 @@ class ParameterChanged(WeftError, RuntimeError):
         )
 
 
-def _mib(nbytes: int) -> str:
+def _mib(nbytes: float) -> str:
     return f"{nbytes / 2**20:,.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:,.2f} GiB"

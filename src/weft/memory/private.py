@@ -48,6 +48,7 @@ __all__ = [
     "Inductor",
     "QuickMode",
     "Tie",
+    "alone",
     "at_end_of_backward",
     "backward_node",
     "compiling",
@@ -62,6 +63,7 @@ __all__ = [
     "inductor",
     "is_innermost",
     "is_wrapper",
+    "marked",
     "numpy_of",
     "over",
     "plain_parts",
@@ -86,6 +88,13 @@ numpy_of: Callable[[Tensor], Any] = torch.Tensor.numpy
 disable_modes = _disable_current_modes
 is_wrapper = is_traceable_wrapper_subclass
 
+
+def alone(storage: torch.UntypedStorage) -> bool:
+    """Whether nobody has a storage but this Python object: no tensor of the user's, no saved copy of autograd's."""
+    return _USERS is not None and _USERS(storage._cdata) == 1
+
+
+_USERS: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _TIE = "_weft_tie"
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -177,6 +186,13 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor._values()
     elif tensor.layout is torch.strided:
         yield tensor
+
+
+def marked(tensor: Tensor, conjugate: bool, negative: bool) -> Tensor:
+    """A tensor that is read as the conjugate, the negative of its bytes."""
+    torch._C._set_conj(tensor, conjugate)
+    torch._C._set_neg(tensor, negative)
+    return tensor
 
 
 # -- operators --------------------------------------------------------------------------------------------------------

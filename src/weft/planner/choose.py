@@ -5,6 +5,7 @@ unlike devices    shards in proportion to speed, and even ones: the pricing deci
 per mesh          the search for several weights, and the strategies with names                        `explore`
 enough            a plan within 5 % of the lower bound ends the search over meshes
 memory            only if the fastest does not fit: the search again with a price on bytes             `explore.within_memory`
+recomputation     plans that do not fit and are faster than what does: made to fit, they may still be faster   `_squeezed`
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from weft.cluster import Cluster
-from weft.errors import DoesNotFit, ImpossibleConstraint, MeshTooLarge
+from weft.errors import BudgetError, DoesNotFit, ImpossibleConstraint, MeshTooLarge
 from weft.graph.graph import Graph
 from weft.placement.axes import find_cuts
 from weft.placement.layout import Mesh
@@ -35,6 +37,8 @@ from weft.planner.search import Infeasible
 ENOUGH = 1.05  # a plan this near the lower bound ends the search over meshes: none can be better by more
 REFINED = 3  # meshes whose best candidate is refined
 AGAIN = 2  # strategies with names that get a second look at most
+SQUEEZED = 8  # plans that do not fit which are made to, at most, if others fit; three times as many if none does
+LEANEST = 4  # plans with the least that recomputation cannot save: tried whatever they cost if none fits
 NEAR = 1.1  # a strategy with a name gets a second look within this factor of the best
 
 __all__ = ["make_plan", "memory_limits", "mesh_weights", "meshes_for", "plan"]
@@ -52,6 +56,7 @@ def plan(
     mesh: Mesh | Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     allow_replicated: bool | Sequence[str] = False,
+    recompute: bool = True,
 ) -> Plan:
     """Find the fastest plan, by the cost model, that fits every device's memory.
 
@@ -66,15 +71,18 @@ def plan(
         mesh: a `Mesh` or its shape; by default every arrangement of all devices in one and two axes is tried.
         weights: shares of the devices of a one-axis mesh, such as (3, 1), or fractions that sum to 1.
         allow_replicated: operators without a placement rule may run whole on every device: True, or their names.
+        recompute: a plan may give up activations after forward and compute them again for backward, where that is what it
+            takes to fit, or costs less than more sharding does; `weft.run` then keeps each process within these bytes.
     Raises:
         UnknownOperators: operators without a rule, all at once, before anything else is done.
-        DoesNotFit: no plan in reach fits; the error names the device, what is largest, and what to do.
+        DoesNotFit: no plan in reach fits; the error names the device, the least bytes that would do there, what is largest,
+            and what to do.
         ImpossibleConstraint, MeshTooLarge: what was fixed by hand cannot be.
         CaptureError: the model cannot be captured.
     """
     return make_plan(
         model, batch, cluster=cluster, loss=loss, optimizer=optimizer, memory=memory, mesh=mesh, weights=weights,
-        constraints=constraints or Constraints(), allow_replicated=allow_replicated, must_fit=True,
+        constraints=constraints or Constraints(), allow_replicated=allow_replicated, must_fit=True, recompute=recompute,
     )  # fmt: skip
 
 
@@ -91,6 +99,7 @@ def make_plan(
     constraints: Constraints,
     allow_replicated: bool | Sequence[str],
     must_fit: bool,
+    recompute: bool,
 ) -> Plan:
     """What `plan` and `Plan.manual` share; `must_fit` makes a lack of memory an error."""
     from weft.graph import graph_fingerprint
@@ -118,9 +127,11 @@ def make_plan(
         fastest = {id(e): min((c for x, c in candidates if x is e), key=_seconds) for e, _ in candidates}
         for explorer in dict.fromkeys(e for e, _ in candidates):
             candidates += [(explorer, c) for c in explorer.within_memory(fastest[id(explorer)])]
+    if recompute:
+        candidates = _squeezed(candidates)
     fitting = [pair for pair in candidates if pair[1].prediction.fits]
     if not fitting and must_fit:
-        raise _does_not_fit(min((c for _, c in candidates), key=lambda c: c.excess))
+        raise _does_not_fit(candidates, recompute)
     explorer, best = _best(fitting) if fitting else min(candidates, key=lambda pair: pair[1].excess)
     strategy = constraints.strategy if isinstance(constraints.strategy, str) else " x ".join(constraints.strategy)
     return Plan(
@@ -128,7 +139,7 @@ def make_plan(
         graph_fingerprint(graph),
         cluster,
         costing,
-        explorer.pricing.price(best.assignment),
+        explorer.details(best),
         _alternatives([c for _, c in candidates], best),
         best.method,
         bound,
@@ -136,6 +147,7 @@ def make_plan(
         time.perf_counter() - started,
         graph,
         loss,
+        best.squeezed.squeezes() if best.squeezed is not None else (),
     )
 
 
@@ -158,6 +170,32 @@ def _refined(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explore
     return [pair for pair, before in zip(tried, best.values(), strict=False) if pair[1] is not before[1]]
 
 
+def _squeezed(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explorer, Candidate]]:
+    """The candidates, where those that do not fit and could win are made to fit by computing activations again.
+
+    They come in the order of their seconds, which squeezing can only add to: the first that is slower than the best so far
+    ends the search. Where nothing fits, those with the least that cannot be given up are tried as well.
+    """
+    best = min((c.prediction.seconds for _, c in candidates if c.prediction.fits), default=math.inf)
+    alone = best == math.inf
+    unfit = {id(c.prediction): (e, c) for e, c in candidates if not c.prediction.fits}
+    order = sorted(unfit.values(), key=lambda pair: pair[1].prediction.seconds)
+    order = order[: 3 * SQUEEZED if alone else SQUEEZED]
+    if alone:
+        order += sorted(unfit.values(), key=lambda pair: pair[1].floor)[:LEANEST]
+    made: dict[int, Candidate] = {}
+    for explorer, candidate in order:
+        if candidate.prediction.seconds >= best or candidate.floor > 1 or id(candidate.prediction) in made:
+            continue
+        try:
+            found = explorer.squeezed(candidate)
+        except BudgetError:
+            continue
+        made[id(candidate.prediction)] = found
+        best = min(best, found.prediction.seconds)
+    return [(e, replace(made[id(c.prediction)], name=c.name) if id(c.prediction) in made else c) for e, c in candidates]
+
+
 def _capture(model: Any, batch: Any, loss: Any, cluster: Cluster) -> Graph:
     """The model's graph, with the costs of operators on the cluster's devices rather than on the model's own."""
     from weft.graph import capture, reprice
@@ -173,14 +211,15 @@ def _seconds(candidate: Candidate) -> float:
 
 
 def _best(pairs: list[tuple[Explorer, Candidate]]) -> tuple[Explorer, Candidate]:
-    """The fastest; of those that are slower by less than one in five hundred, the simplest and then the leanest."""
+    """The fastest; of those that are slower by less than one in five hundred, one that computes nothing again, the simplest,
+    and then the leanest."""
     names = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
     least = min(candidate.prediction.seconds for _, candidate in pairs)
 
-    def rank(pair: tuple[Explorer, Candidate]) -> tuple[int, int, float]:
+    def rank(pair: tuple[Explorer, Candidate]) -> tuple[bool, int, int, float]:
         candidate = pair[1]
         simple = names.index(candidate.name) if candidate.name in names else len(names)
-        return (candidate.assignment.mesh.ndim, simple, candidate.prediction.peak)
+        return (candidate.squeezed is not None, candidate.assignment.mesh.ndim, simple, candidate.prediction.peak)
 
     return min((pair for pair in pairs if pair[1].prediction.seconds <= least * 1.002), key=rank)
 
@@ -342,9 +381,20 @@ _UNITS = {
 }  # fmt: skip
 
 
-def _does_not_fit(leanest: Candidate) -> DoesNotFit:
-    worst = max(leanest.prediction.memory, key=lambda m: m.use.peak / m.have)
-    return DoesNotFit(worst.device, worst.use.peak, worst.have, worst.use.largest, REMEDY[worst.use.largest])
+def _does_not_fit(candidates: list[tuple[Explorer, Candidate]], recompute: bool) -> DoesNotFit:
+    """The error for the leanest plan: what it needs as it is, or with everything computed again that can be."""
+    if not recompute:
+        leanest = min((c for _, c in candidates), key=lambda c: c.excess)
+        worst = max(leanest.prediction.memory, key=lambda m: m.use.peak / m.have)
+        return DoesNotFit(worst.device, worst.use.peak, worst.have, worst.use.largest, REMEDY[worst.use.largest])
+    unlike = {id(c.prediction): (e, c) for e, c in candidates}.values()
+    found = []
+    for explorer, candidate in sorted(unlike, key=lambda pair: pair[1].floor)[:LEANEST]:
+        least = explorer.least_bytes(candidate)
+        need, worst = max(zip(least, candidate.prediction.memory, strict=True), key=lambda row: row[0] / row[1].have)
+        found.append((need / worst.have, need, worst))
+    _, need, worst = min(found, key=lambda row: row[0])
+    return DoesNotFit(worst.device, need, worst.have, worst.use.largest, REMEDY[worst.use.largest])
 
 
 def _alternatives(candidates: list[Candidate], best: Candidate) -> tuple[Alternative, ...]:
@@ -360,5 +410,7 @@ def _alternatives(candidates: list[Candidate], best: Candidate) -> tuple[Alterna
             continue
         p, weighted = c.prediction, any(c.assignment.mesh.weights)
         name = f"{c.name}, weighted" if weighted else c.name
-        found[key(c)] = Alternative(name, c.assignment.mesh.shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits)
+        again = max((m.checked.repeated_seconds for m in c.squeezed.plans.values()), default=0.0) if c.squeezed else 0.0
+        shape = c.assignment.mesh.shape
+        found[key(c)] = Alternative(name, shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits, again)
     return tuple(found.values())

@@ -8,10 +8,12 @@ Method     the additive search is run for several weights mu of communication th
            The best then tries other storage of its parameters, at full price.                    `Explorer.refined`
            If the best does not fit, seconds per byte lambda are added, raised until a candidate fits, then
            bisected towards the least that does.                                              `Explorer.within_memory`
+           Or it is made to fit: activations are given up, and made again when backward wants them.   `Explorer.squeezed`
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,11 +34,14 @@ from weft.planner.prepared import Prepared
 from weft.planner.price import Prediction, Pricing
 from weft.planner.roles import Roles
 from weft.planner.search import Factor, Infeasible, Program, Solution, TooWide, Variable, integer
+from weft.planner.squeeze import Squeezed, least_bytes, squeeze
 
 __all__ = ["Candidate", "Explorer"]
 
 MU = (0.0, 0.1, 0.3, 1.0)  # weights of communication that may hide behind compute
 INTEGER = 100_000  # entries of all tables up to which a problem too wide to eliminate goes to HiGHS
+EXACT = 1e-6  # relative gap at which HiGHS is done
+PATIENCE = 10.0  # seconds for HiGHS; what it has by then is compared with the neighbourhood search
 NAMED_MU = 0.3  # the one under which strategies with names are tried first
 NAMED_1D = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
 NAMED_2D = (("dp", "tp"), ("zero-1", "tp"), ("zero-3", "tp"), ("dp", "tp+sp"), ("zero-3", "tp+sp"))
@@ -44,17 +49,23 @@ NAMED_2D = (("dp", "tp"), ("zero-1", "tp"), ("zero-3", "tp"), ("dp", "tp+sp"), (
 
 @dataclass(frozen=True)
 class Candidate:
-    """An assignment with its price, the strategy or weights that led to it, and how it was found."""
+    """An assignment with its price, the strategy or weights that led to it, how it was found, and how it was made to fit."""
 
     name: str
     assignment: Assignment
     prediction: Prediction
     method: str
+    squeezed: Squeezed | None = None
 
     @property
     def excess(self) -> float:
         """The fullest device's need, as a multiple of what it has."""
         return max(m.use.peak / m.have for m in self.prediction.memory)
+
+    @property
+    def floor(self) -> float:
+        """What no recomputation can save on the fullest device, as a multiple of what it has."""
+        return max((m.use.peak - m.use.activations) / m.have for m in self.prediction.memory)
 
 
 class _Restricted:
@@ -90,16 +101,28 @@ class _Restricted:
         tables = [cut[factor.key] for factor in self.factors]
         if self.program is not None:
             found = self.program.solve(tables)
-        elif sum(table.size for table in tables) <= INTEGER:
-            found = integer(self.sizes, self.factors, tables)
         else:
-            starts = [{v: self._nearest(v, s) for v, s in solution.states.items()} for solution in known]
-            found = min(
-                (neighbourhood(self.sizes, self.factors, tables, start) for start in (*starts, None)),
-                key=lambda solution: solution.cost,
-            )
+            found = self._wide(tables, known)
         states = {v: int(self.left[v][s]) if v in self.left else s for v, s in found.states.items()}
         return Solution(states, found.cost, found.method, found.gap)
+
+    def _wide(self, tables: Sequence[NDArray[np.float64]], known: Sequence[Solution]) -> Solution:
+        """Where elimination is too long: HiGHS if that is done in time, else the best that it and the neighbourhoods find."""
+        tried: list[Solution] = []
+        if sum(table.size for table in tables) <= INTEGER:
+            with contextlib.suppress(Infeasible):  # or nothing found in time
+                found = integer(self.sizes, self.factors, tables, seconds=PATIENCE)
+                if found.gap <= EXACT * abs(found.cost):
+                    return found
+                tried.append(found)
+        starts = [{v: self._nearest(v, s) for v, s in solution.states.items()} for solution in known]
+        for start in (*starts, None):
+            try:
+                tried.append(neighbourhood(self.sizes, self.factors, tables, start))
+            except Infeasible:
+                if start is None and not tried:
+                    raise
+        return min(tried, key=lambda solution: solution.cost)
 
     def _nearest(self, variable: Variable, state: int) -> int:
         """The number here of a state of the model's; of the first that is left where that one is not."""
@@ -235,6 +258,28 @@ class Explorer:
             made.__dict__.update(shared.__dict__, choose=modes_left(constraints, self.mesh))
             self._programs[key] = made
         return self._programs[key]
+
+    def squeezed(self, found: Candidate) -> Candidate:
+        """A candidate that does not fit, with as much computed again as it takes to fit, at its new price.
+
+        Raises:
+            BudgetError: it cannot be made to fit.
+        """
+        made = squeeze(self.pricing, found.assignment, found.prediction)
+        return replace(found, prediction=self._repriced(found.assignment, made, details=False), squeezed=made)
+
+    def details(self, found: Candidate) -> Prediction:
+        """The price of a candidate with layers and timeline."""
+        if found.squeezed is None:
+            return self.pricing.price(found.assignment)
+        return self._repriced(found.assignment, found.squeezed, details=True)
+
+    def _repriced(self, assignment: Assignment, made: Squeezed, details: bool) -> Prediction:
+        return replace(self.pricing.price(assignment, details=details, repeats=made.repeats), memory=made.memory)
+
+    def least_bytes(self, found: Candidate) -> list[int]:
+        """Bytes per class of devices with which the candidate can still be made to fit."""
+        return least_bytes(self.pricing, found.assignment, found.prediction)
 
     def within_memory(self, fastest: Candidate, report: Callable[[Candidate], None] | None = None) -> list[Candidate]:
         """Candidates that trade time for memory: lambda raised until one fits, then bisected.

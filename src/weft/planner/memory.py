@@ -4,7 +4,7 @@ Time runs over 2N steps for a graph of N calls: call i runs forward at step i an
 device holds
     parameters, optimizer state               pieces as the plan stores them, all the time
     gradients                                 what travels: its flat bucket, all the time, and autograd's own until the
-                                              bucket is full. What does not: from its backward to the update  `_gradients`
+                                              bucket is full. What does not: from its backward to the update `gradients_held`
     gathered copies                           of ZeRO-3 parameters, around their use (and the next bucket's, fetched ahead)
     activations                               from the call that makes them to their last reader, or if autograd keeps them
                                               to the backward of the first call that kept them                      `Retention`
@@ -12,11 +12,12 @@ device holds
 Views share their source's memory; a value boxed to another placement is a copy of its own unless that only narrows.
 
 The peak is the most that these add up to.                                                                     `memory_use`
+`squeeze` tells the same story as a trace whose activations may be made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
     from weft.planner.optimizer import OptimizerCost
     from weft.planner.placed import PlacedGraph, View
 
-__all__ = ["CATEGORIES", "MemoryUse", "Retention", "held", "memory_use"]
+__all__ = [
+    "CATEGORIES", "Hold", "Life", "MemoryUse", "Retention", "Storage", "always", "copies", "gradients_held", "held",
+    "life_of_activations", "memory_use",
+]  # fmt: skip
 
 CATEGORIES = ("parameters", "gradients", "optimizer state", "gathered copies", "activations")
 
@@ -114,9 +118,28 @@ def memory_use(
     buckets: Sequence[Bucket],
 ) -> list[MemoryUse]:
     """Memory of one device of each class of `costs.places`, at its peak. `views` are `placed.views(assignment)`."""
+    places = len(placed.costs.places)
+    parameters, state = always(placed, assignment, optimizer)
+    steps = 2 * len(views)
+    activations = _levels(_activations(placed, life_of_activations(placed, assignment, views), steps), steps, places)
+    gathered = _levels(copies(buckets, steps), steps, places)
+    gradients = _levels(gradients_held(placed, assignment, buckets), steps, places)
+    peak = (activations + gathered + gradients).argmax(axis=0)
+    at = np.arange(places)
+    moving = (part[peak, at] for part in (gradients, gathered, activations))
+    of_gradients, of_copies, of_activations = moving
+    return [
+        MemoryUse(*(float(x) for x in row))
+        for row in zip(parameters, of_gradients, state, of_copies, of_activations, strict=True)
+    ]
+
+
+def always(
+    placed: PlacedGraph, assignment: Assignment, optimizer: OptimizerCost
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bytes of parameters (with buffers and the batch) and of optimizer state, on a device of each class."""
     graph, costs = placed.graph, placed.costs
-    places = len(costs.places)
-    parameters, state = np.zeros(places), np.zeros(places)
+    parameters, state = np.zeros(len(costs.places)), np.zeros(len(costs.places))
     for name, node in graph.parameters.items():
         spec, placement = node.outputs[0], assignment.parameters[name]
         stored, of_state = placed.shares(spec, placement)
@@ -128,17 +151,7 @@ def memory_use(
         parameters += node.outputs[0].nbytes * costs.fraction(node.outputs[0].shape, placements)
     for node in (*graph.of("input"), *graph.of("constant")):
         parameters += node.outputs[0].nbytes
-    activations = _activations(placed, assignment, views)
-    gathered = _gathered(graph, buckets, places)
-    gradients = _gradients(placed, assignment, buckets)
-    peak = (activations + gathered + gradients).argmax(axis=0)
-    at = np.arange(places)
-    moving = (part[peak, at] for part in (gradients, gathered, activations))
-    of_gradients, of_copies, of_activations = moving
-    return [
-        MemoryUse(*(float(x) for x in row))
-        for row in zip(parameters, of_gradients, state, of_copies, of_activations, strict=True)
-    ]
+    return parameters, state
 
 
 def held(costs: Costs, spec: TensorSpec, placements: Placements) -> NDArray[np.float64]:
@@ -147,66 +160,99 @@ def held(costs: Costs, spec: TensorSpec, placements: Placements) -> NDArray[np.f
     return costs.fraction((max(1, spec.numel),), flat)
 
 
-class _Timeline:
+Hold = tuple[int, int, "NDArray[np.float64] | float"]
+"""Bytes held from one step to another, both included, on a device of each class."""
+
+
+def _levels(holds: Iterable[Hold], steps: int, places: int) -> NDArray[np.float64]:
     """Bytes held per step, for every class of devices."""
-
-    def __init__(self, steps: int, places: int):
-        self.changes = np.zeros((steps + 1, places))
-
-    def hold(self, first: int, last: int, nbytes: NDArray[np.float64] | float) -> None:
-        """Bytes held from step `first` to step `last`, both included."""
-        self.changes[first] += nbytes
-        self.changes[last + 1] -= nbytes
-
-    def levels(self) -> NDArray[np.float64]:
-        return self.changes.cumsum(axis=0)[:-1]
+    changes = np.zeros((steps + 1, places))
+    for first, last, nbytes in holds:
+        changes[first] += nbytes
+        changes[last + 1] -= nbytes
+    return changes.cumsum(axis=0)[:-1]
 
 
-@dataclass
-class _Storage:
-    """One piece of memory: who made it and when, who reads it last, and the first call that keeps it."""
+@dataclass(eq=False)
+class Storage:
+    """One piece of memory: what lies there, who made it and when, who reads it last, and the first call that keeps it."""
 
+    ref: Ref
     spec: TensorSpec
     placement: int
     made: int
     last: int
     keeper: int | None = None
 
+    def until(self, steps: int) -> int:
+        """The last step that needs its contents."""
+        return self.last if self.keeper is None else steps - 1 - self.keeper
 
-def _activations(placed: PlacedGraph, assignment: Assignment, views: Sequence[View]) -> NDArray[np.float64]:
-    """Bytes of activations, what autograd saves besides them, and their gradients, per step and class."""
-    n = len(views)
-    timeline = _Timeline(2 * n, len(placed.costs.places))
-    storages: list[_Storage] = []
+
+@dataclass(frozen=True)
+class Life:
+    """What one call does with activations.
+
+    Attributes:
+        reads: storages of its operands, in order; None for parameters and inputs.
+        kept: those that its backward reads again, its own outputs among them if it keeps these.
+        makes: storages of its outputs; a view makes none.
+        boxed: (what is boxed, the copy) for each operand that is brought to another placement just before it.
+        saved: bytes that autograd keeps for it besides, on a device of each class.
+    """
+
+    reads: tuple[Storage | None, ...]
+    kept: tuple[Storage, ...]
+    makes: tuple[Storage, ...]
+    boxed: tuple[tuple[Storage | None, Storage], ...]
+    saved: NDArray[np.float64] | float
+
+
+def life_of_activations(placed: PlacedGraph, assignment: Assignment, views: Sequence[View]) -> list[Life]:
+    """What each call makes, reads and keeps, in order."""
     where = placed.sources(assignment)
-    of: dict[tuple[Ref, int], _Storage | None] = {}  # None: memory that is not an activation's
+    of: dict[tuple[Ref, int], Storage | None] = {}  # None: memory that is not an activation's
+    lives = []
     for number, (call, view) in enumerate(zip(placed.prepared.calls, views, strict=True)):
         cost = call.node.cost
-        operands: list[_Storage | None] = []
+        reads: list[Storage | None] = []
+        kept: list[Storage] = []
+        makes: list[Storage] = []
+        boxed: list[tuple[Storage | None, Storage]] = []
         for operand, (ref, wanted) in enumerate(zip(call.inputs, view.inputs, strict=True)):
-            storage = _reading(placed, ref, where[ref], wanted, number, of, storages)
+            storage = _reading(placed, ref, where[ref], wanted, number, of, boxed)
             if storage is not None:
                 storage.last = number
-                if storage.keeper is None and operand < len(cost.keeps_inputs) and cost.keeps_inputs[operand]:
-                    storage.keeper = number
-            operands.append(storage)
+                if operand < len(cost.keeps_inputs) and cost.keeps_inputs[operand]:
+                    kept.append(storage)
+                    if storage.keeper is None:
+                        storage.keeper = number
+            reads.append(storage)
         for ref, placement, spec in zip(call.values, view.outputs, call.node.outputs, strict=True):
             where[ref] = placement
-            if call.node.kind == "view" and operands:
-                of[ref, placement] = operands[0]
+            if call.node.kind == "view" and reads:
+                of[ref, placement] = reads[0]
             else:
-                made = _Storage(spec, placement, number, number, number if cost.keeps_output else None)
-                storages.append(made)
+                made = Storage(ref, spec, placement, number, number, number if cost.keeps_output else None)
+                makes.append(made)
                 of[ref, placement] = made
-        if cost.saved:
-            timeline.hold(number, 2 * n - 1 - number, cost.saved * view.share)
-    for storage in storages:
-        nbytes = placed.held(storage.spec, storage.placement)
-        keeper = storage.keeper
-        timeline.hold(storage.made, storage.last if keeper is None else 2 * n - 1 - keeper, nbytes)
-        if storage.spec.requires_grad and storage.last > storage.made:
-            timeline.hold(2 * n - 1 - storage.last, 2 * n - 1 - storage.made, nbytes)
-    return timeline.levels()
+                if cost.keeps_output:
+                    kept.append(made)
+        saved = cost.saved * view.share if cost.saved else 0.0
+        lives.append(Life(tuple(reads), tuple(kept), tuple(makes), tuple(boxed), saved))
+    return lives
+
+
+def _activations(placed: PlacedGraph, lives: Sequence[Life], steps: int) -> Iterator[Hold]:
+    """Activations, what autograd saves besides them, and their gradients."""
+    for number, life in enumerate(lives):
+        if not isinstance(life.saved, float):
+            yield number, steps - 1 - number, life.saved
+        for storage in (*(copy for _, copy in life.boxed), *life.makes):
+            nbytes = placed.held(storage.spec, storage.placement)
+            yield storage.made, storage.until(steps), nbytes
+            if storage.spec.requires_grad and storage.last > storage.made:
+                yield steps - 1 - storage.last, steps - 1 - storage.made, nbytes
 
 
 def _reading(
@@ -215,17 +261,20 @@ def _reading(
     made: int,
     wanted: int,
     number: int,
-    of: dict[tuple[Ref, int], _Storage | None],
-    storages: list[_Storage],
-) -> _Storage | None:
+    of: dict[tuple[Ref, int], Storage | None],
+    boxed: list[tuple[Storage | None, Storage]],
+) -> Storage | None:
     """The memory in which a reader finds a value: the maker's, or a boxed copy made on first demand."""
     key = (ref, wanted)
     if key not in of:
+        source = of.get((ref, made))
         if made == wanted or _narrows(placed.placements(made), placed.placements(wanted)):
-            of[key] = of.get((ref, made))
+            of[key] = source
         else:
-            copy = _Storage(placed.prepared.specs[ref], wanted, number, number)
-            storages.append(copy)
+            copy = Storage(ref, placed.prepared.specs[ref], wanted, number, number)
+            if source is not None:
+                source.last = number  # the boxing reads it
+            boxed.append((source, copy))
             of[key] = copy
     return of[key]
 
@@ -234,43 +283,38 @@ def _narrows(made: Placements, wanted: Placements) -> bool:
     return all(a == b or (isinstance(a, Replicate) and isinstance(b, Shard)) for a, b in zip(made, wanted, strict=True))
 
 
-def _gathered(graph: Graph, buckets: Sequence[Bucket], places: int) -> NDArray[np.float64]:
-    """Bytes of whole copies of ZeRO-3 buckets, per step and class."""
-    n = len(graph.calls)
-    timeline = _Timeline(2 * n, places)
+def copies(buckets: Sequence[Bucket], steps: int) -> Iterator[Hold]:
+    """Whole copies of ZeRO-3 buckets."""
     gathered = [bucket for bucket in buckets if bucket.gathers]
     for number, bucket in enumerate(gathered):
         fetched = gathered[number - 1].first if number else bucket.first
         if bucket.regathers:
-            timeline.hold(min(fetched, bucket.first), bucket.last, bucket.used_bytes)
+            yield min(fetched, bucket.first), bucket.last, bucket.used_bytes
             fetched = gathered[number + 1].last if number + 1 < len(gathered) else bucket.last
-            timeline.hold(2 * n - 1 - max(fetched, bucket.last), 2 * n - 1 - bucket.first, bucket.used_bytes)
+            yield steps - 1 - max(fetched, bucket.last), steps - 1 - bucket.first, bucket.used_bytes
         else:
-            timeline.hold(min(fetched, bucket.first), 2 * n - 1 - bucket.first, bucket.used_bytes)
-    return timeline.levels()
+            yield min(fetched, bucket.first), steps - 1 - bucket.first, bucket.used_bytes
 
 
-def _gradients(placed: PlacedGraph, assignment: Assignment, buckets: Sequence[Bucket]) -> NDArray[np.float64]:
-    """Bytes of gradients of parameters, per step and class, as `runtime.buckets` holds them for one micro-batch.
+def gradients_held(placed: PlacedGraph, assignment: Assignment, buckets: Sequence[Bucket]) -> Iterator[Hold]:
+    """Gradients of parameters, as `runtime.buckets` holds them for one micro-batch.
 
     A bucket's flat tensor is always there: the sums of an all-reduce, or this device's piece of a reduce-scatter. Autograd's
     own gradients stand beside it until the bucket is full; a reduce-scatter then copies them into the order of the members.
     """
     graph, readings = placed.graph, placed.prepared.readings
-    n = len(graph.calls)
-    timeline = _Timeline(2 * n, len(placed.costs.places))
+    end = 2 * len(graph.calls) - 1
     bucket_of = {name: bucket for bucket in buckets for name in bucket.names}
     for name, node in graph.parameters.items():
         spec, placement = node.outputs[0], assignment.parameters[name]
         if not spec.requires_grad or name not in readings.last:
             continue
         used = spec.nbytes * placed.costs.fraction(spec.shape, placement.used)
-        born, bucket = 2 * n - 1 - readings.last[name], bucket_of.get(name)
-        full = 2 * n - 1 - (bucket.first if bucket else 0)
-        timeline.hold(born, full, used)
+        born, bucket = end - readings.last[name], bucket_of.get(name)
+        full = end - (bucket.first if bucket else 0)
+        yield born, full, used
         if bucket is not None:
             scattered = placement.state != placement.used
-            timeline.hold(0, 2 * n - 1, spec.nbytes * placed.shares(spec, placement)[1] if scattered else used)
+            yield 0, end, spec.nbytes * placed.shares(spec, placement)[1] if scattered else used
             if scattered:
-                timeline.hold(full, full, used)
-    return timeline.levels()
+                yield full, full, used

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from weft.planner.memory import CATEGORIES
 from weft.planner.price import Event, Prediction
-from weft.planner.text import folded, storage_words
+from weft.planner.text import again, folded, storage_words
 from weft.planner.units import count, nbytes, percent, seconds
 
 if TYPE_CHECKING:
@@ -27,15 +27,16 @@ ROLES = {"batch": "c1", "sequence": "c2", "tensor": "c3", "whole": "c0"}
 MEMORY = dict(zip(CATEGORIES, ("c1", "c2", "c3", "c4", "c5"), strict=True))
 EVENTS = {
     "forward": "c1", "backward": "c6", "update": "c0", "activations": "c3", "gather parameters": "c2", "scatter gradients": "c4",
-    "sum gradients": "c5",
+    "sum gradients": "c5", "recompute": "c7",
 }  # fmt: skip
 
 STYLE = """
 :root { color-scheme: light dark; --surface: #fcfcfb; --page: #f4f4f1; --ink: #0b0b0b; --soft: #52514e; --line: #dddcd6;
-  --c0: #b9b7af; --c1: #2a78d6; --c2: #1baf7a; --c3: #eb6834; --c4: #eda100; --c5: #8d5bd1; --c6: #17528f; --bad: #c4302b; }
+  --c0: #b9b7af; --c1: #2a78d6; --c2: #1baf7a; --c3: #eb6834; --c4: #eda100; --c5: #8d5bd1; --c6: #17528f; --c7: #c2548c;
+  --bad: #c4302b; }
 @media (prefers-color-scheme: dark) { :root { --surface: #1a1a19; --page: #111110; --ink: #f5f5f3;
   --soft: #b3b1a9; --line: #3a3935; --c0: #62605a; --c1: #3987e5; --c2: #199e70; --c3: #d95926; --c4: #c98500; --c5: #9b72d9;
-  --c6: #7db4f3; --bad: #ef6b66; } }
+  --c6: #7db4f3; --c7: #e07fae; --bad: #ef6b66; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
@@ -55,7 +56,7 @@ tr:last-child td { border-bottom: 0; } td.n, th.n { text-align: right; } tr.own 
 .bad { color: var(--bad); } .mono { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px; }
 .wide { width: 100%; height: 18px; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; }
-""" + "\n".join(f".c{n} {{ background: var(--c{n}); fill: var(--c{n}); }}" for n in range(7))
+""" + "\n".join(f".c{n} {{ background: var(--c{n}); fill: var(--c{n}); }}" for n in range(8))
 
 
 def page(plan: Plan) -> str:
@@ -68,7 +69,7 @@ def page(plan: Plan) -> str:
         "Figures are predictions of the cost model.</p>",
         _tiles(plan),
         _layers(plan),
-        _memory(plan.prediction),
+        _memory(plan),
         _timeline(plan.prediction),
         _alternatives(plan),
     ]
@@ -150,7 +151,8 @@ def _layers(plan: Plan) -> str:
     )
 
 
-def _memory(prediction: Prediction) -> str:
+def _memory(plan: Plan) -> str:
+    prediction = plan.prediction
     top = max(max(m.have, m.use.peak) for m in prediction.memory)
     lines = []
     for m in prediction.memory:
@@ -168,6 +170,12 @@ def _memory(prediction: Prediction) -> str:
             f'<td class="n">{nbytes(m.use.peak)} of {nbytes(m.have)}, {nbytes(free)} free{verdict}</td></tr>'
             f'<tr><td></td><td colspan="2"><span class="legend">{escape(detail)}</span></td></tr>'
         )
+        lines += [
+            f'<tr><td></td><td colspan="2"><span class="mono">{escape(line.strip())}</span></td></tr>'
+            for squeeze in plan.squeezes
+            if squeeze.ranks == m.ranks
+            for line in again(plan, squeeze)
+        ]
     return (
         f"<section><h2>Memory at the peak</h2><p>A bar is as long as what the device has, the longest {nbytes(top)}.</p>"
         f'{_legend(MEMORY)}<div class="scroll"><table>{"".join(lines)}</table></div></section>'
@@ -214,17 +222,23 @@ def _event(event: Event, x: float, y: float, scale: float, height: float) -> str
 
 def _alternatives(plan: Plan) -> str:
     p = plan.prediction
-    rows = [(plan.name, plan.mesh.shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits, True)]
-    rows += [(a.name, a.mesh, a.seconds, a.exposed, a.nbytes, a.peak, a.fits, False) for a in plan.alternatives]
+    mine = max((squeeze.seconds for squeeze in plan.squeezes), default=0.0)
+    rows = [(plan.name, plan.mesh.shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits, mine, True)]
+    rows += [
+        (a.name, a.mesh, a.seconds, a.exposed, a.nbytes, a.peak, a.fits, a.repeated, False) for a in plan.alternatives
+    ]
     slowest = max(row[2] for row in rows) or 1.0
     lines = []
-    for name, mesh, time, exposed, moved, peak, fits, own in rows:
+    for name, mesh, time, exposed, moved, peak, fits, repeated, own in rows:
+        verdict = (
+            f"recomputes {seconds(repeated)}" if repeated else "" if fits else "<span class=bad>does not fit</span>"
+        )
         bar = _bar([(seconds(time), time / slowest, "c1" if own else "c0")])
         lines.append(
             f"<tr{' class=own' if own else ''}><td>{escape(name)}{' (this plan)' if own else ''}</td>"
             f'<td>{"x".join(map(str, mesh))}</td><td>{bar}</td><td class="n">{seconds(time)}</td>'
             f'<td class="n">{seconds(exposed)}</td><td class="n">{nbytes(moved)}</td><td class="n">{nbytes(peak)}</td>'
-            f"<td>{'' if fits else '<span class=bad>does not fit</span>'}</td></tr>"
+            f"<td>{verdict}</td></tr>"
         )
     return (
         "<section><h2>What else was priced</h2><p>By the same cost model; bars are step times.</p>"

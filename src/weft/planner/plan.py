@@ -15,6 +15,7 @@ from weft.placement.assignment import Assignment
 from weft.placement.layout import Mesh, Shard
 from weft.planner.optimizer import OptimizerCost
 from weft.planner.price import Prediction
+from weft.planner.squeeze import Squeeze
 from weft.planner.text import describe
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Alternative", "Plan"]
 
-FORMAT = 1  # of the JSON
+FORMAT = 2  # of the JSON
+READS = (1, 2)  # 1 had no squeezes
 
 REMEDY = {
     "parameters": "use more devices, or allow ZeRO-3 or tensor parallelism if you ruled them out",
@@ -35,7 +37,7 @@ REMEDY = {
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another plan, priced by the same model."""
+    """Another plan, priced by the same model; `repeated` are the seconds of recomputation that make it fit."""
 
     name: str
     mesh: tuple[int, ...]
@@ -44,6 +46,7 @@ class Alternative:
     nbytes: float
     peak: float
     fits: bool
+    repeated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Plan:
         name: "search", or the strategy asked for.
         planning_seconds: what finding it took.
         graph, loss: what was planned for, if this plan was made in this process; not part of the value.
+        squeezes: for devices that would need more memory than they have: what they compute again to fit. Seconds and memory of
+            `prediction` are those of the step that does so.
     """
 
     assignment: Assignment
@@ -76,6 +81,7 @@ class Plan:
     planning_seconds: float = field(default=0.0, compare=False)
     graph: Graph | None = field(default=None, compare=False, repr=False)
     loss: Any = field(default=None, compare=False, repr=False)
+    squeezes: tuple[Squeeze, ...] = ()
 
     @property
     def mesh(self) -> Mesh:
@@ -85,6 +91,10 @@ class Plan:
     def gap(self) -> float:
         """How far the prediction is above the lower bound, as a fraction of the bound."""
         return self.prediction.seconds / self.lower_bound - 1.0 if self.lower_bound > 0 else float("inf")
+
+    def budget(self, rank: int) -> int | None:
+        """Bytes within which a device must be kept, by its rank; None if its step fits as it is."""
+        return next((squeeze.budget for squeeze in self.squeezes if rank in squeeze.ranks), None)
 
     def __str__(self) -> str:
         return describe(self)
@@ -107,6 +117,7 @@ class Plan:
         memory: int | str | Sequence[int | str] | None = None,
         weights: Sequence[float] | None = None,
         allow_replicated: bool | Sequence[str] = False,
+        recompute: bool = True,
     ) -> Plan:
         """A plan of your own: fix what you know, the search chooses the rest at least cost.
 
@@ -119,7 +130,8 @@ class Plan:
             parameters: patterns of parameter names -> placement per mesh axis in which they are used (`Shard(0)`, `"R S(1)"`),
                 or a whole `ParameterPlacement`.
             inputs: patterns of leaf paths of the batch -> placement in which their readers want them.
-            optimizer, memory, weights, allow_replicated: as for `weft.plan`.
+            optimizer, memory, weights, allow_replicated, recompute: as for `weft.plan`. A plan that does not fit is no error
+                here: `check` says so.
         Raises:
             ImpossibleConstraint: some operator cannot do what is asked; the error lists what it can.
             MeshTooLarge: data parallelism over more devices than the batch has entries.
@@ -138,7 +150,7 @@ class Plan:
         return make_plan(
             model, batch, cluster=cluster, loss=loss, optimizer=optimizer, memory=memory, mesh=mesh, weights=weights,
             constraints=Constraints(strategy, dict(parameters or {}), dict(inputs or {})),
-            allow_replicated=allow_replicated, must_fit=False,
+            allow_replicated=allow_replicated, must_fit=False, recompute=recompute,
         )  # fmt: skip
 
     # ---- checking
@@ -206,6 +218,7 @@ class Plan:
             "prediction": self.prediction.to_dict(),
             "assignment": self.assignment.to_dict(),
             "cluster": self.cluster.to_dict(),
+            "squeezes": [squeeze.to_dict() for squeeze in self.squeezes],
         }
 
     @classmethod
@@ -215,11 +228,10 @@ class Plan:
         Raises:
             ValueError: the data is no plan, or one of another format.
         """
-        if data.get("format") != FORMAT:
+        if data.get("format") not in READS:
+            known = " or ".join(map(str, READS))
             found = data.get("format")
-            raise ValueError(
-                f"not a plan of format {FORMAT}: format is {found!r}; plan again with this version of weft"
-            )
+            raise ValueError(f"not a plan of format {known}: format is {found!r}; plan again with this version of weft")
         missing = [
             key for key in ("assignment", "fingerprint", "cluster", "optimizer", "prediction") if key not in data
         ]
@@ -236,6 +248,7 @@ class Plan:
             float(data.get("lower_bound", 0.0)),
             data.get("name", "search"),
             float(data.get("planning_seconds", 0.0)),
+            squeezes=tuple(Squeeze.from_dict(squeeze) for squeeze in data.get("squeezes", ())),
         )
 
     def to_json(self) -> str:

@@ -8,6 +8,7 @@ Method     the step is walked in the runtime's order on two clocks, compute and 
            so that a window costs max(compute, communication). Devices hide only the fraction `overlap` of a communication;
            the rest of it holds up compute.
            Unlike devices keep clocks of their own between communications, where the slowest counts.
+           What is computed again to save memory is compute before the call that waits for it.                `_repeat`
 Memory     `memory_use`, for a device of each class.
 """
 
@@ -34,6 +35,7 @@ from weft.planner.roles import Roles
 
 if TYPE_CHECKING:
     from weft.cluster import Cluster
+    from weft.planner.squeeze import Repeats
 
 __all__ = ["DeviceMemory", "Event", "Layer", "Prediction", "Pricing", "layer_of", "price"]
 
@@ -193,10 +195,11 @@ class Pricing:
         self.prepared, self.roles, self.costs, self.optimizer, self.memory = prepared, roles, costs, optimizer, memory
         self.placed = PlacedGraph(prepared, costs)
 
-    def price(self, assignment: Assignment, *, details: bool = True) -> Prediction:
-        """The prediction for an assignment; without `details`, no layers and no timeline."""
+    def price(self, assignment: Assignment, *, details: bool = True, repeats: Repeats | None = None) -> Prediction:
+        """The prediction for an assignment; without `details`, no layers and no timeline. `repeats` are seconds of operators
+        that run again to save memory, and where."""
         buckets = buckets_of(self.prepared.graph, assignment, self.costs, self.prepared.readings)
-        walk = _Walk(self, assignment, buckets, details)
+        walk = _Walk(self, assignment, buckets, details, repeats or {})
         walk.run()
         return Prediction(
             walk.seconds,
@@ -259,7 +262,10 @@ class _Walk:
         by_layer: of operators and of the boxings that they wait for.
     """
 
-    def __init__(self, pricing: Pricing, assignment: Assignment, buckets: Sequence[Bucket], details: bool):
+    def __init__(
+        self, pricing: Pricing, assignment: Assignment, buckets: Sequence[Bucket], details: bool, repeats: Repeats
+    ):
+        self.repeats = repeats
         self.pricing, self.placed, self.costs = pricing, pricing.placed, pricing.costs
         self.assignment, self.buckets, self.details = assignment, buckets, details
         self.views = self.placed.views(assignment)
@@ -287,6 +293,11 @@ class _Walk:
         if self.details and seconds.any():
             self.by_layer.setdefault(layer, [0.0, 0.0, 0.0])[0] += float(seconds.max())
             self._event("compute", kind, layer, float(start.max()), float(self.now.max()))
+
+    def _repeat(self, phase: str, number: int, layer: str) -> None:
+        """What runs again before a call, because its result was given up."""
+        if self.repeats and (phase, number) in self.repeats:
+            self._work(self.repeats[phase, number], layer, "recompute")
 
     def _wait_for(self, seconds: float, nbytes: float, layer: str, kind: str) -> None:
         """A communication that compute waits for; it takes the links from what is under way."""
@@ -359,6 +370,7 @@ class _Walk:
                     if boxing.forward or boxing.backward:
                         self._boxed.setdefault(number, []).append(boxing)
                         self._wait_for(boxing.forward, boxing.nbytes, call.layer, "activations")
+            self._repeat("forward", number, call.layer)
             self._work(view.forward, call.layer, "forward")
             if view.inner.forward:
                 self._wait_for(view.inner.forward, view.inner.nbytes, call.layer, "activations")
@@ -375,6 +387,7 @@ class _Walk:
         for number in range(len(self.views) - 1, -1, -1):
             before(number)
             layer = self.pricing.prepared.calls[number].layer
+            self._repeat("backward", number, layer)
             self._work(self.views[number].backward, layer, "backward")
             for boxing in reversed(self._boxed.get(number, ())):
                 self._wait_for(boxing.backward, 0.0, layer, "activations")

@@ -10,8 +10,9 @@ from weft.planner.units import count, nbytes, percent, seconds
 
 if TYPE_CHECKING:
     from weft.planner.plan import Alternative, Plan
+    from weft.planner.squeeze import Squeeze
 
-__all__ = ["cut_words", "describe", "folded", "storage_words"]
+__all__ = ["again", "cut_words", "describe", "folded", "storage_words"]
 
 _SHOWN = 8  # alternatives
 
@@ -60,7 +61,25 @@ def _memory(plan: Plan) -> list[str]:
         rows.append(
             f"{whose}: {nbytes(m.use.peak)} of {nbytes(m.have)} ({percent(m.use.peak / m.have)}): {parts}{verdict}"
         )
+        rows += [line for squeeze in plan.squeezes if squeeze.ranks == m.ranks for line in again(plan, squeeze)]
     return rows
+
+
+def again(plan: Plan, squeeze: Squeeze) -> list[str]:
+    """What devices compute again to stay within their memory, and what that costs."""
+    share = squeeze.seconds / max(plan.prediction.compute - squeeze.seconds, 1e-30)
+    lines = [
+        f"  recomputes {squeeze.repeated} operators ({squeeze.operators} in forward): {seconds(squeeze.seconds)} a step, "
+        f"+{percent(share)} compute; would take {nbytes(squeeze.whole)} without, can do with {nbytes(squeeze.least)}"
+    ]
+    shown = squeeze.parts[:_SHOWN]
+    width = max((len(part.module) for part in shown), default=0)
+    lines += [
+        f"    {part.module:<{width}}  {seconds(part.seconds):>8}  {nbytes(part.nbytes):>9}  {part.what[:60]}"
+        for part in shown
+    ]
+    left = len(squeeze.parts) - len(shown)
+    return [*lines, f"    and {left} more"] if left > 0 else lines
 
 
 def folded(layers: Sequence[Layer]) -> list[tuple[str, int, Layer]]:
@@ -129,7 +148,7 @@ def _alternatives(plan: Plan) -> list[str]:
     for a in shown:
         mesh = "x".join(map(str, a.mesh))
         slower = f"{a.seconds / own:.2f} times" if own else ""
-        fits = "" if a.fits else "does not fit"
+        fits = f"recomputes {seconds(a.repeated)}" if a.repeated else "" if a.fits else "does not fit"
         size = (f"{nbytes(a.nbytes)} moved", f"{nbytes(a.peak)} per device")
         table.append((a.name, f"on {mesh}", seconds(a.seconds), slower, *size, fits))
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))] if table else []

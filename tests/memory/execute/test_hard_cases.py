@@ -439,6 +439,34 @@ def _all_reduce() -> float:
     return float(z.sum())
 
 
+def _reduced_then_dropped() -> list[float]:
+    """What is made from a reduced tensor is made from it again, and not from what it was before."""
+    import torch.distributed as dist
+
+    x = torch.full((64, 64), 1.0 + dist.get_rank())
+    with limit("4 MiB", replay=False) as limited:
+        online = limited._executor
+        y = torch.tanh(x)
+        before = y * 1
+        dist.all_reduce(y)
+        parts = [torch.empty(64, 64) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, before)
+        after, gathered = y * 1, parts[1] - parts[0]
+        expected = [t.clone() for t in (before, after, gathered)]
+        kept = [online.hold_of(t).block for t in (before, after, gathered)]
+        del y, parts
+        for block in kept:
+            online.core.evict(block)
+        same = all(torch.equal(a, b) for a, b in zip((before, after, gathered), expected, strict=True))
+    return [float(before[0, 0]), float(after[0, 0]), float(same)]
+
+
+def test_what_a_collective_writes_is_not_made_again(pool):
+    first, second = torch.tanh(torch.tensor([1.0, 2.0])).tolist()
+    found = pool(2).run(_reduced_then_dropped)
+    assert found == [[one, pytest.approx(first + second), 1.0] for one in (first, second)]
+
+
 def test_collectives(pool):
     found = pool(2).run(_all_reduce)
     expected = chain(chain(torch.full((64, 64), 1.0), 3) + chain(torch.full((64, 64), 2.0), 3), 5)

@@ -23,7 +23,7 @@ SHARES = {
     "swin": 0.7,
     "bert": 0.9,
     "tied": 0.92,
-    "halting": 0.85,
+    "halting": 0.95,
 }
 
 

@@ -54,14 +54,16 @@ class Hold(Tie):
         block: the present content of the storage.
         kind: what the storage is to the user; no recipe leans on a "gradient".
         exposed: its address is known outside (numpy, a collective): pinned while it lives.
+        lent: its owner empties and fills it in the course of a step: no recipe leans on it.
     """
 
-    __slots__ = ("block", "exposed", "kind", "owner")
+    __slots__ = ("block", "exposed", "kind", "lent", "owner")
 
     owner: Owner
     block: Block
     exposed: bool
     kind: Category
+    lent: bool
 
 
 def ring(hold: Hold) -> None:
@@ -74,7 +76,7 @@ def ring(hold: Hold) -> None:
 def tie(owner: Owner, storage: torch.UntypedStorage, block: Block, kind: Category) -> Hold:
     """Tie a storage to the block that it shows."""
     hold = Hold(storage, ring)
-    hold.owner, hold.block, hold.exposed, hold.kind = owner, block, False, kind
+    hold.owner, hold.block, hold.exposed, hold.kind, hold.lent = owner, block, False, kind, False
     block.payload = owner.holds[id(hold)] = hold
     return hold
 

@@ -19,20 +19,32 @@ from weft.memory.core.blocks import Block
 from weft.memory.execute.backends import shown
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.random_state import Drawn
-from weft.memory.private import hollow, shaped, storage_of, uncast
+from weft.memory.private import hollow, marked, shaped, storage_of, uncast
 
-__all__ = ["Call", "Look", "flat"]
+__all__ = ["Call", "Look", "flat", "geometry_of"]
 
-Look = tuple[Any, int, Block, tuple[torch.dtype, torch.Size, tuple[int, ...]], int]
-"""(position, index in a list or -1, block, (dtype, size, stride), storage offset) of a tensor among the arguments; the position
-is a number in `args` or a key of `kwargs`."""
+Look = tuple[Any, int, Block | None, tuple[Any, ...], int]
+"""(position, index in a list or -1, block, geometry, storage offset) of a tensor among the arguments. The position is a number in
+`args` or a key of `kwargs`; the block is None where only the shape matters; for the geometry see `geometry_of`."""
 
 
-def hollowed(geometry: tuple[torch.dtype, torch.Size, tuple[int, ...]], offset: int, device: torch.device) -> Tensor:
-    """A tensor of this geometry without bytes, for operators that only ask for shapes."""
-    dtype, size, stride = geometry
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
-    return shaped(hollow((last + 1) * dtype.itemsize, device), dtype, size, stride, offset)
+def geometry_of(tensor: Tensor) -> tuple[Any, ...]:
+    """(dtype, size, stride) of a tensor, and whether it is read as its conjugate, its negative."""
+    if tensor.is_conj() or tensor.is_neg():
+        return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
+def stand_in(
+    geometry: tuple[Any, ...], offset: int, storage: torch.UntypedStorage | None, device: torch.device
+) -> Tensor:
+    """A tensor of this geometry over a storage; without one it has no bytes, for operators that only ask for shapes."""
+    dtype, size, stride, *bits = geometry
+    if storage is None:
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
+        storage = hollow((last + 1) * dtype.itemsize, device)
+    tensor = shaped(storage, dtype, size, stride, offset)
+    return marked(tensor, *bits) if bits else tensor
 
 
 def flat(result: Any) -> Sequence[Tensor]:
@@ -96,10 +108,7 @@ class Call:
         overwritten block. `run` is that of a backend, as are `places` and `workspace`."""
         args, kwargs = list(self.args), dict(self.kwargs)
         for position, index, block, geometry, offset in self.looks:
-            if self.facts.needs_bytes:
-                tensor = shaped(shown(block), *geometry, offset)
-            else:
-                tensor = hollowed(geometry, offset, self.device)
+            tensor = stand_in(geometry, offset, shown(block) if block is not None else None, self.device)
             holder: Any = kwargs if isinstance(position, str) else args
             if index < 0:
                 holder[position] = tensor

@@ -5,7 +5,7 @@ Given bytes      The first steps run online: the policy core decides as operator
                  and from then on replayed. A step that does something else falls back to online, in its middle if need be.
 Given a plan     Replay from the first step on.
 A step           ends with the optimizer's (`torch.optim`'s hooks say so; the next operator outside an optimizer begins another
-                 one), at `Limit.step()`, or at the end of the with-block.
+                 one), at `Limit.step()`, or at the end of the with-block. Between two steps it may `rest`: others work meanwhile.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def limit(
     policy: str | None = None,
     device: torch.device | str | None = None,
     replay: bool = True,
+    by_hand: bool = False,
 ) -> Limit:
     """A context in which the bytes of tensors stay within a budget; the code inside it does not change.
 
@@ -68,6 +69,7 @@ def limit(
             "coop".
         device: whose bytes; by default the model's, else the CPU.
         replay: False to stay online.
+        by_hand: steps end only where `Limit.step()` says so, whatever optimizers do.
     Raises:
         ValueError: the budget is not a positive number of bytes, or there is no such backend or policy.
         BudgetError: (with `trace`) no plan fits; `least` is what would do.
@@ -75,7 +77,7 @@ def limit(
     if device is None:
         first = next(model.parameters(), None) if model is not None else None
         device = first.device if first is not None else torch.device("cpu")
-    return Limit(budget, model, trace, backend, policy, torch.device(device), replay)
+    return Limit(budget, model, trace, backend, policy, torch.device(device), replay, by_hand)
 
 
 @final
@@ -89,11 +91,11 @@ class Limit:
 
     def __init__(
         self, budget: Any, model: nn.Module | None, trace: Trace | None, backend: str, policy: str | None,
-        device: torch.device, replay: bool,
+        device: torch.device, replay: bool, by_hand: bool = False,
     ):  # fmt: skip
         require()
         self.model, self.device = model, device
-        self._backend_name, self._policy, self._may_replay = backend, policy, replay
+        self._backend_name, self._policy, self._may_replay, self._by_hand = backend, policy, replay, by_hand
         self._cycle: list[MemoryPlan] = []  # steps that follow each other
         if isinstance(budget, MemoryPlan):
             self.budget = budget.budget or budget.peak
@@ -116,7 +118,8 @@ class Limit:
         self.notes: list[str] = []
         self._owner = Owner()
         self._executor: Online | Replay | None = None
-        self._hooks: list[Any] = []
+        self._hooks: list[Any] = []  # of leaves
+        self._optimizer_hooks: list[Any] = []
         self._mode: _Mode | None = None
         self._guards: Guards | None = None
         self._gauge = native.ledger() if device.type == "cpu" and native.problem() is None else None
@@ -129,10 +132,7 @@ class Limit:
     # -- entering and leaving -----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Limit:
-        if _ACTIVE:
-            raise RuntimeError(
-                "limit: another weft.memory.limit is active; limits cannot be nested. Use one, with the smaller budget"
-            )
+        self._only_one()
         _ACTIVE.append(self)
         try:
             self._begin()
@@ -141,11 +141,22 @@ class Limit:
             raise
         return self
 
+    @staticmethod
+    def _only_one() -> None:
+        if _ACTIVE:
+            raise RuntimeError(
+                "limit: another weft.memory.limit is active; limits cannot be nested. Use one, with the smaller budget"
+            )
+
     def _begin(self) -> None:
         self._ended, self._watched, self._owner = False, set(), Owner()
         self._executor = self._first_executor()
         self._adopt_model()
-        self._hooks += [
+        self._listen()
+
+    def _listen(self) -> None:
+        """Operators, optimizers and ways to tensors' bytes come to us from now on."""
+        self._optimizer_hooks += [
             register_optimizer_step_pre_hook(self._before_optimizer),
             register_optimizer_step_post_hook(self._after_optimizer),
         ]
@@ -154,6 +165,52 @@ class Limit:
         self._mode = _Mode(self)
         self._mode.__enter__()
 
+    def _stop_listening(self) -> None:
+        if self._mode is not None and self._paused is None:
+            self._mode.__exit__(None, None, None)
+        if self._paused is not None:
+            self._paused.remove()
+        if self._guards is not None:
+            self._guards.stop()
+        for hook in self._optimizer_hooks:
+            hook.remove()
+        self._optimizer_hooks.clear()
+        self._mode = self._guards = self._paused = None
+
+    # -- resting ------------------------------------------------------------------------------------------------------
+
+    @property
+    def resting(self) -> bool:
+        """Entered, and left to rest."""
+        return self._executor is not None and self._mode is None and self._paused is None
+
+    def rest(self) -> None:
+        """After `step()`: other work is none of ours until `wake`. Everything that is alive is there. Work in between may change
+        tensors that we manage, and must not keep any that it makes across the next step without counting them itself."""
+        self._executor.rest()
+        self._stop_listening()
+        _ACTIVE.remove(self)
+
+    def wake(self) -> None:
+        """Go on after `rest`.
+
+        Raises:
+            RuntimeError: another limit is active.
+        """
+        self._only_one()
+        _ACTIVE.append(self)
+        self._listen()
+
+    def lend(self, tensor: Tensor, nbytes: int) -> None:
+        """A storage that its owner empties and fills in the course of a step: call this before it is resized to `nbytes`, and
+        after it has been emptied (0). What is made from it is never made again.
+
+        Raises:
+            BudgetError: there is no room.
+        """
+        if self._mode is not None or self._paused is not None:
+            self._executor.lend(tensor, nbytes)
+
     def __exit__(self, *problem: Any) -> None:
         executor = self._executor
         if problem[0] is None and not (isinstance(executor, Replay) and executor.at < len(executor.rows)):
@@ -161,17 +218,12 @@ class Limit:
         self._leave()
 
     def _leave(self) -> None:
-        _ACTIVE.clear()
-        if self._mode is not None and self._paused is None:
-            self._mode.__exit__(None, None, None)
-        if self._paused is not None:
-            self._paused.remove()
-        if self._guards is not None:
-            self._guards.stop()
+        if self in _ACTIVE:
+            _ACTIVE.remove(self)
+        self._stop_listening()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._mode = self._guards = self._paused = None
         executor, self._executor = self._executor, None
         if isinstance(executor, Replay):
             executor = self._to_online(executor)
@@ -210,6 +262,8 @@ class Limit:
         if self.model is not None:
             for parameter in self.model.parameters():
                 self._executor.adopt(parameter, "parameter")
+                if parameter.requires_grad and parameter.is_leaf:
+                    self._watch(parameter)  # it may lie in a storage met before
                 if parameter.grad is not None:
                     self._executor.adopt(parameter.grad, "gradient")
             for buffer in self.model.buffers():
@@ -330,7 +384,7 @@ class Limit:
             self._hooks.append(leaf.register_post_accumulate_grad_hook(self._finished))
 
     def _finished(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
+        if parameter.grad is not None and not self.resting:
             self._at(lambda executor: executor.settle(parameter.grad, "gradient"))
 
     def _before_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -346,7 +400,7 @@ class Limit:
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._resume()
         self._executor.optimizing(False)
-        self._ended = True
+        self._ended = not self._by_hand
 
     def _resume(self) -> None:
         """Operators come to us again."""

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from weft.memory.core import Block, Core, Step
 from weft.memory.execute.backends import Backend, Count, Hold, Owner, tie
-from weft.memory.execute.calls import Call, flat
+from weft.memory.execute.calls import Call, flat, geometry_of
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.random_state import about_to_draw
 from weft.memory.execute.sizes import SETTLED, Size, Sizes
 from weft.memory.execute.tape import Tape
 from weft.memory.private import below, fill, storage_of
 from weft.memory.record import Category
+from weft.memory.tracing.operators import tensors_of, writes
 
 __all__ = ["Online"]
 
@@ -131,6 +132,8 @@ class Online:
 
     def call(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operator within the budget."""
+        if facts.in_flight:
+            return self._communicate(facts, args, kwargs)
         if facts.regeometry:
             return self._regeometry(facts, args, kwargs)
         looks: list[Any] = []
@@ -152,7 +155,7 @@ class Online:
                     return self._opaque(facts, args, kwargs)  # sparse, opaque: no storage of its own
                 block = hold.block
                 reads[block] = hold
-                geometry = (value.dtype, value.shape, value.stride())
+                geometry = geometry_of(value)
                 shapes.append(geometry)
                 looks.append((position, -1, block, geometry, value.storage_offset()))
             elif isinstance(value, (list, tuple)):
@@ -186,7 +189,7 @@ class Online:
             for block in reads:
                 if block.step is None or not block.step.repeatable:
                     hold = reads[block]
-                    if hold.kind == "gradient":
+                    if hold.kind == "gradient" or hold.lent:
                         repeatable = False
                         break
                     storage = hold()
@@ -223,6 +226,10 @@ class Online:
             raise
         core.end(step, size.seconds)
         if self.tape is not None:
+            if keep is not None:
+                for hold in reads.values():
+                    if hold.block.step is None:
+                        self.tape.keeps(hold)
             self.tape.ran(
                 facts, list(reads.values()), written, [block.payload for block in fresh], workspace=size.workspace,
                 seconds=size.seconds, repeatable=not facts.effect, random=facts.draws(args, kwargs), effects=self.effects,
@@ -231,8 +238,6 @@ class Online:
         self._busy = False
         if self._gone:
             self._clear()
-        if facts.in_flight:
-            self._expose(flat(result), reads.values())
         return result
 
     def _look_into(
@@ -252,7 +257,7 @@ class Online:
         """Look at one tensor (`call` does the same in its own loop, for speed)."""
         hold = self.adopt(tensor)
         reads[hold.block] = hold
-        geometry = (tensor.dtype, tensor.shape, tensor.stride())
+        geometry = geometry_of(tensor)
         shapes.append(geometry)
         looks.append((position, index, hold.block, geometry, tensor.storage_offset()))
 
@@ -275,6 +280,29 @@ class Online:
                 overwrites.append((block, len(makes)))
                 makes.append((block.nbytes, facts.dense))
         return overwrites, list(found.values())
+
+    def _communicate(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operator that other processes take part in, and that may still be writing when it has returned: what it is
+        given stays where it is as long as it lives, and what it makes or writes has no recipe."""
+        holds = dict.fromkeys(self.adopt(tensor) for tensor in tensors_of((*args, *kwargs.values())))
+        for hold in holds:
+            self._pin(hold)
+        written = dict.fromkeys(self.adopt(tensor) for tensor in writes(facts.func, args, kwargs))
+        for hold in written:
+            self.core.settle(hold.block)
+            if hold.block.read:
+                self.cut((hold.block,))
+        result = facts.call(*args, **kwargs)
+        outputs = list(tensors_of((result,)))
+        fresh = dict.fromkeys(self.adopt(tensor, "activation") for tensor in outputs if self.hold_of(tensor) is None)
+        for hold in fresh:
+            self._pin(hold)
+        if self.tape is not None:
+            self.tape.ran(
+                facts, list(holds), list(written), list(fresh), workspace=0, seconds=0.0, repeatable=False, random=False,
+                effects=self.effects, has_outputs=bool(outputs),
+            )  # fmt: skip
+        return result
 
     def _regeometry(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operator that gives a tensor another storage or a storage another size: what it touches has no recipe."""
@@ -417,9 +445,25 @@ class Online:
     def expose(self, tensor: Tensor) -> None:
         """Somebody is about to know the address of a tensor's bytes: they stay there as long as they live."""
         hold = self.hold_of(tensor)
-        if hold is not None and not hold.exposed:
-            hold.exposed = True
-            self._at_work(lambda: self.core.pin(hold.block))
+        if hold is not None:
+            self._pin(hold)
+
+    def lend(self, tensor: Tensor, nbytes: int) -> None:
+        """The owner of a tensor's bytes is about to give it `nbytes`, or has just taken them all (0).
+
+        Raises:
+            BudgetError: there is no room for them.
+        """
+        hold = self.adopt(tensor)
+        hold.lent = True
+        old = hold.block
+        if old.nbytes == nbytes:
+            return
+        if not nbytes and self.tape is not None:
+            self.tape.died(hold, self._busy)
+        hold.block = self.core.adopt(nbytes, hold, inside=True)
+        old.payload = None
+        self.core.release(old)
 
     def settle(self, tensor: Tensor, kind: Category = "activation") -> None:
         """A tensor's bytes come back and stay, without recipe: a finished gradient."""
@@ -461,11 +505,10 @@ class Online:
         if yes:
             self.cut({hold.block for hold in self.owner.holds.values() if hold.block.step is None and hold.block.read})
 
-    def _expose(self, outputs: Sequence[Tensor], holds: Any) -> None:
-        for hold in [*holds, *map(self.hold_of, outputs)]:
-            if hold is not None and not hold.exposed:
-                hold.exposed = True
-                self.core.pin(hold.block)
+    def _pin(self, hold: Hold) -> None:
+        if not hold.exposed:
+            hold.exposed = True
+            self._at_work(lambda: self.core.pin(hold.block))
 
     def _at_work(self, work: Callable[[], None]) -> None:
         self._busy = True
@@ -475,6 +518,14 @@ class Online:
         finally:
             self._clear()
 
+    def rest(self) -> None:
+        """Between two steps: everything that is alive is there when this returns, and needs no recipe."""
+        for block in list(self._dropped):
+            self._at_work(lambda block=block: self.core.ensure(block))
+        for hold in self.owner.holds.values():
+            if hold.block.step is not None:
+                self.core.settle(hold.block)
+
     def hand_over(self) -> None:
         """Between two steps: everything that is alive is there when this returns, and somebody else executes from now on."""
         for block in list(self._dropped):
@@ -483,6 +534,7 @@ class Online:
             hold.block.step = None  # what lives on needs no recipe any more
             self._leave(hold)
         self.backend.close()
+        del self.core  # it and its machine know each other: apart, they and all that recipes keep are freed at once
 
     def _leave(self, hold: Hold) -> None:
         storage = hold()
@@ -522,6 +574,7 @@ class Online:
             self._leave(hold)
         self.owner.holds.clear()
         self.backend.close()
+        del self.core
 
     def _rebuild(self, step: Step, readers: Counter[Block]) -> None:
         """One step of `hand_back`: its outputs that are not there come to lie in torch's own memory."""

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from weft.memory.core import Block
 from weft.memory.execute.backends import Backend, Hold, Owner, Places, shown, tie
-from weft.memory.execute.calls import Call, flat
+from weft.memory.execute.calls import Call, flat, geometry_of
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.random_state import about_to_draw
+from weft.memory.execute.recall import remembered
 from weft.memory.execute.shelf import Shelf
 from weft.memory.private import storage_of
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
+from weft.memory.tracing.operators import tensors_of
 
 __all__ = ["Deviation", "Replay"]
 
@@ -114,10 +116,7 @@ class Replay:
                 else those of the forward pass, whose results users may hold on to, and those that will be repeated.
         """
         trace, rows = self.trace, []
-        remember = _repeatable_operators(trace, self.schedule)
-        if remember:
-            phases = ("forward", "backward") if cautious else ("forward",)
-            remember |= {j for j, op in enumerate(trace.ops) if op.phase in phases}
+        remember = remembered(trace, self.schedule, cautious)
         self._cautious = cautious and bool(remember)
         bound = {v for j in remember for v in (*trace.ops[j].reads, *trace.ops[j].makes)}
         bound.update(a.index for a in self.schedule.actions if a.kind in ("drop", "move", "save", "load"))
@@ -219,10 +218,13 @@ class Replay:
             result = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
             if row.overwrites:
                 self._write_over(row.overwrites, facts, args, kwargs, known=True)
-            return result
-        result = self.backend.run(row.places, row.workspace, facts.call, args, kwargs)
-        over = self._write_over(row.overwrites, facts, args, kwargs) if row.overwrites else ()
-        self._bind(row.makes, row.places, call, over, result)
+        else:
+            result = self.backend.run(row.places, row.workspace, facts.call, args, kwargs)
+            over = self._write_over(row.overwrites, facts, args, kwargs) if row.overwrites else ()
+            self._bind(row.makes, row.places, call, over, result)
+        if facts.in_flight:
+            for tensor in tensors_of((*args, *kwargs.values(), result)):
+                self.adopt(tensor).exposed = True
         return result
 
     def _bind(
@@ -300,7 +302,7 @@ class Replay:
                         position,
                         -1,
                         block if needs else None,
-                        (value.dtype, value.shape, value.stride()),
+                        geometry_of(value),
                         value.storage_offset(),
                     )
                 )
@@ -330,7 +332,7 @@ class Replay:
                         position,
                         where,
                         block if facts.needs_bytes else None,
-                        (value.dtype, value.shape, value.stride()),
+                        geometry_of(value),
                         value.storage_offset(),
                     )
                 )
@@ -532,6 +534,17 @@ class Replay:
                 raise Deviation("the address of a tensor is asked for that the plan has dropped", once=True)
             hold.exposed = True
 
+    def lend(self, tensor: Tensor, nbytes: int) -> None:
+        """The owner of a tensor's bytes is about to give it `nbytes`, or has just taken them all (0)."""
+        hold = self.adopt(tensor)
+        hold.lent = True
+        if hold.block.nbytes != nbytes:
+            hold.block.payload, hold.block = None, Block(nbytes)
+            hold.block.payload = hold
+
+    def rest(self) -> None:
+        """Between two steps: everything that is alive is there, as `end_step` has found."""
+
     def settle(self, tensor: Tensor, kind: Any) -> None:
         """A tensor is a finished gradient. Raises `Deviation` if its bytes are not there."""
         hold = self.adopt(tensor, kind)
@@ -569,22 +582,3 @@ class Replay:
         self.shelf.clear()
         self.at = self._extra_calls = self._extra_bytes = 0
         self.token -= 1.0
-
-
-def _repeatable_operators(trace: Trace, schedule: Schedule) -> set[int]:
-    """Operators that may have to run again: those that the schedule repeats, and those without which something dropped could
-    not be brought back if the step were left, or went on otherwise, while the user still refers to it."""
-    values, found = trace.values, {a.index for a in schedule.actions if a.kind == "again"}
-    last = {a.index: n for n, a in enumerate(schedule.actions) if a.kind == "drop"}
-    back = {v: n for n, a in enumerate(schedule.actions) if a.kind == "again" for v, _ in a.places}
-    lasting: dict[int, int] = {}  # value -> until when it may be asked for
-    stack = [(v, values[v].dies) for v, n in last.items() if back.get(v, -1) < n]
-    while stack:
-        v, until = stack.pop()
-        if values[v].born < 0 or lasting.get(v, -1) >= until:
-            continue
-        lasting[v] = until
-        found.add(values[v].born)
-        # an input that lives as long is there, or has been dropped itself and is in this list
-        stack += [(read, until) for read in trace.ops[values[v].born].reads if values[read].dies < until]
-    return {j for j in found if trace.ops[j].repeatable}

@@ -65,7 +65,11 @@ def take_over(replay: Replay, online: Online) -> None:
                 core.evict(block)
             else:
                 core._room(block, None)
+    for hold in replay.owner.holds.values():
+        if hold.exposed:
+            core.pin(hold.block)
     core.evictions = 0
+    core._leaves_lost = True  # replay keeps nothing for recipes that it does not plan to follow
 
 
 def _stays(block: Block) -> bool:

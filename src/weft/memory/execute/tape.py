@@ -12,7 +12,7 @@ from typing import Any, final
 
 from weft.memory.execute.backends import Hold
 from weft.memory.execute.facts import Facts
-from weft.memory.private import in_backward
+from weft.memory.private import alone, in_backward
 from weft.memory.record import Category, Op, Phase, Trace, Value
 
 __all__ = ["Tape"]
@@ -40,6 +40,8 @@ class Tape:
         self._now: dict[int, int] = {}  # id of a living hold -> number of its present value
         self._pending: list[int] = []  # values that died in the call under way
         self._num_storages = 0
+        self._sent: set[int] = set()  # values that a collective was given
+        self._kept: dict[int, Hold] = {}  # by number: what recipes keep, however long the program wants it
 
     @property
     def num_ops(self) -> int:
@@ -61,19 +63,29 @@ class Tape:
         has_outputs: bool,
     ) -> None:
         """An operator has run: it read and wrote these storages, and made `fresh` ones."""
+        if self._kept:
+            self._notice()
         index = len(self._rows)
-        read = dict.fromkeys(self._number(hold) for hold in reads)
+        # storages in which their owner has just made room: as good as new
+        filled = [hold for hold in written if hold.lent and id(hold) not in self._now]
+        new = set(map(id, filled))
+        read = dict.fromkeys(self._number(hold) for hold in reads if id(hold) not in new)
+        if facts.in_flight:
+            self._sent.update(read)
         if written or fresh or not has_outputs:
             overwrites = []
             for hold in dict.fromkeys(written):
+                if id(hold) in new:
+                    continue
                 old = self._number(hold)
                 draft = self._values[old]
                 draft.dies = index
-                self._now[id(hold)] = new = len(self._values)
+                self._now[id(hold)] = after = len(self._values)
                 self._values.append(_Draft(draft.nbytes, draft.storage, index, hold))
-                overwrites.append((old, new))
+                overwrites.append((old, after))
             read.update(dict.fromkeys(old for old, _ in overwrites))
-            makes = [new for _, new in overwrites] + [self._begin(hold, index) for hold in fresh]
+            makes = [after for _, after in overwrites] + [self._begin(hold, index) for hold in (*fresh, *filled)]
+            repeatable = repeatable and not filled and not any(hold.lent for hold in reads)
             phase: Phase = "optimizer" if effects else "backward" if in_backward() else "forward"
             self._rows.append(
                 (facts, phase, tuple(read), tuple(makes), tuple(overwrites), workspace, seconds, repeatable, random)
@@ -81,6 +93,21 @@ class Tape:
         for number in self._pending:
             self._values[number].dies = len(self._rows) - 1
         self._pending.clear()
+
+    def keeps(self, hold: Hold) -> None:
+        """A recipe keeps a storage that cannot be made again. A plan counts its bytes only as long as the program has it."""
+        if hold.kind == "activation":
+            self._kept[self._number(hold)] = hold
+
+    def _notice(self) -> None:
+        """Which of the storages that recipes keep nobody else has any more."""
+        for number, hold in list(self._kept.items()):
+            storage = hold()
+            if storage is None or self._now.get(id(hold)) != number:
+                del self._kept[number]
+            elif alone(storage):
+                del self._kept[number]
+                self.died(hold, False)
 
     def died(self, hold: Hold, running: bool) -> None:
         """The last reference to a storage is gone; `running`: while an operator runs."""
@@ -122,7 +149,9 @@ class Tape:
         ops = tuple(
             Op(
                 facts.name, "", phase, reads, makes, overwrites, workspace, seconds,
-                repeatable=repeatable and not any(fixed[old] for old, _ in overwrites),
+                repeatable=repeatable
+                and not any(fixed[old] for old, _ in overwrites)
+                and self._sent.isdisjoint(makes),  # it may not go while others read it
                 random=random, dense=facts.dense,
             )
             for facts, phase, reads, makes, overwrites, workspace, seconds, repeatable, random in self._rows

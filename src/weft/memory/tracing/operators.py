@@ -96,10 +96,15 @@ def statistics_of(func: Any) -> tuple[int, ...]:
 
 @cache
 def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    """(position, name) of the arguments that the operator writes, by its schema; running statistics left out."""
+    """(position, name) of the arguments that the operator writes, by its schema; running statistics left out.
+
+    Schemas of `c10d` say nothing: those whose name ends in `_` write their first argument.
+    """
     schema = getattr(func, "_schema", None)
     if schema is None:
         return ()
+    if communicates(func) and schema.name.startswith("c10d::") and schema.name.endswith("_"):
+        return ((0, schema.arguments[0].name),)
     skip = statistics_of(func)
     return tuple(
         (i, a.name)

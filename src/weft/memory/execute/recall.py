@@ -1,0 +1,44 @@
+"""Which calls of a planned step replay has to remember.
+
+A call that is remembered can be repeated, and holds what it reads if that cannot be made again: more is safer, less is leaner.
+"""
+
+from __future__ import annotations
+
+from weft.memory.record import Trace
+from weft.memory.schedule import Schedule
+
+__all__ = ["remembered"]
+
+
+def remembered(trace: Trace, schedule: Schedule, cautious: bool) -> set[int]:
+    """Operators whose calls are remembered: those that may have to run again, and, so that the step can go on online if it turns
+    out to be another one, those of the forward pass, whose results users may hold on to; if `cautious`, all."""
+    found = _repeated(trace, schedule)
+    if not found:
+        return found
+    phases = ("forward", "backward") if cautious else ("forward",)
+    # Not the readers of what cannot be made again (results of collectives): they would hold bytes that no plan counts.
+    once = {v for op in trace.ops if not op.repeatable for v in op.makes if trace.values[v].category == "activation"}
+    return found | {
+        j for j, op in enumerate(trace.ops) if op.phase in phases and op.repeatable and once.isdisjoint(op.reads)
+    }
+
+
+def _repeated(trace: Trace, schedule: Schedule) -> set[int]:
+    """Operators that may have to run again: those that the schedule repeats, and those without which something dropped could
+    not be brought back if the step were left, or went on otherwise, while the user still refers to it."""
+    values, found = trace.values, {a.index for a in schedule.actions if a.kind == "again"}
+    last = {a.index: n for n, a in enumerate(schedule.actions) if a.kind == "drop"}
+    back = {v: n for n, a in enumerate(schedule.actions) if a.kind == "again" for v, _ in a.places}
+    lasting: dict[int, int] = {}  # value -> until when it may be asked for
+    stack = [(v, values[v].dies) for v, n in last.items() if back.get(v, -1) < n]
+    while stack:
+        v, until = stack.pop()
+        if values[v].born < 0 or lasting.get(v, -1) >= until:
+            continue
+        lasting[v] = until
+        found.add(values[v].born)
+        # an input that lives as long is there, or has been dropped itself and is in this list
+        stack += [(read, until) for read in trace.ops[values[v].born].reads if values[read].dies < until]
+    return {j for j in found if trace.ops[j].repeatable}
