@@ -1,0 +1,228 @@
+"""Pick the exchange whose predicted step is shortest, plain data parallel included.
+
+Problem    A code saves seconds on the wire and costs seconds of the processor. Which wins depends on the link, the machine, and
+           how much of the wire the backward pass hides; a code that looks good on paper often loses on a fast link.
+Method     `attach(ddp, auto(link))` runs plain data parallel for `trial` steps and measures the step S, the window W from the
+           first bucket to the end of the backward pass, and the seconds E that plain waits after it. Then, for every candidate:
+               codec seconds    measured on tensors of the model's shapes, memory included       `codec_seconds`
+               wire seconds     its topology's cost on the link, latency once per bucket         `wire_seconds`
+               exposed          codec + max(wire / buckets, wire - W)                            `exposed`
+           (no processor is assumed idle, and the last bucket is never hidden.) Of E only what the wire explains can be saved:
+           the rest is waiting for a slower rank. Rank 0 chooses; all ranks take over its choice, try it for `trial` steps, and go
+           back to plain if its steps are not shorter.
+Guarantee  A candidate is taken only if it is predicted to save more than `margin` of the step measured with plain, and kept only
+           if it has been measured to save anything: in doubt, plain.
+Source     ours; costs as in Patarasuk and Yuan 2009 and the topologies' own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+import torch.distributed as dist
+
+from weft.cluster import Link
+from weft.comm.codec import LinearCodec, Spec, State
+from weft.comm.codecs.low_rank import LowRank
+from weft.comm.codecs.plain import Cast
+from weft.comm.codecs.top_k import TopK
+from weft.comm.exchange import Exchange
+from weft.comm.memories.error_feedback import ErrorFeedback
+from weft.comm.topology import AllGather, Peer, Ring
+
+__all__ = ["Auto", "Trial", "auto", "codec_seconds", "exposed", "measure_link", "wire_seconds"]
+
+PROBES = (1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes of all-reduces that measure a link
+ENOUGH = 0.05  # seconds that such an all-reduce should take: shorter ones pass in the burst of a token bucket
+SAMPLED = 4_000_000  # entries on which codec seconds are measured; the rest is scaled
+
+
+def usual() -> dict[str, Exchange]:
+    """What is tried where nothing is said: exchanges that train as plain does with any optimizer."""
+    return {
+        "bfloat16": Exchange(Cast("bfloat16")),
+        "low rank 4": Exchange(LowRank(4), ErrorFeedback()),
+        "top-k 1 %": Exchange(TopK(0.01), ErrorFeedback()),
+    }
+
+
+@final
+@dataclass(frozen=True)
+class Trial:
+    """What steps of plain data parallel took, in seconds.
+
+    Attributes:
+        step: from the end of one backward pass to that of the next, S.
+        window: from the first bucket to the end of the backward pass, W.
+        waited: for the exchange after the end of the backward pass, E.
+        buckets: how many a step has.
+    """
+
+    step: float
+    window: float
+    waited: float
+    buckets: int
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Auto:
+    """What `auto` returns; `attach` decides. `candidates` makes the exchanges to choose from, by name."""
+
+    link: Link | None = None
+    candidates: Callable[[], dict[str, Exchange]] = field(default=usual)
+    trial: int = 6
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.trial < 2:
+            raise ValueError(f"auto: trial must be >= 2 steps, got {self.trial}: the first one warms up")
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"auto: margin must be in [0, 1), got {self.margin}")
+
+    def predict(self, specs: Sequence[Spec], ranks: int, trial: Trial, link: Link) -> dict[str, float]:
+        """Predicted step seconds of every candidate, and of "plain" (measured)."""
+        found = {"plain": trial.step}
+        plain = Exchange(select=lambda spec: False)
+        saved = min(trial.waited, exposed(0.0, wire_seconds(plain, specs, ranks, link, trial.buckets), trial))
+        for name, exchange in self.candidates().items():
+            seconds = exposed(
+                codec_seconds(exchange, specs, ranks), wire_seconds(exchange, specs, ranks, link, trial.buckets), trial
+            )
+            found[name] = trial.step - saved + seconds
+        return found
+
+    def choose(self, predicted: dict[str, float]) -> str:
+        """The name of the shortest step; "plain" unless the gain is worth it."""
+        best = min(predicted, key=lambda name: (predicted[name], name))
+        return best if predicted[best] < (1 - self.margin) * predicted["plain"] else "plain"
+
+
+def auto(
+    link: Link | None = None,
+    candidates: Callable[[], dict[str, Exchange]] | None = None,
+    *,
+    trial: int = 6,
+    margin: float = 0.05,
+) -> Auto:
+    """For `attach(ddp, auto(link))`: plain data parallel, or the candidate that is predicted to make steps shortest.
+
+    Args:
+        link: between the ranks (latency in seconds, bandwidth in bytes per second); None to measure it.
+        candidates: makes exchanges by name; None for bfloat16, low rank 4 and top-k of 1 %. They differ in what they do to
+            training: name those whose loss of precision you accept.
+        trial: steps of plain data parallel that are measured before the choice, >= 2.
+        margin: fraction of the plain step that must be saved.
+
+    >>> auto(Link(latency=1e-4, bandwidth=1.25e7)).margin
+    0.05
+    """
+    return Auto(link, candidates if candidates is not None else usual, trial, margin)
+
+
+def exposed(codec: float, wire: float, trial: Trial) -> float:
+    """Seconds that a step gets longer by.
+
+    >>> exposed(0.05, 0.02, Trial(step=1.0, window=0.5, waited=0.2, buckets=2))
+    0.060000000000000005
+    """
+    return codec + max(wire / trial.buckets, wire - trial.window)
+
+
+def wire_seconds(exchange: Exchange, specs: Sequence[Spec], ranks: int, link: Link, buckets: int) -> float:
+    """Seconds on the wire for all tensors of a step: bytes as one message, latencies once per bucket and round."""
+    coded, whole, rounds = 0.0, 0.0, 1
+    for spec in specs:
+        setting = exchange.codec.default(spec) if exchange.select(spec) else None
+        if setting is None or exchange.codec.bypass(spec, setting):
+            whole += spec.numel * spec.dtype.itemsize
+        else:
+            coded += exchange.codec.nbytes(spec, setting)
+    if isinstance(exchange.codec, LinearCodec):
+        rounds = exchange.codec.num_rounds
+    latency = link.latency * rounds * buckets
+    seconds = exchange.topology.cost(coded, ranks, latency, link.bandwidth)
+    return seconds + (Ring().cost(whole, ranks, 0.0, link.bandwidth) if whole else 0.0)
+
+
+def codec_seconds(exchange: Exchange, specs: Sequence[Spec], ranks: int) -> float:
+    """CPU seconds a step of memory, encoding, decoding and combining, by trying them on random tensors of the given shapes."""
+    chosen = [spec for spec in specs if exchange.select(spec)]
+    total = sum(spec.numel for spec in chosen)
+    tried, size = [], 0
+    for spec in sorted(chosen, key=lambda spec: -spec.numel):
+        if not tried or size + spec.numel <= SAMPLED:
+            tried.append(spec)
+            size += spec.numel
+    if not tried:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    states: dict[str, State] = {spec.name: {"seed": 0, "shared_seed": 0} for spec in tried}
+    found = []
+    for step in range(3):
+        seconds = 0.0
+        for spec in tried:
+            x = torch.randn(spec.numel, generator=generator)
+            began = time.thread_time()
+            _one(exchange, spec, x, states[spec.name], step, ranks)
+            seconds += time.thread_time() - began
+        found.append(seconds)
+    return min(found[1:]) * total / size
+
+
+def _one(exchange: Exchange, spec: Spec, x: torch.Tensor, state: State, step: int, ranks: int) -> None:
+    codec, setting = exchange.codec, exchange.codec.default(spec)
+    if setting is None or codec.bypass(spec, setting):
+        return
+    y = exchange.memory.before(x, spec, state)
+    if isinstance(codec, LinearCodec) and isinstance(exchange.topology, Ring):
+        talk = codec.rounds(y, spec, state, setting, step)
+        part = next(talk)
+        while True:
+            try:
+                part = talk.send(part.clone())
+            except StopIteration as stop:
+                mean = stop.value
+                break
+        sent, where = codec.own(y, mean, spec, state, setting)
+        exchange.memory.after(y, sent, where, state)
+    else:
+        message = codec.encode(y, spec, state, setting, step)
+        message = tuple(part.clone() for part in message)
+        sent, where = codec.sent(message, spec, setting)
+        exchange.memory.after(y, sent, where, state)
+        mean = torch.zeros(spec.numel)
+        decoded = ranks if isinstance(exchange.topology, AllGather | Peer) else 2
+        for _ in range(decoded):
+            codec.add_to(mean, message, spec, setting, 1 / ranks)
+    x.copy_(exchange.memory.delivered(mean, spec, state))
+
+
+def measure_link(group: dist.ProcessGroup) -> Link:
+    """Latency and bandwidth between the ranks of a group, by small all-reduces; every rank calls it."""
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return Link(0.0, 1e12)
+
+    def seconds(nbytes: int) -> float:
+        """The best of three, of the slowest rank: in doubt a link is fast, and plain good enough."""
+        x, found = torch.zeros(nbytes // 4), []
+        for _ in range(4):
+            began = time.perf_counter()
+            dist.all_reduce(x, group=group)
+            found.append(time.perf_counter() - began)
+        best = torch.tensor([min(found[1:])])
+        dist.all_reduce(best, dist.ReduceOp.MAX, group=group)  # so that all ranks go on or stop together
+        return float(best)
+
+    small, nbytes, large = seconds(8), 8, 0.0
+    for nbytes in PROBES:
+        large = seconds(nbytes)
+        if large >= ENOUGH:
+            break
+    wire = max(large - small, 1e-6)
+    return Link(small / (2 * (ranks - 1)), 2 * (ranks - 1) / ranks * nbytes / wire)

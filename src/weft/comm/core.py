@@ -1,0 +1,250 @@
+"""The part of an exchange that its thread works on: states, settings, a step's undo, and the counters of the report.
+
+Everything here is touched by the exchange thread alone, apart from the plain reads of a report and of a checkpoint, which are
+made between steps.
+
+what a bucket does first        `begin`    agree on new buckets, take over decisions, note states for the undo
+what a bucket does last         `end`      undo a bad step, release what was held for the whole model's Gram matrix
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+from torch import Tensor
+
+from weft.comm.agree import announce, describe, mix
+from weft.comm.codec import Codec, Setting, Spec, State
+from weft.comm.combine import Combine, Info
+from weft.comm.controller import Controller
+from weft.comm.memory import Memory
+from weft.comm.report import Tally
+from weft.comm.rules.mean import Mean
+from weft.comm.topology import Ring, Topology
+from weft.comm.wired import Wired
+
+if TYPE_CHECKING:
+    from weft.comm.routes import Bucket, Item
+
+__all__ = ["LOOK_EVERY", "Core"]
+
+LOOK_EVERY = 20  # steps between looks at the norm of delivered velocities, see `attach`
+SMALL = 1 << 16  # bytes of uncompressed tensors that ride along in a bucket's message; more are all-reduced
+
+
+@final
+class Core:
+    """See the module's header. The options are those of `Exchange`."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        memory: Memory,
+        combine: Combine,
+        topology: Topology,
+        controller: Controller | None,
+        select: Callable[[Spec], bool],
+        seed: int,
+        measure: int,
+        wired: Wired,
+    ):
+        self.codec, self.memory, self.combine, self.topology, self.controller = (
+            codec,
+            memory,
+            combine,
+            topology,
+            controller,
+        )
+        self.select, self.seed, self.measure, self.wired = select, seed, measure, wired
+        self.trusting = combine.needs in (
+            "count",
+            "arrivals",
+        )  # a robust rule goes on without a rank whose gradient is bad
+        self.states: dict[str, State] = {}
+        self.specs: dict[str, Spec] = {}
+        self.settings: dict[str, Setting] = {}
+        self.tallies: dict[str, Tally] = {}
+        self.step = -1  # that of the last bucket begun
+        self.skipped = 0
+        self.plain_steps = 0  # steps that went by plain all-reduce, without the thread
+        self.delivered = 0.0  # squared norm of what the step delivers, for velocity memories
+        self._undo: list[tuple[State, dict[str, Any]]] = []
+        self._poisoned = False
+        self._gram: Tensor | None = None
+        self._row: Tensor | None = None
+        self._held: list[tuple[Bucket, Callable[[Tensor], None]]] = []
+
+    # ---- the course of a step
+
+    def decides(self, step: int) -> bool:
+        return self.controller is not None and step % self.controller.every == 0
+
+    def begin(self, bucket: Bucket) -> None:
+        """Get a bucket ready to be encoded; the first one of a step comes when nothing is on the wire."""
+        if not self.wired.agreed(bucket.specs):
+            self.wired.compare(bucket.specs, self.words(bucket.specs))
+            if self.wired.crowded():
+                self.wired.forget()
+        for spec in bucket.specs:
+            self.specs.setdefault(spec.name, spec)
+        if bucket.step != self.step:
+            self.step = bucket.step
+            self._undo.clear()
+            self._held.clear()
+            self._poisoned, self._gram, self._row, self.delivered = False, None, None, 0.0
+            if self.decides(bucket.step):
+                self._decide(bucket.step)
+        for item in bucket.items:
+            item.assign(self.codec, self.setting(item.spec), self.select(item.spec))
+            self.tally(item.spec.name).steps += 1
+        bucket.key = (bucket.specs, tuple(item.setting for item in bucket.items))
+
+    def _decide(self, step: int) -> None:
+        controller = self.controller
+        assert controller is not None
+        chosen = {name: spec for name, spec in self.specs.items() if self.select(spec)}
+        alone = controller.agreed or self.wired.ranks == 1
+        decision = dict(controller.decide(step, chosen)) if alone or self.wired.own == 0 else {}
+        if not alone:
+            decision = announce(decision, self.wired.group, self.wired.device)
+        if any(self.settings.get(name) != setting for name, setting in decision.items()):
+            self.wired.forget()
+        self.settings.update(decision)
+
+    def end(self, bucket: Bucket, poisoned: bool) -> None:
+        self._poisoned |= poisoned
+        if bucket.bad and not self.trusting:  # the others went on without us
+            mine = {id(item.state) for item in bucket.items}
+            self._restore(mine)
+        if not bucket.last:
+            if not self._held:
+                bucket.done(None)
+            return
+        if self._held and not self._poisoned:
+            assert self._gram is not None
+            for _, combine in self._held:
+                combine(self._gram)
+        if self._poisoned:
+            self._restore()
+            self.skipped += 1
+        for held, _ in self._held:
+            if held is not bucket:
+                held.done(None)
+        self._held.clear()
+        bucket.done(None)
+
+    def setting(self, spec: Spec) -> Setting:
+        """In force now; None for a tensor that goes uncompressed."""
+        if not self.select(spec):
+            return None
+        setting = self.settings[spec.name] if spec.name in self.settings else self.codec.default(spec)
+        return None if setting is None or self.codec.bypass(spec, setting) else setting
+
+    def words(self, specs: Sequence[Spec]) -> str:
+        lines = [
+            f"codec {describe(self.codec)}", f"memory {describe(self.memory)}", f"combine {describe(self.combine)}",
+            f"topology {describe(self.topology)}", f"controller {describe(self.controller)}", f"seed {self.seed}",
+        ]  # fmt: skip
+        lines += [f"{spec.name} {spec.shape} {spec.dtype} setting {self.setting(spec)}" for spec in specs]
+        return "\n".join(lines)
+
+    # ---- states
+
+    def state(self, name: str) -> State:
+        """Of one tensor, or of a server's part of one; seeds depend on the name, never on the bucket."""
+        found = self.states.get(name)
+        if found is None:
+            found = self.states[name] = {
+                "seed": mix(self.seed, name, self.wired.own),
+                "shared_seed": mix(self.seed, name),
+            }
+        return found
+
+    def inner(self, state: State, key: str, name: str) -> State:
+        """The state of a segment of a tensor, inside the tensor's."""
+        found = state.get(key)
+        if found is None:
+            found = {"seed": mix(self.seed, name, self.wired.own), "shared_seed": mix(self.seed, name)}
+        state[key] = found = dict(found)  # replaced, so that the undo keeps the old one
+        return found
+
+    def save(self, item: Item) -> None:
+        self._undo.append((item.state, dict(item.state)))
+
+    def _restore(self, only: set[int] | None = None) -> None:
+        for state, before in reversed(self._undo):
+            if only is None or id(state) in only:
+                state.clear()
+                state.update(before)
+
+    def recode(
+        self,
+        step: int,
+        spec: Spec,
+        mean: Tensor,
+        codec: Codec,
+        setting: Setting,
+        memory: Memory,
+        places: Sequence[Tensor],
+        where: str,
+    ) -> None:
+        """Encode a combined result for the way back, with the memory of the server or owner, into the message's places."""
+        state = self.state(f"{where} of {spec.name}")
+        self._undo.append((state, dict(state)))
+        y = memory.before(mean, spec, state)
+        message = codec.encode(y, spec, state, setting, step)
+        for place, part in zip(places, message, strict=True):
+            place.copy_(part.view(place.shape))
+        sent, positions = codec.sent(message, spec, setting)
+        memory.after(y, sent, positions, state)
+
+    # ---- combining over the whole model
+
+    def add_gram(self, part: Tensor) -> None:
+        self._gram = part if self._gram is None else self._gram + part
+
+    def hold(self, bucket: Bucket, combine: Callable[[Tensor], None]) -> None:
+        """Keep a bucket's messages until the step's last bucket has come."""
+        self._held.append((bucket, combine))
+
+    def fail_held(self, error: BaseException) -> None:
+        held, self._held = self._held, []
+        for bucket, _ in held:
+            bucket.done(error)
+
+    def row_of_step(self, info: Info) -> Tensor:
+        if self._row is None:
+            self._row = self.combine.weights(info)
+        return self._row
+
+    # ---- what goes uncompressed, and counters
+
+    def split(self, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+        """(tensors of the message, tensors that are all-reduced): the second only if large, and only for the mean."""
+        plain = [item for item in items if not item.coded]
+        if not isinstance(self.combine, Mean) or sum(item.spec.numel * 4 for item in plain) <= SMALL:
+            return list(items), []
+        return [item for item in items if item.coded], plain
+
+    def tally(self, name: str) -> Tally:
+        found = self.tallies.get(name)
+        if found is None:
+            found = self.tallies[name] = Tally()
+        return found
+
+    def measures(self, step: int) -> bool:
+        return self.measure > 0 and step % self.measure == 0
+
+    def count(self, name: str, nbytes: float, ring: bool = False) -> None:
+        topology = Ring() if ring else self.topology
+        self.tally(name).nbytes += topology.wire(nbytes, self.wired.ranks)
+
+    def observe(self, item: Item, mean: Tensor, step: int) -> None:
+        if self.memory.velocity and step % LOOK_EVERY == 1:
+            self.delivered += float(mean.square().sum())
+        controller = self.controller
+        if controller is None or not controller.needs_mean or not self.select(item.spec):
+            return
+        if controller.agreed or self.wired.own == 0:
+            controller.observe(item.spec, mean, step)

@@ -1,0 +1,424 @@
+"""The exchange of named tensors between the ranks of a group: what is sent, how it travels, what is made of it.
+
+    result = combine over ranks r of  decode(encode(memory(x_r)))
+
+An `Exchange` joins six decisions (codec, memory, combine, topology, wait, controller) and owns what changes: the memories and
+warm starts of every tensor by its name (R2), settings, counters. All its communication is done by one thread, first in first out,
+on a process group of its own (R1); messages have fixed sizes (R3); ranks decode and add in rank order, so that results are
+bit-identical (R7); a tensor that `select` or the setting None excludes is averaged as it is (R8).
+
+Source: Lin et al., Deep Gradient Compression, arXiv:1712.01887, and section 5 of weft's design of the exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weft.cluster import Link
+from weft.comm.agree import agree
+from weft.comm.codec import Codec, LinearCodec, Spec
+from weft.comm.codecs.plain import Identity
+from weft.comm.combine import Combine
+from weft.comm.controller import Controller
+from weft.comm.core import Core
+from weft.comm.memory import Memory, NoMemory
+from weft.comm.report import Report, TensorReport
+from weft.comm.routes import Bucket, GatherBucket, Item, RingBucket, ScatterBucket, StarBucket
+from weft.comm.rules.mean import Mean
+from weft.comm.topology import AllGather, Gossip, Peer, Ring, ScatterGather, Star, Topology, choose
+from weft.comm.wait import Wait
+from weft.comm.wired import Wired
+from weft.errors import ExchangeMismatch
+
+__all__ = ["Exchange", "matrices"]
+
+FORMAT = 1
+ROUTES: dict[type[Topology], type[Bucket]] = {
+    Ring: RingBucket,
+    AllGather: GatherBucket,
+    Peer: GatherBucket,
+    Gossip: GatherBucket,
+    ScatterGather: ScatterBucket,
+    Star: StarBucket,
+}
+
+
+def matrices(spec: Spec) -> bool:
+    """Tensors of more than one dimension; biases and norms are small, and sensitive."""
+    return len(spec.shape) > 1
+
+
+@final
+class Exchange:
+    """Exchange tensors with the other ranks of a group.
+
+    Args:
+        codec: what goes on the wire in place of a tensor.
+        memory: what this rank keeps of what it did not send.
+        combine: how n messages become one.
+        topology: who sends to whom; "auto" picks a ring where messages may be added on the wire, else an all-gather.
+        wait: None, or `weft.comm.waits.All()`: every round waits for every rank. Rounds that go on without late ranks are run by
+            `weft.comm.straggler`, not by an exchange.
+        controller: changes settings from step to step.
+        select: which tensors the codec is for; the others go as they are.
+        group: the ranks; None for all. The exchange makes a process group of its own for them.
+        seed: of all randomness, the same on every rank.
+        timeout: seconds for another rank to answer, > 0; after that every waiting future fails with `PeerLost`.
+        measure: every how many steps the report measures errors; 0 for never.
+
+    Raises:
+        ValueError: options that contradict each other.
+
+    Usage: `weft.comm.attach(ddp, Exchange(...))`, or `reduce` by itself.
+    """
+
+    def __init__(
+        self,
+        codec: Codec | None = None,
+        memory: Memory | None = None,
+        combine: Combine | None = None,
+        topology: Topology | str = "auto",
+        wait: Wait | None = None,
+        controller: Controller | None = None,
+        select: Callable[[Spec], bool] = matrices,
+        group: dist.ProcessGroup | None = None,
+        *,
+        seed: int = 0,
+        timeout: float = 300.0,
+        measure: int = 50,
+    ):
+        self.codec: Codec = codec if codec is not None else Identity()
+        self.memory: Memory = memory if memory is not None else NoMemory()
+        self.combine: Combine = combine if combine is not None else Mean()
+        self.wait, self.controller, self.select, self.group = wait, controller, select, group
+        self.seed, self.timeout, self.measure = seed, timeout, measure
+        if isinstance(topology, str):
+            if topology != "auto":
+                raise ValueError(f"Exchange: topology must be 'auto' or a Topology, got {topology!r}")
+            topology = choose(self.codec, self.combine)
+        self.topology: Topology = topology
+        self._check()
+        self._core: Core | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._waited = 0.0  # wall seconds that backward passes waited
+        if controller is not None:
+            controller.bind(self.codec, self._seconds)
+
+    def _check(self) -> None:
+        if type(self.topology) not in ROUTES:
+            raise ValueError(
+                f"Exchange: topology must be one of {[kind.__name__ for kind in ROUTES]}, got {self.topology}"
+            )
+        if isinstance(self.topology, Ring) and not (
+            isinstance(self.codec, LinearCodec) and isinstance(self.combine, Mean)
+        ):
+            raise ValueError(
+                f"Exchange: a Ring adds messages on the wire, which {type(self.codec).__name__} with "
+                f"{type(self.combine).__name__} does not allow; use AllGather() or topology='auto'"
+            )
+        if isinstance(self.topology, ScatterGather) and self.combine.needs != "count":
+            raise ValueError(
+                f"Exchange: {type(self.combine).__name__} needs {self.combine.needs!r}, which the owner of a segment does not "
+                "have; use AllGather() or Star()"
+            )
+        if isinstance(self.topology, Star) and self.combine.needs == "gram":
+            raise ValueError(
+                f"Exchange: {type(self.combine).__name__} needs the inner products of the whole model; use AllGather()"
+            )
+        if isinstance(self.topology, Gossip) and not isinstance(self.combine, Mean):
+            raise ValueError("Exchange: Gossip's weights are the rule; leave `combine` out")
+        if self.combine.needs == "arrivals":
+            raise ValueError(
+                f"Exchange: {type(self.combine).__name__} weighs messages by when they arrive, but an exchange waits for all; "
+                "use weft.comm.straggler or weft.federated"
+            )
+        if self.wait is not None and type(self.wait).__name__ != "All":
+            raise ValueError(
+                f"Exchange: wait must be None or All(), got {self.wait}; rounds that go on without late ranks are run by "
+                "weft.comm.straggler"
+            )
+        if not self.timeout > 0:
+            raise ValueError(f"Exchange: timeout must be > 0 seconds, got {self.timeout}")
+        if self.measure < 0:
+            raise ValueError(f"Exchange: measure must be >= 0 steps, got {self.measure}")
+        if self.controller is not None and self.controller.every < 1:
+            raise ValueError(f"Exchange: controller.every must be >= 1 steps, got {self.controller.every}")
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but the mean of the tensors themselves: what plain data parallel training does."""
+        return (
+            isinstance(self.codec, Identity)
+            and isinstance(self.memory, NoMemory)
+            and isinstance(self.topology, Ring)
+            and self.controller is None
+        )
+
+    @property
+    def skipped(self) -> int:
+        """Steps undone so far, since a gradient was not finite on some rank."""
+        return 0 if self._core is None else self._core.skipped
+
+    # ---- the work
+
+    def open(self, specs: Sequence[Spec] = ()) -> None:
+        """Make the process group and compare options and tensors over the ranks; every rank calls this at the same time.
+
+        `reduce` does it on first use. Open again after `close` with the same states.
+
+        Raises:
+            ExchangeMismatch: on every rank, if any has other options or tensors; or a loaded checkpoint is of others.
+            PeerLost: a rank did not come.
+        """
+        if self._core is None:
+            if not dist.is_available() or not dist.is_initialized():
+                raise ValueError(
+                    "Exchange: torch.distributed is not initialised; call init_process_group first, or use torchrun"
+                )
+            wired = Wired(self.group, self.timeout)
+            self._core = Core(
+                self.codec,
+                self.memory,
+                self.combine,
+                self.topology,
+                self.controller,
+                self.select,
+                self.seed,
+                self.measure,
+                wired,
+            )
+        core = self._core
+        if isinstance(self.topology, Star) and self.topology.root >= core.wired.ranks:
+            raise ValueError(f"Star: root must be < {core.wired.ranks}, the number of ranks, got {self.topology.root}")
+        if isinstance(self.topology, Gossip) and len(self.topology.weights) != core.wired.ranks:
+            raise ValueError(f"Gossip: weights must be {core.wired.ranks} x {core.wired.ranks}, one row per rank")
+        core.specs.update({spec.name: spec for spec in specs})
+        agree(
+            "options or tensors", core.words(specs), core.wired.group, core.wired.device,
+            "Every rank must have the same model and the same exchange options.",
+        )  # fmt: skip
+        if self._loaded is not None:
+            self._take_over(self._loaded)
+
+    @property
+    def core(self) -> Core:
+        if self._core is None:
+            self.open()
+        assert self._core is not None
+        return self._core
+
+    def submit(
+        self, named: Sequence[tuple[Spec, Tensor]], step: int, last: bool, done: Callable[[BaseException | None], None]
+    ) -> None:
+        """Exchange flat tensors in place; `done(error or None)` is called from the exchange thread. All ranks submit alike.
+
+        Args:
+            named: spec and flat tensor (numel,) each; overwritten by the results.
+            step: counted from 0, the same on all ranks.
+            last: nothing else belongs to this step.
+            done: called once. After an error the tensors' values are undefined.
+        """
+        core = self.core
+        items = [Item(spec, flat, core.state(spec.name)) for spec, flat in named]
+        core.wired.submit(ROUTES[type(self.topology)](core, items, step, last, done))
+
+    def reduce(self, named: Mapping[str, Tensor], step: int) -> torch.futures.Future[dict[str, Tensor]]:
+        """Exchange tensors by name, as one step; boxing Partial -> Replicate.
+
+        Args:
+            named: the same names, shapes and dtypes in the same order on all ranks; read before this returns.
+            step: counted from 0, the same on all ranks; each step once.
+        Returns:
+            A future of new tensors of the same shapes. Its `wait()` raises `PeerLost`, `ExchangeMismatch` and what a codec or
+            rule raised. Where a tensor was not finite on some rank (and `combine` trusts ranks), the results are NaN, all
+            memories are as before, and `skipped` is one more.
+        Raises:
+            TypeError: a sparse tensor.
+        """
+        future: torch.futures.Future[dict[str, Tensor]] = torch.futures.Future()
+        pairs = []
+        for name, tensor in named.items():
+            if tensor.layout is not torch.strided:
+                raise TypeError(f"{name} has layout {tensor.layout}; an exchange takes dense tensors: use sparse=False")
+            pairs.append((Spec(name, tuple(tensor.shape), tensor.dtype), tensor.detach().reshape(-1).clone()))
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                future.set_result({spec.name: flat.view(spec.shape) for spec, flat in pairs})
+            else:
+                future.set_exception(error)  # type: ignore[arg-type]
+
+        self.submit(pairs, step, True, done)
+        return future
+
+    def reduce_scatter(
+        self, named: Mapping[str, Tensor], step: int, shard: Mapping[str, int] | int = 0
+    ) -> torch.futures.Future[dict[str, Tensor]]:
+        """Like `reduce`, but each rank gets its piece alone; boxing Partial -> Shard.
+
+        Args:
+            named: as for `reduce`.
+            step: as for `reduce`.
+            shard: the dimension to cut, for all tensors or by name; pieces are those of `torch.tensor_split`.
+        """
+        n, own = self.core.wired.ranks, self.core.wired.own
+        for name, tensor in named.items():
+            dim = shard if isinstance(shard, int) else shard[name]
+            if not -tensor.dim() <= dim < tensor.dim():
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} has no dimension {dim} to cut")
+        whole = self.reduce(named, step)
+        future: torch.futures.Future[dict[str, Tensor]] = torch.futures.Future()
+
+        def cut(found: torch.futures.Future[dict[str, Tensor]]) -> None:
+            try:
+                pieces = {
+                    name: tensor.tensor_split(n, shard if isinstance(shard, int) else shard[name])[own].clone()
+                    for name, tensor in found.wait().items()
+                }
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(pieces)
+
+        whole.add_done_callback(cut)
+        return future
+
+    def waited(self, seconds: float) -> None:
+        """Count wall seconds that somebody waited for results."""
+        self._waited += seconds
+
+    def close(self) -> None:
+        """End the thread and the process group, on every rank at the same time. States stay."""
+        if self._core is not None:
+            self._loaded = self.state_dict()
+            self._core.wired.close()
+            self._core = None
+
+    # ---- what is known of it
+
+    def report(self) -> Report:
+        """What was sent, lost and spent so far, tensor by tensor; call it between steps."""
+        core = self._core
+        if core is None:
+            return Report()
+        steps = max((tally.steps for tally in core.tallies.values()), default=0) + core.plain_steps
+        tensors = {}
+        for name, spec in core.specs.items():
+            tally = core.tallies.get(name)
+            dense = Ring().wire(spec.numel * spec.dtype.itemsize, core.wired.ranks)
+            if tally is None or not tally.steps:
+                if core.plain_steps:
+                    tensors[name] = TensorReport(None, dense, 1.0, 0.0, 0.0)
+                continue
+            nbytes = tally.nbytes / tally.steps
+            tensors[name] = TensorReport(
+                setting=core.setting(spec),
+                nbytes=nbytes,
+                ratio=dense / nbytes if nbytes else 1.0,
+                relative_error=(tally.error / tally.size) ** 0.5 if tally.size else 0.0,
+                codec_seconds=tally.codec_seconds / tally.steps,
+            )
+        return Report(tensors, steps, core.skipped, self._waited / steps if steps else 0.0)
+
+    def cost(self, spec: Spec, link: Link, ranks: int | None = None) -> float:
+        """Predicted seconds to exchange one tensor over links like `link`: messages, and codec seconds as far as measured.
+
+        Args:
+            spec: the tensor.
+            link: latency alpha in seconds, bandwidth beta in bytes per second.
+            ranks: how many; None for those of the group.
+        """
+        n = ranks if ranks is not None else self.core.wired.ranks
+        core = self._core
+        tally = None if core is None else core.tallies.get(spec.name)
+        codec_seconds = tally.codec_seconds / tally.steps if tally is not None and tally.steps else 0.0
+        setting = core.setting(spec) if core is not None else (self.codec.default(spec) if self.select(spec) else None)
+        if setting is None:
+            return Ring().cost(spec.numel * spec.dtype.itemsize, n, link.latency, link.bandwidth)
+        rounds = self.codec.num_rounds if isinstance(self.codec, LinearCodec) else 1
+        wire = self.topology.cost(self.codec.nbytes(spec, setting), n, link.latency * rounds, link.bandwidth)
+        return codec_seconds + wire
+
+    def _seconds(self, spec: Spec, setting: Any) -> float:
+        """Codec seconds of one tensor, measured so far; what a controller is told that budgets time."""
+        core = self._core
+        tally = None if core is None else core.tallies.get(spec.name)
+        return 0.0 if tally is None or not tally.steps else tally.codec_seconds / tally.steps
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Memories, warm starts, settings and the controller's state of this rank; call it between steps.
+
+        Tensors are not copied: the exchange replaces them and never writes into them.
+        """
+        core = self._core
+        if core is None:
+            return dict(self._loaded) if self._loaded is not None else {}
+        return {
+            "format": FORMAT,
+            "options": core.words(()),
+            "rank": core.wired.own,
+            "ranks": core.wired.ranks,
+            "tensors": {name: (tuple(spec.shape), str(spec.dtype)) for name, spec in core.specs.items()},
+            "states": {name: _copied(state) for name, state in core.states.items()},
+            "settings": dict(core.settings),
+            "controller": self.controller.state_dict() if self.controller is not None else {},
+            "step": core.step,
+            "skipped": core.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, on the same rank of as many ranks; any bucketing, any order of tensors.
+
+        Raises:
+            ExchangeMismatch: the state is of other options, tensors, ranks; nothing is changed then.
+        """
+        if not state:
+            return
+        if state.get("format") != FORMAT:
+            raise ExchangeMismatch(
+                "formats of the checkpoint",
+                f"format {FORMAT}",
+                f"{state.get('format')!r}",
+                "Load a state_dict of an Exchange.",
+            )
+        if self._core is None:
+            self._loaded = dict(state)
+        else:
+            self._take_over(state)
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        core = self.core
+        remedy = "Load the checkpoint of the same exchange on the same rank, or start with empty memories."
+        for what, ours, theirs in (
+            ("options of exchange and checkpoint", core.words(()), state["options"]),
+            ("numbers of ranks of exchange and checkpoint", core.wired.ranks, state["ranks"]),
+            ("ranks of exchange and checkpoint", core.wired.own, state["rank"]),
+        ):
+            if ours != theirs:
+                raise ExchangeMismatch(what, str(ours), str(theirs), remedy)
+        for name, (shape, dtype) in state["tensors"].items():
+            spec = core.specs.get(name)
+            if spec is None and not core.specs:
+                continue  # opened without tensors: they are compared when they come
+            if spec is None or (tuple(spec.shape), str(spec.dtype)) != (tuple(shape), dtype):
+                ours = "no such tensor" if spec is None else f"{tuple(spec.shape)} {spec.dtype}"
+                raise ExchangeMismatch(
+                    f"shapes of {name} of exchange and checkpoint", ours, f"{tuple(shape)} {dtype}", remedy
+                )
+        core.states = {name: _copied(kept) for name, kept in state["states"].items()}
+        core.settings = dict(state["settings"])
+        core.step, core.skipped = int(state["step"]), int(state["skipped"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+        self._loaded = None
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in state.items()}

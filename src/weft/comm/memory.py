@@ -1,0 +1,55 @@
+"""What a worker keeps of what it did not send."""
+
+from __future__ import annotations
+
+import abc
+from typing import final
+
+from torch import Tensor
+
+from weft.comm.codec import Spec, State
+
+__all__ = ["Memory", "NoMemory"]
+
+
+class Memory(abc.ABC):
+    """Holds options; its state lies in the `state` dictionary of each tensor, flat float32 tensors (numel,).
+
+    Entries of `state` are replaced by new tensors and never written into (see codec.py: a bad step is undone), except that
+    `after` may write into what `before` put there in the same step. x itself must not be kept: its memory is used again.
+
+    Attributes:
+        velocity: what is exchanged is a velocity: the optimizer must add no momentum, and clipping comes before. Such a memory
+            has attributes `momentum` and `nesterov`.
+        buffer: the entry of `state` that continues the optimizer's momentum buffer, for a velocity memory.
+    """
+
+    velocity: bool = False
+    buffer: str = ""
+
+    @abc.abstractmethod
+    def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
+        """What to encode, given this step's gradient x (numel,), which it may overwrite."""
+
+    @abc.abstractmethod
+    def after(self, y: Tensor, sent: Tensor, where: Tensor | None, state: State) -> None:
+        """Take note of what was sent of y: (numel,) if `where` is None, else (k,) at positions `where` (k,), int64."""
+
+    def dense(self, mean: Tensor, spec: Spec, state: State) -> Tensor:
+        """What a tensor that goes uncompressed delivers, given the mean of all ranks' gradients: by default that mean."""
+        return mean
+
+    def delivered(self, mean: Tensor, spec: Spec, state: State) -> Tensor:
+        """What a coded tensor delivers on every rank, given the combined result: by default that (`Shift` adds its reference)."""
+        return mean
+
+
+@final
+class NoMemory(Memory):
+    """What is not sent is lost."""
+
+    def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
+        return x
+
+    def after(self, y: Tensor, sent: Tensor, where: Tensor | None, state: State) -> None:
+        return None

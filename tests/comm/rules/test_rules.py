@@ -1,0 +1,169 @@
+"""One battery over every rule: what holds for all of them."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.comm.combine import Info
+from weft.comm.gram import gram, weighted
+from weft.comm.rules import RULES, BrokenMessage, Bucketing, Flag, MultiKrum, NearestToOwn, TrimmedMean
+from weft.comm.rules.mixing import NNM
+
+WITH_F = ("krum", "multi-krum", "bulyan", "mda", "nnm", "nearest-to-own", "trimmed-mean", "meamed")
+ROBUST = [name for name in RULES if name not in ("mean", "norm-equalised-mean", "bucketing")]
+TAKES_NO_F = [name for name in RULES if name not in WITH_F]
+
+
+def build(name, f=2):
+    """The rule with f where it takes one; mixing before a rule that is robust itself."""
+    if name == "nnm":
+        return NNM(f, TrimmedMean(f))
+    if name == "bucketing":
+        return Bucketing(1, TrimmedMean(f))
+    return RULES[name](f) if name in WITH_F else RULES[name]()
+
+
+def cloud(seed, count=15, length=40, dtype=torch.float64):
+    """Messages around a common mean of norm about 6, as gradients are."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(length, generator=generator, dtype=dtype)
+    return centre + 0.5 * torch.randn(count, length, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", RULES)
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=5, deadline=None)
+def test_order_does_not_matter(name, seed):
+    messages = cloud(seed)
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(seed))
+    own = 4
+    result = build(name)(messages, own)
+    again = build(name)(messages[order], int((order == own).nonzero()))
+    torch.testing.assert_close(again, result, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 7.0, 1e12])
+def test_scales_with_the_messages(name, scale):
+    messages = cloud(1)
+    torch.testing.assert_close(build(name)(messages * scale, 0), build(name)(messages, 0) * scale, rtol=1e-8, atol=0)
+
+
+# The norm-equalised mean and Flag read directions, bucketing hashes norms: these know where 0 is.
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("norm-equalised-mean", "flag", "bucketing")])
+def test_moves_with_the_messages(name):
+    messages, shift = cloud(2), torch.linspace(-3, 3, 40, dtype=torch.float64)
+    torch.testing.assert_close(build(name)(messages + shift, 0), build(name)(messages, 0) + shift, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("value", [0.0, 1.0, -3e7])
+def test_equal_messages_are_returned(name, value):
+    message = value * torch.linspace(0.5, 1, 20, dtype=torch.float64)
+    result = build(name)(message.repeat(15, 1), 3)
+    torch.testing.assert_close(result, message, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nnm", "nearest-to-own", "trimmed-mean", "meamed", "mda", "multi-krum", "bulyan"])
+def test_no_faults_expected_is_the_mean(name):
+    messages = cloud(3)
+    torch.testing.assert_close(build(name, f=0)(messages, 0), messages.mean(0))
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "mean"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_message_that_is_not_finite_is_left_out_and_named(name, value):
+    messages = cloud(4)
+    messages[5, 7] = value
+    with pytest.warns(BrokenMessage, match="number 5"):
+        result = build(name)(messages, 0)
+    assert torch.isfinite(result).all()
+    rest = torch.cat([messages[:5], messages[6:]])
+    if name in TAKES_NO_F and name != "bucketing":  # f or not: the same as never having had it
+        torch.testing.assert_close(result, build(name)(rest, 0), rtol=1e-10, atol=1e-12)
+    if name in ("krum", "multi-krum", "mda", "nearest-to-own", "trimmed-mean", "meamed"):  # it was one of the f
+        torch.testing.assert_close(result, build(name, f=1)(rest, 0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "mean"])
+def test_nothing_finite_is_an_error(name):
+    with pytest.raises(ValueError, match="finite"):
+        build(name)(torch.full((15, 3), torch.nan), 0)
+
+
+@pytest.mark.parametrize("name", WITH_F)
+def test_too_few_messages(name):
+    if name == "nearest-to-own":
+        pytest.skip("keeps at least the own message")
+    with pytest.raises(ValueError, match=r"needs n >= \d+ messages for f = 2, got 4"):
+        build(name)(cloud(0, 4), 0)
+
+
+@pytest.mark.parametrize("name", WITH_F)
+@pytest.mark.parametrize("f", [-1, 1.5])
+def test_f_is_a_count(name, f):
+    with pytest.raises(ValueError, match="f must be an integer of 0 or more"):
+        RULES[name](f)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_message_at_all(name):
+    with pytest.raises(ValueError):
+        build(name)(torch.zeros(0, 4), 0)
+
+
+@pytest.mark.parametrize("name", ROBUST)
+@given(seed=st.integers(0, 1000), size=st.sampled_from([10.0, 1e4, 1e9]))
+@settings(max_examples=4, deadline=None)
+def test_two_that_lie_far_off_hardly_move_it(name, seed, size):
+    """Breakdown: two attackers of fifteen, far off in a common direction; the honest spread is 0.5 sqrt(40) = 3.2."""
+    messages = cloud(seed)
+    honest = messages[2:].mean(0)
+    away = torch.randn(40, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    messages[:2] = honest + size * away / away.norm() * 3.2
+    result = build(name)(messages, 5)
+    bound = 8.0 if name == "flag" else 4.5  # Flag bounds norms, not directions: it may lose its own length
+    assert (result - honest).norm() < bound
+
+
+def test_f_too_small_lets_the_attack_through():
+    messages = cloud(0)
+    messages[:3] = 1e6
+    assert MultiKrum(3)(messages).abs().max() < 10
+    assert MultiKrum(2)(messages).abs().max() > 1e3
+    assert TrimmedMean(2)(messages).abs().max() > 1e3
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if RULES[n].needs in ("gram", "count")])
+def test_weights_are_what_the_exchange_applies(name):
+    """The plain call is finish(W @ messages) with W from the Gram matrix, and segments may be combined one by one."""
+    messages, rule = cloud(6), build(name)
+    whole = rule.weights(Info(15, gram(messages), 0))
+    parts = torch.cat([rule.finish(weighted(whole, part)) for part in messages.split(13, 1)])
+    torch.testing.assert_close(parts, rule(messages, 0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_warns_of_nothing_when_all_is_well(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(name)(cloud(7, dtype=torch.float32), 0)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_single_precision_decides_as_double_does(name):
+    messages = cloud(8, length=3000)
+    wide = build(name)(messages, 0)
+    torch.testing.assert_close(build(name)(messages.float(), 0).double(), wide, rtol=1e-4, atol=1e-4)
+
+
+def test_flag_needs_a_gram_and_says_so():
+    with pytest.raises(ValueError, match="inner products"):
+        Flag().weights(Info(5))
+    with pytest.raises(ValueError, match="own"):
+        NearestToOwn(1)(cloud(0))

@@ -1,0 +1,233 @@
+"""`Exchange.reduce` by itself, on three processes, against the same arithmetic done in one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from weft.comm.agree import mix
+from weft.comm.codec import Spec
+from weft.comm.codecs.plain import Cast, Identity
+from weft.comm.codecs.quantise import Quantise
+from weft.comm.codecs.top_k import TopK
+from weft.comm.exchange import Exchange
+from weft.comm.memories.error_feedback import ErrorFeedback
+from weft.comm.rules.centre import GeometricMedian
+from weft.comm.rules.elementwise import Median
+from weft.comm.topology import AllGather, Gossip, Peer, Ring, ScatterGather, Star
+from weft.errors import ExchangeMismatch
+
+RANKS = 3
+SHAPES = {"a": (5, 7), "b": (11,), "c": (4, 3, 2)}
+WEIGHTS = ((0.5, 0.25, 0.25), (0.25, 0.5, 0.25), (0.25, 0.25, 0.5))
+
+
+def data(step, rank):
+    g = torch.Generator().manual_seed(10 * step + rank)
+    return {name: torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
+
+
+def flat(named):
+    return torch.cat([tensor.flatten() for tensor in named.values()])
+
+
+def reduced(options, steps=2):
+    exchange = Exchange(**options, timeout=20)
+    found = [exchange.reduce(data(step, dist.get_rank()), step).wait() for step in range(steps)]
+    report = exchange.report()
+    exchange.close()
+    return [flat(named) for named in found], report.nbytes
+
+
+def everything(spec):
+    return True
+
+
+@pytest.mark.parametrize("topology", [Ring(), AllGather(), ScatterGather(), Star(2), Peer()])
+def test_identity_gives_the_mean_over_every_topology(pool, topology):
+    ranks = pool(RANKS).run(reduced, {"topology": topology})
+    for step in range(2):
+        mean = torch.stack([flat(data(step, rank)) for rank in range(RANKS)]).double().mean(0)
+        for found, _ in ranks:
+            torch.testing.assert_close(found[step].double(), mean, rtol=0, atol=1e-6)
+            assert torch.equal(found[step], ranks[0][0][step])
+
+
+def test_gossip_mixes_by_its_weights(pool):
+    ranks = pool(RANKS).run(reduced, {"topology": Gossip(WEIGHTS)})
+    stack = torch.stack([flat(data(1, rank)) for rank in range(RANKS)])
+    for rank, (found, _) in enumerate(ranks):
+        torch.testing.assert_close(found[1], torch.tensor(WEIGHTS[rank]) @ stack)
+
+
+def coded_in_one_process(codec, memory, steps):
+    """All-gather by the book: y = memory(x), message = encode(y), result = mean of decode(message)."""
+    specs = {name: Spec(name, shape) for name, shape in SHAPES.items()}
+    states = [
+        {name: {"seed": mix(0, name, rank), "shared_seed": mix(0, name)} for name in SHAPES} for rank in range(RANKS)
+    ]
+    found = []
+    for step in range(steps):
+        out = {name: torch.zeros(spec.numel) for name, spec in specs.items()}
+        for rank in range(RANKS):
+            for name, x in data(step, rank).items():
+                spec, state = specs[name], states[rank][name]
+                setting = codec.default(spec)
+                y = memory.before(x.flatten(), spec, state)
+                message = codec.encode(y, spec, state, setting, step)
+                out[name] += codec.decode([part.clone() for part in message], spec, setting) / RANKS
+                sent, where = codec.sent([part.clone() for part in message], spec, setting)
+                memory.after(y, sent, where, state)
+        found.append(flat(out))
+    return found
+
+
+@pytest.mark.parametrize("codec", [TopK(0.3), Quantise(4)])
+def test_a_coded_exchange_is_the_book_in_one_process(pool, codec):
+    options = {"codec": codec, "memory": ErrorFeedback(), "select": everything}
+    expected = coded_in_one_process(codec, ErrorFeedback(), 3)
+    for found, nbytes in pool(RANKS).run(reduced, options, 3):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        message = sum(codec.nbytes(Spec(n, s), codec.default(Spec(n, s))) for n, s in SHAPES.items())
+        assert nbytes == (RANKS - 1) * message
+
+
+def test_owners_that_encode_again_with_memory_lose_nothing_in_the_long_run(pool):
+    """The same tensors every step: with error feedback at both ends the mean of the results tends to the mean."""
+    options = {"codec": TopK(0.4), "memory": ErrorFeedback(), "select": everything}
+    for topology in (ScatterGather(memory=ErrorFeedback()), Star(0, down=TopK(0.4), memory=ErrorFeedback())):
+        ranks = pool(RANKS).run(repeated, {**options, "topology": topology})
+        mean = torch.stack([flat(data(0, rank)) for rank in range(RANKS)]).mean(0)
+        for found in ranks:
+            assert torch.equal(found, ranks[0])
+            assert float((found - mean).norm() / mean.norm()) < 0.15
+
+
+def repeated(options, steps=30):
+    exchange = Exchange(**options, timeout=20)
+    total = sum(flat(exchange.reduce(data(0, dist.get_rank()), step).wait()) for step in range(steps))
+    exchange.close()
+    return total / steps
+
+
+# ---- rules
+
+
+def robust(rule, broken):
+    """Three tensors in three buckets of one step; rank 1's middle one may be infinite."""
+    exchange = Exchange(combine=rule, timeout=20)
+    exchange.open([Spec(name, shape) for name, shape in SHAPES.items()])
+    named = data(0, dist.get_rank())
+    if broken and dist.get_rank() == 1:
+        named["b"][3] = float("inf")
+    done = [torch.futures.Future() for _ in named]
+    flats = [tensor.flatten() for tensor in named.values()]
+    for number, (name, future) in enumerate(zip(named, done, strict=True)):
+        last = number == len(named) - 1
+
+        def over(error, future=future):
+            future.set_result(None) if error is None else future.set_exception(error)
+
+        exchange.submit([(Spec(name, SHAPES[name]), flats[number])], 0, last, over)
+    for future in done:
+        future.wait()
+    skipped = exchange.skipped
+    exchange.close()
+    return torch.cat(flats), skipped
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("rule", [GeometricMedian(), Median()])
+def test_a_rule_sees_the_whole_model_and_goes_on_without_a_broken_rank(pool, rule, broken):
+    stack = torch.stack([flat(data(0, rank)) for rank in range(RANKS)])
+    ranks = pool(RANKS).run(robust, rule, broken)
+    if not broken:
+        expected = rule(stack)
+    elif isinstance(rule, GeometricMedian):
+        stack[1] = float("nan")
+        expected = rule(stack)
+    for found, skipped in ranks:
+        assert skipped == 0 and bool(found.isfinite().all()) and torch.equal(found, ranks[0][0])
+        if not broken or isinstance(rule, GeometricMedian):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- what reduce promises
+
+
+def promises():
+    own = dist.get_rank()
+    exchange = Exchange(Cast("float16"), ErrorFeedback(), timeout=20)
+    named = {"w": torch.full((2, 6), 1.0 + own, dtype=torch.float64), "v": torch.ones(3, dtype=torch.bfloat16)}
+    future = exchange.reduce(named, 0)
+    named["w"].zero_()  # read before `reduce` returned
+    found = future.wait()
+    assert found["w"].dtype == torch.float64 and float(found["w"][0, 0]) == pytest.approx(2.0, abs=0.01)
+    assert found["v"].dtype == torch.bfloat16 and found["v"].shape == (3,)
+    piece = exchange.reduce_scatter(
+        {"w": torch.full((2, 6), 1.0 + own, dtype=torch.float64), "v": torch.ones(3, dtype=torch.bfloat16)},
+        1,
+        {"w": 1, "v": 0},
+    ).wait()
+    assert piece["w"].shape == (2, 2) and piece["v"].shape == (1,)
+    with pytest.raises(ValueError, match="no dimension 5"):
+        exchange.reduce_scatter({"w": torch.ones(2, 2)}, 2, 5)
+    with pytest.raises(TypeError, match="sparse=False"):
+        exchange.reduce({"w": torch.eye(3).to_sparse()}, 2)
+    bad = {
+        "w": torch.full((2, 6), float("nan") if own == 2 else 1.0, dtype=torch.float64),
+        "v": torch.ones(3, dtype=torch.bfloat16),
+    }
+    before = exchange.state_dict()["states"]["w"]["error"]
+    assert bool(exchange.reduce(bad, 2).wait()["w"].isnan().all()) and exchange.skipped == 1
+    assert exchange.state_dict()["states"]["w"]["error"] is before
+    both = [exchange.reduce({"w": torch.full((2, 6), float(step), dtype=torch.float64)}, step) for step in (3, 4)]
+    assert [float(future.wait()["w"].mean()) for future in both] == pytest.approx([3.0, 4.0], abs=0.01)
+    assert "steps" in str(exchange.report())
+    exchange.close()
+    return True
+
+
+def test_reduce_keeps_its_promises(pool):
+    assert pool(RANKS).run(promises) == [True] * RANKS
+
+
+def unlike_steps():
+    exchange = Exchange(TopK(0.5), select=everything, timeout=8)
+    exchange.open([Spec("w", (8,))])
+    with pytest.raises(ExchangeMismatch, match="steps of the ranks"):
+        exchange.reduce({"w": torch.ones(8)}, 5 if dist.get_rank() == 1 else 4).wait()
+    return True
+
+
+def test_ranks_at_different_steps_are_named(pool):
+    assert [o.value for o in pool(RANKS).collect(unlike_steps)] == [True] * RANKS
+
+
+def unlike_tensors():
+    exchange = Exchange(TopK(0.5), timeout=8)
+    with pytest.raises(ExchangeMismatch, match="bucket"):
+        exchange.reduce({"w": torch.ones(4, 2 + dist.get_rank())}, 0).wait()
+    return True
+
+
+def test_ranks_whose_sizes_differ_are_named_before_anything_is_sent(pool):
+    assert [o.value for o in pool(RANKS).collect(unlike_tensors)] == [True] * RANKS
+
+
+def test_cost_counts_latencies_and_bytes():
+    from weft.cluster import Link
+
+    link, spec = Link(1e-3, 1e6), Spec("w", (1000, 10))
+    assert Exchange().cost(spec, link, 4) == pytest.approx(6e-3 + 1.5 * 40_000 / 1e6)
+    top = TopK(0.01)
+    assert Exchange(top).cost(spec, link, 4) == pytest.approx(3e-3 + 3 * top.nbytes(spec, 0.01) / 1e6)
+    assert Exchange(Identity(), select=lambda s: False).cost(spec, link, 2) == pytest.approx(2e-3 + 40_000 / 1e6)
+
+
+def test_an_exchange_needs_a_process_group():
+    with pytest.raises(ValueError, match="init_process_group"):
+        Exchange().open()
