@@ -23,11 +23,14 @@ from weft.runtime.optimizer import recipe
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2)
 
 
-def engine_of(plan: HandPlan, model: nn.Module, optimizer: Any = ADAMW, **options: Any) -> Engine:
+def engine_of(
+    plan: HandPlan, model: nn.Module, optimizer: Any = ADAMW, budget: int | None = None, **options: Any
+) -> Engine:
     graph = plan.graph
     assert graph is not None
     wanted = recipe(optimizer, model)
-    engine = Engine(graph, plan.assignment, connect(plan.assignment.mesh), wanted, Options(**options))
+    comms = connect(plan.assignment.mesh)
+    engine = Engine(graph, plan.assignment, comms, wanted, Options(**options), budget=budget)
     engine.load(whole_values(model))
     return engine
 

@@ -16,7 +16,7 @@ PyTorch FSDP, arXiv:2304.11277 (freeing storage under live views).
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -36,6 +36,7 @@ class Bucket(abc.ABC):
         leaves: by name, the tensors that the local program reads.
         pieces: by name, what the optimizer updates: the leaf itself, or this process's piece of it.
         waiting: trainable leaves whose gradient has not yet come in this backward.
+        lend: told before a flat tensor's storage is given so many bytes, and after all are taken from it (0).
     """
 
     def __init__(self, holdings: Sequence[Holding], leaves: Mapping[str, nn.Parameter]):
@@ -45,6 +46,11 @@ class Bucket(abc.ABC):
         self.trainable = tuple(h for h in self.holdings if h.trainable)
         self._grown = [leaves[h.name] for h in self.trainable]  # leaves that get a gradient
         self.waiting = 0
+        self.lend: Callable[[Tensor, int], None] = lambda tensor, nbytes: None
+
+    def flats(self) -> list[Tensor]:
+        """Flat tensors that are held besides leaves and pieces."""
+        return []
 
     def arm(self) -> None:
         """Before a backward."""
@@ -94,6 +100,9 @@ class SumBucket(Bucket):
     The first backward of a step leaves gradients of autograd's own making; `collect` copies them into the flat tensor and puts
     views of it in their place, into which later micro-batches accumulate. That is one pass over memory, where zeroing
     and adding in place would be two.
+
+    Attributes:
+        send: starts the sum over the group; in place of all-reduce an exchange may do it (see coded.py).
     """
 
     def __init__(self, holdings: Sequence[Holding], leaves: Mapping[str, nn.Parameter], group: Group):
@@ -105,6 +114,10 @@ class SumBucket(Bucket):
         parts = self.flat.split([h.numel for h in self.trainable])
         self._views = [part.view(h.local) for part, h in zip(parts, self.trainable, strict=True)]
         self._pending: Handle | None = None
+        self.send: Callable[[SumBucket], Handle] = lambda bucket: bucket.group.all_reduce_async(bucket.flat)
+
+    def flats(self) -> list[Tensor]:
+        return [self.flat]
 
     def collect(self, last: bool) -> None:
         leaves, views = self._grown, self._views
@@ -114,7 +127,7 @@ class SumBucket(Bucket):
             for i in fresh:
                 leaves[i].grad = views[i]
         if last:
-            self._pending = self.group.all_reduce_async(self.flat)
+            self._pending = self.send(self)
 
     def finish(self) -> None:
         if self._pending is not None:
@@ -175,10 +188,14 @@ class ScatterBucket(Bucket):
 
     # ---- memory
 
+    def flats(self) -> list[Tensor]:
+        return [self.gradient, *(t for t in (self._shard, self._whole) if t is not None)]
+
     def _build_stored(self, dtype: torch.dtype, device: torch.device) -> None:
         """Pieces are views of one flat shard, leaves views of one flat tensor whose storage comes and goes."""
         self._shard = torch.empty(sum(self._numels[self.member]), dtype=dtype, device=device)
         self._whole = torch.empty(sum(h.numel for h in self.holdings), dtype=dtype, device=device)
+        self._storage = self._whole.untyped_storage()  # asked for once: whoever asks a tensor may write there
         shards = self._shard.split(self._numels[self.member])
         wholes = self._whole.split([h.numel for h in self.holdings])
         for h, shard, whole in zip(self.holdings, shards, wholes, strict=True):
@@ -227,7 +244,8 @@ class ScatterBucket(Bucket):
         if self._gathering is None:
             return
         assert self._whole is not None
-        self._whole.untyped_storage().resize_(self._whole.nbytes)
+        self.lend(self._whole, self._whole.nbytes)
+        self._storage.resize_(self._whole.nbytes)
         self._land(range(self.members))
         self.full = True
 
@@ -254,7 +272,8 @@ class ScatterBucket(Bucket):
         """Give back the memory of the leaves' values."""
         if self.stored_cut:
             assert self._whole is not None
-            self._whole.untyped_storage().resize_(0)
+            self._storage.resize_(0)
+            self.lend(self._whole, 0)
             self.full = False
 
     # ---- gradients

@@ -50,8 +50,19 @@ class Driver(abc.ABC):
     last_step: int = 0
 
     @abc.abstractmethod
-    def setup(self, graph: Graph, assignment: Assignment, wanted: Recipe, values: Values) -> None:
-        """Build the engines for the planned graph and fill parameters and buffers."""
+    def setup(
+        self,
+        graph: Graph,
+        assignment: Assignment,
+        wanted: Recipe,
+        values: Values,
+        budgets: Mapping[int, int] | None = None,
+    ) -> None:
+        """Build the engines for the planned graph and fill parameters and buffers.
+
+        Args:
+            budgets: rank -> bytes that a step of its process may take; those that are missing have no limit.
+        """
 
     @abc.abstractmethod
     def add(self, graph: Graph) -> None:
@@ -141,9 +152,17 @@ class InProcess(Driver):
         self._stop_requested = True
 
     @_watched
-    def setup(self, graph: Graph, assignment: Assignment, wanted: Recipe, values: Values) -> None:
+    def setup(
+        self,
+        graph: Graph,
+        assignment: Assignment,
+        wanted: Recipe,
+        values: Values,
+        budgets: Mapping[int, int] | None = None,
+    ) -> None:
         comms = connect(assignment.mesh)
-        self.engine = Engine(graph, assignment, comms, wanted, self.options, self.device)
+        budget = (budgets or {}).get(comms.rank)
+        self.engine = Engine(graph, assignment, comms, wanted, self.options, self.device, budget)
         if isinstance(values, Tape):
             self._materialise(values)
         else:
@@ -163,7 +182,7 @@ class InProcess(Driver):
     def step(self, jobs: Sequence[Job], options: Sequence[Mapping[str, Any]]) -> StepResult:
         self.engine.stop_requested = self._stop_requested
         with self._interrupts.held() if self._interrupts is not None else contextlib.nullcontext():
-            result = self.engine.update(self.engine.accumulate(jobs), options)
+            result = self.engine.step(jobs, options)
             self.last_step = self.engine.steps
         if self._interrupts is not None and self._interrupts.taken():
             return replace(result, stop=True)
@@ -211,6 +230,10 @@ class InProcess(Driver):
         return [self.engine.memory()]
 
     def close(self, *, broken: bool = False) -> None:
+        if hasattr(self, "engine"):
+            self.engine.keeper.close()
+            if self.engine.coded is not None and not broken:
+                self.engine.coded.exchange.close()
         if self.watch is not None:
             self.watch.close(broken=broken)
         if self._interrupts is not None:

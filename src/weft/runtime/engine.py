@@ -2,6 +2,7 @@
 
     a step      forward and backward of each micro-batch, gradients reduced meanwhile   `Engine.accumulate`
                 clip by the global norm, run the optimizer on pieces, gather            `Engine.update`
+                both, within the bytes that the plan allows                             `Engine.step`
     values      whole tensors in, whole tensors out, one at a time                      `Engine.load`, `Engine.whole`
 
 An engine does not talk to users: `trainer.Trainer` drives one in this process, `launch.Controller` one in each process that
@@ -18,13 +19,14 @@ import contextlib
 import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.errors import NotFinite, PeerLost
+from weft.comm import Exchange
+from weft.errors import BudgetError, NotFinite, PeerLost
 from weft.graph.graph import Graph, Ref
 from weft.placement.assignment import Assignment, refit
 from weft.placement.axes import find_cuts
@@ -32,6 +34,8 @@ from weft.placement.boxing import box
 from weft.placement.comms import Comms
 from weft.placement.layout import Mesh, Replicate, take
 from weft.placement.localize import LocalModule, localize
+from weft.runtime.budget import Keeper
+from weft.runtime.coded import Coded
 from weft.runtime.evaluation import for_evaluation
 from weft.runtime.optimizer import Recipe, check_elementwise
 from weft.runtime.store import ParameterStore
@@ -51,6 +55,8 @@ class Options:
         seed: of the run's random operators (dropout); the same on every process.
         check_finite: raise `NotFinite` before the optimizer runs on a NaN or infinite loss.
         timeout: seconds that any wait may take before the run is given up.
+        measure: count bytes, for `StepResult.peak`; within a budget they are counted in any case.
+        exchange: how gradients travel that all processes sum; None for all-reduce.
     """
 
     clip_norm: float | None = None
@@ -58,6 +64,8 @@ class Options:
     seed: int = 0
     check_finite: bool = True
     timeout: float = 600.0
+    measure: bool = False
+    exchange: Exchange | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,20 @@ class Job:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Global loss before the update, gradient norm before clipping (None without), whether some process wants to stop."""
+    """What a step has come to.
+
+    Attributes:
+        loss: global, before the update.
+        norm: of the gradient before clipping; None without.
+        stop: some process wants to.
+        peak: most bytes of tensors on any one process at any moment so far; 0 if nothing measures them. Of other processes,
+            as far as this one has heard: up to the last micro-batch's backward.
+    """
 
     loss: float
     norm: float | None = None
     stop: bool = False
+    peak: int = 0
 
 
 def shape_key(leaves: Sequence[Tensor], train: bool) -> Key:
@@ -121,11 +138,14 @@ class Engine:
         assignment: the plan's placements.
         comms: of the plan's mesh.
         wanted: the user's optimizer.
+        budget: bytes of tensors that a step may take here, everything included; None for no limit.
     Attributes:
         store: parameters and their pieces.
         buffers: local pieces of the model's buffers.
         optimizer: over the pieces.
         steps: updates made so far.
+        keeper: of the budget.
+        coded: what sends gradients in place of all-reduce, if anything.
     """
 
     def __init__(
@@ -136,6 +156,7 @@ class Engine:
         wanted: Recipe,
         options: Options,
         device: torch.device | str = "cpu",
+        budget: int | None = None,
     ):
         self.graph, self.assignment, self.comms, self.options = graph, assignment, comms, options
         self.device = torch.device(device)
@@ -149,10 +170,15 @@ class Engine:
             raise ValueError("the model has no parameter that requires a gradient and takes part in the loss")
         check_elementwise(wanted, [n for n in trainable if trainable[n].shape != self.store.holdings[n].shape])
         self.optimizer = wanted.build(trainable)
+        self.coded: Coded | None = None
+        if options.exchange is not None and comms.world.size > 1:
+            self.coded = Coded(options.exchange, self.store.reduced, comms.world.size, self.optimizer)
         self.wanted = wanted
         self.steps = 0
         self.stop_requested = False
         self._losses = comms.world
+        self.keeper = Keeper(self.store, self.buffers, self.device, comms.rank, budget, options.measure)
+        self._measured = options.measure or budget is not None
 
     # ---- programs
 
@@ -181,18 +207,29 @@ class Engine:
 
     # ---- steps (collective)
 
+    def step(self, jobs: Sequence[Job], options: Sequence[Mapping[str, Any]] | None = None) -> StepResult:
+        """`accumulate` and `update`, within the budget.
+
+        Raises:
+            BudgetError: the step cannot be done within it. Others wait for this process by then: the run is over.
+        """
+        with self.keeper.step():
+            result = self.update(self.accumulate(jobs), options)
+        return replace(result, peak=max(result.peak, self.keeper.peak))
+
     def accumulate(self, jobs: Sequence[Job]) -> StepResult:
         """Global loss of the micro-batches, and its gradient in the pieces."""
         try:
             return self._accumulate(jobs)
-        except PeerLost:
+        except (PeerLost, BudgetError):
             raise  # the run is over: nothing to tidy, and waiting for what is under way would not end
         except Exception:
             self.store.abandon()
             raise
 
     def _accumulate(self, jobs: Sequence[Job]) -> StepResult:
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        here, measured = 2 + self.comms.world.index, self._measured
+        totals = torch.zeros(2 + measured * self.comms.world.size, dtype=torch.float64, device=self.device)
         for number, job in enumerate(jobs):
             last = number == len(jobs) - 1
             program = self._program(job)
@@ -208,13 +245,15 @@ class Engine:
             totals[0] += loss.detach().double() * scale
             if last:
                 totals[1] = float(self.stop_requested)
+                if measured:
+                    totals[here] = float(self.keeper.peak)
                 pending = self._losses.all_reduce_async(totals)
             self.store.begin_backward(last)
             loss.backward(torch.full_like(loss, scale))
             self.store.end_backward()
         pending.wait()
-        loss_value, stop = totals.tolist()
-        return StepResult(loss_value, stop=stop > 0)
+        loss_value, stop, *peaks = totals.tolist()
+        return StepResult(loss_value, stop=stop > 0, peak=int(max(peaks, default=0)))
 
     def update(self, result: StepResult, options: Sequence[Mapping[str, Any]] | None = None) -> StepResult:
         """Clip, and run the optimizer.
@@ -226,7 +265,13 @@ class Engine:
             NotFinite: the loss, or the norm if gradients are clipped, is not; parameters are as they were.
         """
         norm = None if self.options.clip_norm is None else float(self.store.gradient_norm())
-        if self.options.check_finite and not (math.isfinite(result.loss) and (norm is None or math.isfinite(norm))):
+        skip = self.coded is not None and self.coded.skip()
+        if skip and not self.options.check_finite:
+            self.store.abandon()
+            return replace(result, norm=norm)
+        if skip or (
+            self.options.check_finite and not (math.isfinite(result.loss) and (norm is None or math.isfinite(norm)))
+        ):
             bad = [name for name, g in self.store.gradients() if not torch.isfinite(g).all()]
             self.store.abandon()
             raise NotFinite(self.steps + 1, result.loss, bad)
@@ -238,11 +283,18 @@ class Engine:
         self.optimizer.step()
         self.store.updated()
         self.steps += 1
-        return StepResult(result.loss, norm, result.stop)
+        return replace(result, norm=norm)
 
     def gradients(self, jobs: Sequence[Job]) -> tuple[float, Iterator[tuple[str, Tensor]]]:
         """Loss, and every parameter's whole gradient one at a time; nothing is updated."""
-        result = self.accumulate(jobs)
+        if self.coded is not None:
+            self.coded.plain = True
+        try:
+            with self.keeper.step():
+                result = self.accumulate(jobs)
+        finally:
+            if self.coded is not None:
+                self.coded.plain = False
 
         def whole() -> Iterator[tuple[str, Tensor]]:
             for name, gradient in list(self.store.gradients()):

@@ -210,9 +210,16 @@ class Spawned(Driver):
 
     # ---- the commands
 
-    def setup(self, graph: Graph, assignment: Assignment, wanted: Recipe, values: Values) -> None:
+    def setup(
+        self,
+        graph: Graph,
+        assignment: Assignment,
+        wanted: Recipe,
+        values: Values,
+        budgets: Mapping[int, int] | None = None,
+    ) -> None:
         sent = values if isinstance(values, Tape) else self._shared.put(values)
-        self._ask("setup", graph, assignment, wanted, sent)
+        self._ask("setup", graph, assignment, wanted, sent, dict(budgets or {}))
         self._shared.close()
 
     def add(self, graph: Graph) -> None:
@@ -224,8 +231,8 @@ class Spawned(Driver):
         return note, [(len(job.leaves), job.weight, job.train) for job in jobs]
 
     def step(self, jobs: Sequence[Job], options: Sequence[Mapping[str, Any]]) -> StepResult:
-        result = self._ask("step", *self._send_jobs(jobs), list(options))[0]
-        return replace(result, stop=self._interrupts.taken())
+        results = self._ask("step", *self._send_jobs(jobs), list(options))
+        return replace(results[0], stop=self._interrupts.taken(), peak=max(result.peak for result in results))
 
     def gradients(self, jobs: Sequence[Job]) -> tuple[float, dict[str, Tensor]]:
         loss, note = self._ask("gradients", *self._send_jobs(jobs))[0]

@@ -95,12 +95,16 @@ class Progress:
             self._live = Live(console=self.console, refresh_per_second=8, transient=False)
             self._live.start()
 
-    def show(self, step: int, loss: float, meter: Meter, nbytes: int) -> None:
+    def show(self, step: int, loss: float, meter: Meter, nbytes: int, peak: tuple[float, float] | None = None) -> None:
+        """Show a step. `nbytes` are kept between steps, `peak` is the most so far on any process and what was planned (0 if
+        nothing was), in bytes."""
         rate = meter.tokens_per_second, "tokens/s"
         if not rate[0]:
             rate = meter.samples_per_second, "samples/s"
         speed = f"{rate[0]:,.0f} {rate[1]}  {meter.seconds * 1e3:.0f} ms/step"
         text = f"step {step}  loss {loss:.4f}  {speed}  {_size(nbytes)} per process"
+        if peak is not None:
+            text += f", peak {_size(peak[0])}" + (f" (planned {_size(peak[1])})" if peak[1] else "")
         if self._live is not None:
             self._live.update(text)
         elif time.monotonic() >= self._next_line:
@@ -113,7 +117,7 @@ class Progress:
             self._live = None
 
 
-def _size(nbytes: int) -> str:
+def _size(nbytes: float) -> str:
     for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20)):
         if nbytes >= factor:
             return f"{nbytes / factor:.1f} {unit}"

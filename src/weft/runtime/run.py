@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weft.comm import Exchange
 from weft.planner import Plan
 from weft.runtime.driver import Driver, InProcess
 from weft.runtime.engine import Options
@@ -43,6 +44,7 @@ def run(
     log_dir: str | Path | None = None,
     device: str | None = None,
     timeout: float = 600.0,
+    exchange: Exchange | None = None,
 ) -> Iterator[Trainer]:
     """Train a model by a plan: a context manager that gives a `Trainer`.
 
@@ -66,21 +68,33 @@ def run(
         check_finite: raise `NotFinite` instead of updating with a NaN or infinite loss.
         checkpoint: a folder to save to when the block ends or Ctrl-C comes, and every `checkpoint_every` steps.
         resume: a checkpoint folder to go on from.
-        progress: show loss, tokens per second and memory.
+        progress: show loss, tokens per second and memory: measured beside planned.
         log_dir: a folder for `log.jsonl`, and TensorBoard event files if tensorboard is installed.
         device: "cpu" or "cuda"; default: "cuda" if the plan's devices are GPUs and this machine has as many, else "cpu".
         timeout: seconds that any step or other command may take before the run is given up.
+        exchange: how gradients travel (`weft.comm.Exchange`, `weft.comm.dgc`), for data-parallel plans; None for all-reduce. Its
+            memories are not in checkpoints. Where it is not None, a step that is not finite on some process changes nothing.
+    A plan that computes activations again to fit (`plan.squeezes`) is carried out within those bytes on each process, with the
+    loss and gradients of the same plan without limit, bit for bit.
+
     Raises:
         ValueError: an argument out of range, or a plan for another number of processes.
+        BudgetError: with a step: a process cannot stay within its bytes; the run has ended on all.
         PlanMismatch: with the first batch: the plan is for another model.
     """
+    if exchange is not None and not isinstance(exchange, Exchange):
+        raise ValueError(
+            f"run: exchange must be a weft.comm.Exchange or None, got {exchange!r}; `weft.comm.dgc()` makes one"
+        )
     _check(clip_norm, accumulate, autocast, checkpoint, checkpoint_every, timeout)
     if os.environ.get("WEFT_WORKER"):
         raise RuntimeError(
             "weft.run was called while a process of another run imported the main script; put the program under "
             "`if __name__ == '__main__':`"
         )
-    options = Options(clip_norm, AUTOCAST[autocast], seed, check_finite, timeout)
+    options = Options(
+        clip_norm, AUTOCAST[autocast], seed, check_finite, timeout, progress or log_dir is not None, exchange
+    )
     driver = _driver(plan, options, device)
     trainer = None
     try:

@@ -185,6 +185,11 @@ class ParameterStore(ParameterHooks):
         self._place_backward = {id(bucket): place for place, bucket in enumerate(self._backward)}
         self._started_forward = self._started_backward = 0
 
+    @property
+    def reduced(self) -> Sequence[Bucket]:
+        """Buckets with gradients, in the order of their reductions, the same on every process."""
+        return tuple(self._order)
+
     # ---- hooks of the local program
 
     def fetch(self, bucket: int) -> None:

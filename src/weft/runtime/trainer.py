@@ -40,6 +40,8 @@ class Trainer:
         losses: global loss of every step so far, each before its update.
         steps: updates made so far.
         norm: gradient norm of the last step, before clipping; None without `clip_norm`.
+        peak: most bytes of tensors on any one process at any moment so far; 0 unless they are measured: for a plan that computes
+            activations again, for `progress` and for `log_dir`.
         optimizer: stand-in whose `param_groups` hold the options in force.
         scheduler: the learning-rate schedule, or None.
         model: the user's; `sync` brings its values up to date.
@@ -64,6 +66,7 @@ class Trainer:
         self._accumulate = accumulate
         self.losses: list[float] = []
         self.norm: float | None = None
+        self.peak = 0
         self.meter = Meter()
         self._graph: Graph | None = None
         self._ready: set[Any] = set()  # keys of the programs that the driver has
@@ -141,7 +144,8 @@ class Trainer:
         self.plan.check_graph(graph)
         self._check_model(graph)
         values: Values = tape_of(self.model) or whole_values(self.model, self._loss)
-        self.driver.setup(graph, self.plan.assignment, self._recipe, values)
+        budgets = {rank: s.budget for s in getattr(self.plan, "squeezes", ()) for rank in s.ranks}
+        self.driver.setup(graph, self.plan.assignment, self._recipe, values, budgets)
         self._graph = graph
         self._ready.add(graph_key(graph))
         self._nbytes = max(sum(kept.values()) for kept in self.driver.memory())
@@ -195,7 +199,7 @@ class Trainer:
 
     def _count(self, result: StepResult, leaves: list[Tensor]) -> None:
         self.losses.append(result.loss)
-        self.norm = result.norm
+        self.norm, self.peak = result.norm, max(self.peak, result.peak)
         if self.scheduler is not None:
             self.optimizer.step()  # the stand-ins have no gradients: this only tells the schedule that a step was made
             if not _needs_metric(self.scheduler):
@@ -207,11 +211,15 @@ class Trainer:
             scalars["samples_per_second"] = self.meter.samples_per_second
             if result.norm is not None:
                 scalars["gradient_norm"] = result.norm
+            if self.peak:
+                scalars["peak_bytes"] = float(self.peak)
             self._log.write(self.steps, scalars)
         if self._progress is not None:
             if self.steps <= 2:
                 self._nbytes = max(sum(kept.values()) for kept in self.driver.memory())
-            self._progress.show(self.steps, result.loss, self.meter, self._nbytes)
+            planned = getattr(self.plan, "prediction", None)
+            peak = (self.peak, planned.peak if planned is not None else 0) if self.peak else None
+            self._progress.show(self.steps, result.loss, self.meter, self._nbytes, peak)
         if self._checkpoint is not None and self._every and self.steps % self._every == 0:
             self.save(self._checkpoint)
 

@@ -123,8 +123,8 @@ class _Worker:
         self.shared = SharedTensors(self.folder)
         self._opened: dict[str, Tensor] = {}
 
-    def setup(self, graph: Any, assignment: Any, wanted: Any, values: Note | Tape) -> None:
-        self.driver.setup(graph, assignment, wanted, take(values) if isinstance(values, Note) else values)
+    def setup(self, graph: Any, assignment: Any, wanted: Any, values: Note | Tape, budgets: Any = None) -> None:
+        self.driver.setup(graph, assignment, wanted, take(values) if isinstance(values, Note) else values, budgets)
 
     def add(self, graph: Any) -> None:
         self.driver.add(graph)

@@ -1,0 +1,188 @@
+"""Steps within a budget: the bits of the same plan without one, measured bytes below it, and errors that name the process."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from tests.runtime.plans import HandPlan
+from tests.runtime.test_equal import engine_of
+from tests.runtime.test_run import gone
+from torch import Tensor, nn
+
+from weft.cluster import Cluster
+from weft.errors import BudgetError
+from weft.graph import Graph, capture
+from weft.nn import GPT, GPTOptions
+from weft.planner import Plan
+from weft.runtime import run
+from weft.runtime.engine import Job
+
+SGD = functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
+STRATEGIES = ("dp", "zero-1", "zero-3", "tp")
+
+
+def gpt(dropout: float = 0.1) -> nn.Module:
+    torch.manual_seed(0)
+    return GPT(GPTOptions(vocabulary=40, context=32, layers=2, heads=4, width=32, dropout=dropout))
+
+
+def tokens(seed: int = 1, samples: int = 8) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randint(0, 40, (samples, 32), generator=generator)
+    return {"tokens": draw(), "targets": draw()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one rank: losses, gradients of the last step, trained values, bytes at most and between steps, repeated operators."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+    values: dict[str, Tensor]
+    peak: int
+    kept: int
+    repeats: int
+    notes: list[str]
+
+
+def planned(build: Any, example: Any, strategy: str) -> HandPlan:
+    model = build()
+    graph = capture(model, example)
+    cluster = Cluster.local(processes=2)
+    return HandPlan(Plan.manual(graph, cluster=cluster, mesh=(2,), strategy=strategy).assignment, graph)
+
+
+def trained(plan: HandPlan, build: Any, batches: list[Any], budget: int | None, steps: int = 5) -> Outcome:
+    assert plan.graph is not None
+    engine = engine_of(plan, build(), SGD, measure=True, budget=budget)
+    leaves = [list(batch.values()) if isinstance(batch, dict) else list(batch) for batch in batches]
+    losses = [engine.step([Job(leaves[step % len(leaves)])]).loss for step in range(steps)]
+    kept = engine.keeper._meter.live  # between steps
+    loss, gradients = engine.gradients([Job(leaves[0])])
+    whole = {name: gradient.clone() for name, gradient in gradients}
+    peak, within = engine.keeper.peak, engine.keeper._limit
+    repeats = 0
+    if within is not None:
+        executor = within._executor
+        repeats = getattr(executor, "repeats", 0) or executor.core.repeats
+    values = {name: engine.whole(name).clone() for name in engine.names}
+    engine.keeper.close()
+    return Outcome([*losses, loss], whole, values, peak, kept, repeats, list(within.notes) if within else [])
+
+
+def same(found: Outcome, want: Outcome) -> None:
+    assert found.losses == want.losses
+    for name, gradient in want.gradients.items():
+        assert torch.equal(found.gradients[name], gradient), name
+    for name, value in want.values.items():
+        assert torch.equal(found.values[name], value), name
+
+
+# what is made from ZeRO-3's gathered copies is kept, so that it can save less
+SHARES = {"dp": 0.6, "zero-1": 0.6, "zero-3": 0.9, "tp": 0.6}
+
+
+def compare(pool: Any, build: Any, example: Any, strategy: str, share: float) -> None:
+    """The same bits at a share of what the step takes beyond what lives between steps, and no more bytes than that."""
+    plan = planned(build, example, strategy)
+    free = pool(2).run(trained, plan, build, [example], None)
+    budget = int(max(rank.kept + (rank.peak - rank.kept) * share for rank in free))
+    for found, want in zip(pool(2).run(trained, plan, build, [example], budget), free, strict=True):
+        same(found, want)
+        assert found.peak <= budget < want.peak
+        assert found.kept == want.kept
+        assert found.repeats > 0
+        assert not found.notes
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_bits_within_a_budget(pool: Any, strategy: str) -> None:
+    compare(pool, gpt, tokens(), strategy, SHARES[strategy])
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    hf = pytest.importorskip("transformers")
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=60, n_positions=32, n_embd=32, n_layer=3, n_head=4))
+
+
+def text() -> dict[str, Tensor]:
+    found = torch.randint(0, 60, (8, 32), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": found, "labels": found.clone()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("build", "example"), [(gpt2, text)])
+def test_same_bits_of_other_models(pool: Any, build: Any, example: Any, strategy: str) -> None:
+    compare(pool, build, example(), strategy, 0.9 if strategy == "zero-3" else 0.75)
+
+
+def alternating(plan: HandPlan, others: list[Graph], budget: int | None) -> Outcome:
+    """Two sizes of batch, micro-batches, and an evaluation between steps that knows nothing of budgets."""
+    assert plan.graph is not None
+    engine = engine_of(plan, gpt(), SGD, measure=True, budget=budget)
+    small = tokens(2, samples=4)
+    for graph in others:
+        engine.add(graph)
+    losses = []
+    for _ in range(4):
+        losses.append(engine.step([Job(list(tokens().values()))]).loss)
+        losses.append(engine.step([Job(list(small.values()), 0.5), Job(list(small.values()), 0.5)]).loss)
+        losses.append(engine.evaluate(Job(list(small.values()), train=False)))
+    values = {name: engine.whole(name).clone() for name in engine.names}
+    peak = engine.keeper.peak
+    engine.keeper.close()
+    return Outcome(losses, {}, values, peak, 0, 0, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_other_sizes_and_work_between_steps(pool: Any, strategy: str) -> None:
+    plan = planned(gpt, tokens(), strategy)
+    small = tokens(2, samples=4)
+    others = [capture(gpt(), small), capture(gpt(), small, train=False)]
+    free = pool(2).run(alternating, plan, others, None)
+    budget = int(max(rank.peak for rank in free) * 0.9)
+    for found, want in zip(pool(2).run(alternating, plan, others, budget), free, strict=True):
+        same(found, want)
+        assert found.peak <= budget < want.peak
+
+
+def squeezed(share: float = 0.7) -> Plan:
+    graph, cluster = capture(gpt(), tokens()), Cluster.local(processes=2)
+    roomy = Plan.manual(graph, cluster=cluster, strategy="dp")
+    use = roomy.prediction.memory[0].use
+    memory = int(use.peak - (1 - share) * use.activations)
+    return Plan.manual(graph, cluster=cluster, strategy="dp", memory=memory)
+
+
+def test_a_run_keeps_to_a_squeezed_plan(pool: Any) -> None:
+    plan = squeezed()
+    (squeeze,) = plan.squeezes
+    free = pool(2).run(trained, HandPlan(plan.assignment, plan.graph), gpt, [tokens()], None)
+    with run(plan, gpt(), SGD) as trainer:
+        losses = [trainer.step(tokens()) for _ in range(5)]
+        assert losses == free[0].losses[:5]
+        assert 0 < trainer.peak <= squeeze.budget < free[0].peak
+        loss, gradients = trainer.gradients(tokens())
+        assert loss == free[0].losses[5]
+        for name, gradient in free[0].gradients.items():
+            assert torch.equal(gradients[name], gradient), name
+
+
+def test_a_budget_that_one_process_cannot_keep_ends_the_run_on_all() -> None:
+    plan = squeezed()
+    (squeeze,) = plan.squeezes
+    lopsided = replace(plan, squeezes=(replace(squeeze, ranks=(1,), budget=int(squeeze.least * 0.6)),))
+    began = time.monotonic()
+    with pytest.raises(BudgetError, match="rank 1"), run(lopsided, gpt(), SGD, timeout=60) as trainer:
+        pids = trainer.driver.pids  # type: ignore[attr-defined]
+        trainer.step(tokens())
+    assert all(gone(pid) for pid in pids)
+    assert time.monotonic() - began < 50  # nobody waits for the timeout
