@@ -1,0 +1,383 @@
+"""The same server and the same schedules over real processes and the wall clock: late workers are late, and so are their results.
+
+    server side   listener = listen(); serve(setting, listener, token, seconds=60)
+    client side   join(setting, client, address, token)          anywhere the address can be reached, with that client's data
+    one machine   spawn(setting, seconds=60)                     both, with one process per client
+
+    client -> server   hello {token, client}      result {job} + message       the first opens, each later one answers a model
+    server -> client   model {job} + parameters   stop {}
+
+`serve` feeds a `Server` (the state machine that the simulator runs too) with what comes, and calls `tick` when its clock says so.
+Every wait has an end: for clients to join, for an aggregation (`limit`), for a stopped reader. A client whose connection ends is
+left out from then on and may come back; results of a wrong size or number are rejected and counted; no pickle is ever read.
+"""
+
+from __future__ import annotations
+
+import hmac
+import math
+import multiprocessing
+import secrets
+import selectors
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from weft.comm.codec import State
+from weft.comm.waits import nanoseconds
+from weft.errors import PeerLost
+from weft.federated.asynchronous import Asynchronous, Client, Trained
+from weft.federated.local import LocalSGD
+from weft.federated.server import Step
+from weft.federated.wire import Broken, Link
+
+__all__ = ["join", "listen", "serve", "spawn"]
+
+Address = tuple[str, int]
+
+
+def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A socket for `serve`; its address, for the clients, is `listener.getsockname()`."""
+    return socket.create_server((host, port))
+
+
+def serve(
+    setting: Asynchronous,
+    listener: socket.socket,
+    token: str,
+    *,
+    seconds: float = math.inf,
+    aggregations: int | None = None,
+    join_seconds: float = 60.0,
+) -> Trained:
+    """Train with clients that `join`, for so many seconds or so many aggregations of results.
+
+    Args:
+        setting: the clients' `seconds` and `jitter` are not used: they take what they take. `limit`, if infinite, is 60 s here.
+        listener: of `listen`; it is closed at the end.
+        token: what a client must say to be let in.
+        seconds, aggregations: at least one of them; the run ends with whichever is first.
+        join_seconds: the start waits so long for all clients, then goes on with those that came; others may come later.
+    Raises:
+        NothingCame: no aggregation for `limit` seconds; names the slowest client.
+        PeerLost: no client joined, or all have gone.
+    """
+    if not seconds > 0 or (seconds == math.inf and aggregations is None):
+        raise ValueError(f"serve: seconds must be > 0, or aggregations be given, got {seconds} and {aggregations}")
+    if setting.limit == math.inf:
+        setting = replace(setting, limit=60.0)
+    return _Serving(setting, listener, token, seconds, aggregations, join_seconds).run()
+
+
+def join(
+    setting: Asynchronous,
+    client: int,
+    address: Address,
+    token: str,
+    *,
+    timeout: float = 120.0,
+    join_seconds: float = 60.0,
+) -> int:
+    """Work as one client until the server says stop; returns the number of jobs done.
+
+    Args:
+        setting: as at the server; only this client's data are needed.
+        timeout: seconds without a word from the server after which it is given up.
+    Raises:
+        PeerLost: the server does not answer, or is gone.
+    """
+    link = _connect(address, setting, join_seconds)
+    try:
+        link.put({"kind": "hello", "token": token, "client": client})
+        return _work(setting, client, link, timeout)
+    finally:
+        link.close()
+
+
+def spawn(
+    setting: Asynchronous, *, seconds: float = math.inf, aggregations: int | None = None, join_seconds: float = 120.0
+) -> Trained:
+    """`serve` here, with one new process on this machine per client. Model, loss, work and data must be picklable."""
+    context = multiprocessing.get_context("spawn")
+    listener, token = listen(), secrets.token_hex(16)
+    processes = []
+    try:
+        for client in range(len(setting.clients)):
+            alone = replace(
+                setting, clients=[c if i == client else _elsewhere(c) for i, c in enumerate(setting.clients)]
+            )
+            arguments = (alone, client, listener.getsockname(), token, join_seconds)
+            processes.append(context.Process(target=_client_process, args=arguments, daemon=True))
+            processes[-1].start()
+        return serve(setting, listener, token, seconds=seconds, aggregations=aggregations, join_seconds=join_seconds)
+    finally:
+        listener.close()
+        _end(processes)
+
+
+def _elsewhere(client: Client) -> Client:
+    return replace(client, data=None, seconds=1.0)
+
+
+def _client_process(setting: Asynchronous, client: int, address: Address, token: str, join_seconds: float) -> None:
+    torch.set_num_threads(1)
+    try:
+        join(setting, client, address, token, join_seconds=join_seconds)
+    except PeerLost:  # the server has ended, which its own error tells
+        return
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """Give processes a moment to end by themselves, then end them."""
+    deadline = time.monotonic() + 5.0
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join(5.0)
+
+
+@final
+class _Serving:
+    """One run over sockets. Times are nanoseconds since its start."""
+
+    def __init__(
+        self,
+        setting: Asynchronous,
+        listener: socket.socket,
+        token: str,
+        seconds: float,
+        aggregations: int | None,
+        join_seconds: float,
+    ):
+        self.setting, self.listener, self.token = setting, listener, token
+        self.server, self.coder, self.judge = setting.server(), setting.coder(), setting.judge()
+        self.end = nanoseconds(seconds) if seconds < math.inf else None
+        self.aggregations, self.join_seconds, self.done = aggregations, join_seconds, 0
+        self.selector = selectors.DefaultSelector()
+        self.links: dict[int, Link] = {}  # by client
+        self.strangers: set[Link] = set()  # connected, and have not said who they are
+        self.jobs = [0] * len(setting.clients)  # models sent, by client
+        self.began = 0
+        self.zero = time.monotonic_ns()
+
+    def now(self) -> int:
+        return time.monotonic_ns() - self.zero
+
+    def run(self) -> Trained:
+        self.listener.setblocking(False)
+        self.selector.register(self.listener, selectors.EVENT_READ, None)
+        try:
+            self.gather()
+            self.zero = time.monotonic_ns()
+            self.server.gone = set(range(len(self.jobs))) - set(self.links)
+            self.began = 1
+            self.act(self.server.begin(0))
+            while not self.over():
+                self.once()
+            return self.setting.trained(self.server)
+        finally:
+            self.stop()
+
+    def over(self) -> bool:
+        """Whether the run has had its time or its aggregations."""
+        if self.aggregations is not None and self.done >= self.aggregations:
+            return True
+        return self.end is not None and self.now() >= self.end
+
+    def gather(self) -> None:
+        """Wait for the clients to join."""
+        deadline = nanoseconds(self.join_seconds)
+        while len(self.links) < len(self.jobs) and self.now() < deadline:
+            self.poll((deadline - self.now()) / 1e9)
+        if not self.links:
+            raise PeerLost(-1, "the start of a federated run", f"no client has joined within {self.join_seconds:g} s")
+
+    def once(self) -> None:
+        """One turn: what has come, then the clock."""
+        moments = [moment for moment in (self.server.due(), self.end) if moment is not None]
+        wait = (min(moments) - self.now()) / 1e9 if moments else 1.0
+        for client, job, change in sorted(self.poll(wait), key=lambda found: found[0]):
+            if client in self.links and job == self.jobs[client]:  # not gone, nor gone and back, since
+                self.act(self.server.returned(client, change, self.now()))
+        due = self.server.due()
+        if due is not None and self.now() >= due and not self.over():
+            self.act(self.server.tick(self.now()))
+        if not self.links:
+            raise PeerLost(-1, "a federated run", f"all {len(self.jobs)} clients have gone")
+
+    def act(self, step: Step) -> None:
+        """Send models, note the loss."""
+        payload = _raw([self.server.model]) if step.send else b""
+        for client in step.send:
+            self.jobs[client] += 1
+            self.put(client, {"kind": "model", "job": self.jobs[client]}, payload)
+        if step.aggregation is not None and step.aggregation.who:
+            self.done += 1
+            loss = self.judge(self.server, step.aggregation.seconds)
+            if not math.isnan(loss):
+                self.server.evaluated(loss)
+
+    def put(self, client: int, header: dict[str, Any], payload: bytes) -> None:
+        link = self.links.get(client)
+        if link is None:
+            return
+        try:
+            link.put(header, payload)
+            self.watch(link, client)
+        except Broken:
+            self.drop(client)
+
+    def watch(self, link: Link, who: int | Link) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.busy else 0)
+        self.selector.modify(link, events, who)
+
+    def poll(self, seconds: float) -> list[tuple[int, int, Tensor | None]]:
+        """Wait at most so long for anything; the results that have come: client, number of the job, change."""
+        found: list[tuple[int, int, Tensor | None]] = []
+        for key, events in self.selector.select(max(0.0, min(seconds, 1.0))):
+            if key.data is None:
+                self.accept()
+                continue
+            link = key.fileobj
+            client = key.data if isinstance(key.data, int) else None
+            try:
+                if events & selectors.EVENT_WRITE:
+                    link.flush()
+                    self.watch(link, key.data)
+                if events & selectors.EVENT_READ:
+                    for header, payload in link.get():
+                        if client is None:
+                            client = self.welcome(link, header)
+                        elif header.get("job") == self.jobs[client]:
+                            found.append((client, self.jobs[client], self.read(payload)))
+            except Broken:
+                if client is not None:
+                    self.drop(client)
+                else:
+                    self.refuse(link)
+        return found
+
+    def read(self, payload: bytes) -> Tensor | None:
+        """The change in a message; None if the message has not the size that was agreed, or says that it is not finite."""
+        layout = self.coder.layout()
+        self.server.trace.nbytes += len(payload)
+        if len(payload) != self.coder.nbytes():
+            return None
+        tensors, start = [], 0
+        for shape, dtype in layout:
+            size = math.prod(shape) * dtype.itemsize
+            piece = bytearray(payload[start : start + size])
+            tensors.append(
+                torch.frombuffer(piece, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+            )
+            start += size
+        return self.coder.decode(tensors)
+
+    def accept(self) -> None:
+        sock, _ = self.listener.accept()
+        link = Link(sock, self.coder.nbytes())
+        self.strangers.add(link)
+        self.selector.register(link, selectors.EVENT_READ, link)
+
+    def welcome(self, link: Link, header: dict[str, Any]) -> int:
+        """Let a client in, in place of an earlier connection of its own if there is one."""
+        client, token = header.get("client"), header.get("token")
+        known = isinstance(token, str) and hmac.compare_digest(token.encode(), self.token.encode())
+        if not known or not isinstance(client, int) or not 0 <= client < len(self.jobs):
+            raise Broken("a stranger")
+        self.drop(client)
+        self.strangers.discard(link)
+        self.links[client] = link
+        self.watch(link, client)
+        if self.began:
+            self.act(self.server.back(client, self.now()))
+        return client
+
+    def refuse(self, link: Link) -> None:
+        self.strangers.discard(link)
+        self.selector.unregister(link)
+        link.close()
+
+    def drop(self, client: int) -> None:
+        """A client's connection has ended."""
+        link = self.links.pop(client, None)
+        if link is not None:
+            self.selector.unregister(link)
+            link.close()
+            self.server.lost(client)
+
+    def stop(self) -> None:
+        """Tell the clients, wait at most 2 s for the last bytes to go, close everything."""
+        for client in list(self.links):
+            self.put(client, {"kind": "stop"}, b"")
+        deadline = time.monotonic() + 2.0
+        while any(link.busy for link in self.links.values()) and time.monotonic() < deadline:
+            self.poll(0.05)
+        for link in [*self.links.values(), *self.strangers]:
+            link.close()
+        self.selector.close()
+        self.listener.close()
+
+
+def _connect(address: Address, setting: Asynchronous, join_seconds: float) -> Link:
+    deadline = time.monotonic() + join_seconds
+    longest = sum(p.numel() * p.element_size() for p in setting.model.parameters())
+    while True:
+        try:
+            return Link(socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())), longest)
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise PeerLost(
+                    -1, "joining a federated run", f"no server at {address} within {join_seconds:g} s"
+                ) from error
+            time.sleep(0.1)
+
+
+def _work(setting: Asynchronous, client: int, link: Link, timeout: float) -> int:
+    """Answer every model with a result, until told to stop."""
+    coder, states, done = setting.coder(), dict[str, State](), 0
+    trainer = setting.trainer() if isinstance(setting.work, LocalSGD) else None
+    dtype = coder.dtype
+    while True:
+        header, payload = _next(link, timeout)
+        if header.get("kind") == "stop":
+            return done
+        start = torch.frombuffer(bytearray(payload), dtype=dtype)
+        if trainer is not None:
+            change = trainer.changes(start[None], [client], [done])[0]
+        else:
+            change = setting.work(start, client, done)
+        message = coder.encode(change, client, done, states)
+        done += 1
+        link.put({"kind": "result", "job": header.get("job")}, b"" if message is None else _raw(message))
+
+
+def _next(link: Link, timeout: float) -> tuple[dict[str, Any], bytes]:
+    """The last frame that has come; sends what waits to be sent meanwhile."""
+    deadline = time.monotonic() + timeout
+    with selectors.DefaultSelector() as selector:
+        selector.register(link, selectors.EVENT_READ)
+        while time.monotonic() < deadline:
+            selector.modify(link, selectors.EVENT_READ | (selectors.EVENT_WRITE if link.busy else 0))
+            for _, events in selector.select(min(1.0, timeout)):
+                try:
+                    if events & selectors.EVENT_WRITE:
+                        link.flush()
+                    frames = link.get() if events & selectors.EVENT_READ else []
+                except Broken as error:
+                    raise PeerLost(-1, "a federated run", f"the server has gone ({error})") from error
+                if frames:
+                    return frames[-1]
+    raise PeerLost(-1, "a federated run", f"the server has said nothing for {timeout:g} s")
+
+
+def _raw(tensors: Sequence[Tensor]) -> bytes:
+    """The bytes of tensors, one after the other."""
+    return b"".join(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors)

@@ -1,0 +1,238 @@
+"""The server over sockets and the wall clock: real late workers with real late results, and clients that fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import socket
+import struct
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.federated.problems import Point, Pull, centres, half_square
+
+from weft.comm.waits import All, Any, Clock, Count
+from weft.errors import PeerLost
+from weft.federated import Asynchronous, Client, NothingCame, join, listen, serve, spawn
+
+P = (0.5, 0.2, 0.3)
+
+
+class Tired:
+    """Work in closed form that really takes its time."""
+
+    def __init__(self, rate: float, seconds: tuple[float, ...]):
+        self.pull, self.seconds = Pull(rate, len(seconds)), seconds
+
+    def __call__(self, start, client, job):
+        time.sleep(self.seconds[client])
+        return self.pull(start, client, job)
+
+
+def setting(schedule, work, **options) -> Asynchronous:
+    return Asynchronous(Point(), [Client(importance=p) for p in P], half_square, schedule, work=work, **options)
+
+
+def as_rank(run: Asynchronous, token: str, aggregations: int):
+    """Rank 0 serves, the others are clients; the trace and model of rank 0."""
+    address = [None]
+    if dist.get_rank() == 0:
+        listener = listen()
+        address = [listener.getsockname()]
+    dist.broadcast_object_list(address, src=0)
+    if dist.get_rank() > 0:
+        return join(run, dist.get_rank() - 1, tuple(address[0]), token, timeout=30.0)
+    model, trace = serve(run, listener, token, join_seconds=20.0, aggregations=aggregations)
+    return model.theta.detach(), trace
+
+
+def test_late_results_are_used_when_they_come(pool):
+    """One of three processes needs a third of a second, the clock ticks ten times a second."""
+    run = setting(Clock(0.1), Tired(0.1, (0.01, 0.01, 0.33)))
+    (theta, trace), *jobs = pool(4).run(as_rank, run, "secret", 40, timeout=60)
+    late = [done for done in trace.aggregations if 2 in done.who]
+    assert len(late) >= 5
+    for done in late[1:]:
+        assert done.staleness[done.who.index(2)] in (3, 4, 5)  # it worked on a model of three or more ticks ago
+    assert sum(0 in done.who for done in trace.aggregations) >= 3 * len(late)  # nobody waited for it
+    weight = [done.weights[done.who.index(2)] for done in late[-3:]]
+    assert all(2.5 < w / P[2] < 5.5 for w in weight)  # and what it does rarely counts the more
+    wanted = torch.tensor(P, dtype=torch.float64) @ centres(3)
+    assert (theta - wanted).norm() < 0.35 * wanted.norm()
+    assert jobs[2] < jobs[0]
+
+
+def with_threads(run: Asynchronous, clients=(0, 1, 2), before=(), **options):
+    """Serve here, with clients as threads; `before`: functions of (address, token) that run in threads too."""
+    listener, token = listen(), "secret"
+    address = listener.getsockname()
+
+    def client(i: int) -> None:
+        try:
+            join(run, i, address, token, timeout=20.0)
+        except (PeerLost, RuntimeError):
+            return
+
+    threads = [threading.Thread(target=client, args=(i,), daemon=True) for i in clients]
+    threads += [threading.Thread(target=rogue, args=(address, token), daemon=True) for rogue in before]
+    for thread in threads:
+        thread.start()
+    try:
+        return serve(run, listener, token, **{"join_seconds": 3.0, **options})
+    finally:
+        for thread in threads:
+            thread.join(10.0)
+        assert not any(thread.is_alive() for thread in threads)
+
+
+def test_synchronous_rounds_are_those_of_the_simulator_bit_for_bit():
+    run = setting(All(), Tired(0.3, (0.0, 0.02, 0.0)))
+    real, trace = with_threads(run, aggregations=8)
+    simulated, _ = run.simulate(8.0)
+    assert torch.equal(real.theta, simulated.theta)
+    assert [done.who for done in trace.aggregations] == [(0, 1, 2)] * 8
+
+
+@pytest.mark.parametrize("schedule", [Any(), Count(2), Clock("auto")], ids=str)
+def test_other_schedules(schedule):
+    model, trace = with_threads(setting(schedule, Tired(0.2, (0.002, 0.004, 0.02))), aggregations=80)
+    assert {client for done in trace.aggregations for client in done.who} == {0, 1, 2}
+    assert torch.isfinite(model.theta).all()
+    assert max(max(done.staleness) for done in trace.aggregations if done.who) > 0
+
+
+def test_a_run_ends_on_time():
+    start = time.monotonic()
+    with_threads(setting(Any(), Tired(0.2, (0.01, 0.01, 0.01))), seconds=0.5)
+    assert time.monotonic() - start < 10
+
+
+class Dying(Tired):
+    """Client 1 ends in its fourth job, as a process that dies would."""
+
+    def __call__(self, start, client, job):
+        if client == 1 and job == 3:
+            raise RuntimeError("gone")
+        return super().__call__(start, client, job)
+
+
+@pytest.mark.parametrize("schedule", [Any(), Clock(0.05), Count(2)], ids=str)
+def test_a_client_that_dies_blocks_nobody(schedule):
+    _, trace = with_threads(setting(schedule, Dying(0.2, (0.01, 0.01, 0.01))), aggregations=30)
+    assert sum(1 in done.who for done in trace.aggregations) <= 3
+    assert trace.aggregations[-1].who
+
+
+def test_synchronous_rounds_name_the_client_that_died():
+    with pytest.raises(NothingCame, match="slowest is client 1") as found:
+        with_threads(setting(All(), Dying(0.2, (0.01, 0.01, 0.01)), limit=0.5), aggregations=30)
+    assert found.value.here == 2
+
+
+def test_all_clients_gone():
+    with pytest.raises(PeerLost, match="all 3 clients have gone"):
+        with_threads(setting(Any(), Dying(0.2, (0.01, 0.01, 0.01))), clients=(1,), join_seconds=0.3, aggregations=30)
+    with pytest.raises(PeerLost, match="no client has joined within"):
+        with_threads(setting(Any(), Pull(0.1, 3)), clients=(), join_seconds=0.2, aggregations=1)
+
+
+def test_a_client_may_come_late_and_come_back():
+    run = setting(Clock(0.05), Dying(0.2, (0.01, 0.01, 0.01)))
+
+    def again(address, token):
+        time.sleep(0.6)
+        join(dataclasses.replace(run, work=Tired(0.2, (0.01, 0.01, 0.01))), 1, address, token, timeout=20.0)
+
+    _, trace = with_threads(run, clients=(0, 1), before=[again], join_seconds=0.2, seconds=1.5)
+    when = [done.seconds for done in trace.aggregations if 1 in done.who]
+    assert min(when) < 0.4 and max(when) > 1.0
+    assert not any(2 in done.who for done in trace.aggregations)
+
+
+def test_changes_that_are_not_finite_are_rejected_and_counted():
+    class Broken(Tired):
+        def __call__(self, start, client, job):
+            return start * math.nan if client == 0 else super().__call__(start, client, job)
+
+    model, trace = with_threads(setting(Clock(0.05), Broken(0.2, (0.01, 0.01, 0.01))), aggregations=10)
+    assert trace.rejected[0] > 3
+    assert torch.isfinite(model.theta).all()
+    assert not any(0 in done.who for done in trace.aggregations)
+
+
+def raw_client(answer):
+    """A client that speaks the protocol by hand; `answer(sock)` once it has its model."""
+
+    def run(address, token):
+        with socket.create_connection(address) as sock:
+            sock.settimeout(10.0)
+            text = json.dumps({"kind": "hello", "token": token, "client": 0}).encode()
+            sock.sendall(struct.pack(">IQ", len(text), 0) + text)
+            sock.recv(1 << 16)
+            answer(sock)
+            while sock.recv(1 << 16):
+                pass
+
+    return run
+
+
+def says(payload: bytes, length: int | None = None):
+    text = b'{"kind": "result", "job": 1}'
+    return lambda sock: sock.sendall(struct.pack(">IQ", len(text), length or len(payload)) + text + payload)
+
+
+def test_a_message_of_a_wrong_size_is_rejected():
+    """Two float64 are expected; one of them is no change of this model."""
+    model, trace = with_threads(
+        setting(Clock(0.05), Tired(0.2, (0.01, 0.01, 0.01))), clients=(1, 2), before=[raw_client(says(bytes(8)))],
+        aggregations=10,
+    )  # fmt: skip
+    assert trace.rejected == {0: 1}
+    assert torch.isfinite(model.theta).all()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [says(bytes(999)), says(b"", length=1 << 40), lambda sock: sock.sendall(b"x" * 50), says(bytes(3), length=16)],
+    ids=["too long", "a terabyte", "noise", "half a message"],
+)
+def test_a_client_that_lies_or_stalls_is_left_out(answer):
+    _, trace = with_threads(
+        setting(Clock(0.05), Tired(0.2, (0.01, 0.01, 0.01))),
+        clients=(1, 2),
+        before=[raw_client(answer)],
+        aggregations=10,
+    )
+    assert {client for done in trace.aggregations for client in done.who} == {1, 2}
+
+
+def test_a_stranger_is_not_let_in():
+    def stranger(address, token):
+        raw_client(says(bytes(16)))(address, "guess")
+
+    with pytest.raises(PeerLost, match="no client has joined"):
+        with_threads(setting(Any(), Pull(0.1, 3)), clients=(), before=[stranger], join_seconds=0.5, aggregations=1)
+
+
+def test_no_server_to_join():
+    listener = listen()
+    address = listener.getsockname()
+    listener.close()
+    with pytest.raises(PeerLost, match="no server at"):
+        join(setting(Any(), Pull(0.1, 3)), 0, address, "secret", join_seconds=0.3)
+
+
+def test_a_run_needs_an_end():
+    with pytest.raises(ValueError, match="seconds must be > 0, or aggregations be given"):
+        serve(setting(Any(), Pull(0.1, 3)), listen(), "secret")
+
+
+@pytest.mark.slow
+def test_processes_of_their_own():
+    model, trace = spawn(setting(Any(), Tired(0.2, (0.01, 0.02, 0.1))), aggregations=60)
+    assert {client for done in trace.aggregations for client in done.who} == {0, 1, 2}
+    assert torch.isfinite(model.theta).all()
