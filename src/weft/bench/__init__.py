@@ -30,6 +30,16 @@ CATALOGUE: dict[str, str] = {
     "zero-sharding": "weft.bench.systems.placement.zero_sharding",
     "coop": "weft.bench.systems.memory.coop",
     "zero-infinity": "weft.bench.systems.memory.zero_infinity",
+    "gradient-exchange": "weft.bench.systems.comm.gradient_exchange",
+    "deep-gradient-compression": "weft.bench.systems.comm.deep_gradient_compression",
+    "l-greco": "weft.bench.systems.comm.l_greco",
+    "robust-aggregation": "weft.bench.systems.comm.robust_aggregation",
+    "flag-aggregator": "weft.bench.systems.comm.flag_aggregator",
+    "monna": "weft.bench.systems.comm.monna",
+    "sequential-gradient-coding": "weft.bench.systems.comm.sequential_gradient_coding",
+    "one-byte-per-gradient": "weft.bench.systems.comm.one_byte_per_gradient",
+    "masha": "weft.bench.systems.comm.masha",
+    "fedfix-async": "weft.bench.systems.comm.fedfix_async",
 }
 
 

@@ -1,0 +1,244 @@
+"""Peers without a server on the digits, all rules and seeds side by side: what `monna` measures accuracy with.
+
+Every honest peer has parameters, momentum and data of its own. A round, as in the authors' code: momentum, half step, every peer
+gets all attackers' vectors and those of n - 2f - 1 random honest others (the first n - f with its own), combines, goes on.
+
+    vectors   A (rule, seed, side, n, d): what is sent to receivers of even and of odd number (two-faced attackers)
+    a rule    the received set as a mask (rule, seed, h, n), distances to the own vector -> weights W, result W @ A      `MIXES`
+              or entry by entry (trimmed mean) on the gathered vectors
+
+The rules are those of weft.comm.rules for many receivers at once; `check_rules` holds them against ByzFL's own.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.bench.byzfl_rules import load
+from weft.bench.robust import LENGTH, Digits, accuracy, gradients, start
+from weft.bench.system import Row
+from weft.comm.attacks import Attack, DataAttack, InnerProduct, LabelFlip, LittleIsEnough, Mimic, SignFlip, TwoFaced
+from weft.comm.rules.sorting import sorted_rows
+
+__all__ = ["ATTACKS", "MIXES", "Peers", "check_rules", "peer_rows", "trimmed"]
+
+ATTACKS: dict[str, Attack | DataAttack] = {
+    "sign flip x 10": SignFlip(10.0),
+    "inner product": InnerProduct(0.1),
+    "little is enough": LittleIsEnough(),
+    "little is enough, z = 1.5": LittleIsEnough(1.5),
+    "label flip": LabelFlip(),
+    "mimic": Mimic(),
+    "two-faced": TwoFaced(),
+}
+SEEDS = 3
+
+
+def average(square: Tensor, got: Tensor, inner: Tensor, f: int) -> Tensor:
+    """The mean of all that was received."""
+    return got / got.sum(-1, keepdim=True)
+
+
+def nearest_to_own(square: Tensor, got: Tensor, inner: Tensor, f: int) -> Tensor:
+    """MoNNA: the received vectors nearest to the own one, f fewer than there are."""
+    keep = int(got[..., 0, :].sum(-1).flatten()[0]) - f
+    away = torch.where(got > 0, square, torch.inf)
+    away.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    near = away.sort(dim=-1, stable=True).indices[..., :keep]
+    return torch.zeros_like(got).scatter_(-1, near, 1.0 / keep)
+
+
+def self_centred_clipping(square: Tensor, got: Tensor, inner: Tensor, f: int) -> Tensor:
+    """own + mean of the differences, clipped to the distance of the farthest that MoNNA would keep."""
+    count = got.sum(-1, keepdim=True)
+    away = torch.where(got > 0, square, torch.inf).sqrt()
+    radius = away.sort(-1).values[..., int(count.flatten()[0]) - f - 1 :][..., :1]
+    share = got * torch.where(away <= radius, 1.0, radius / away) / count
+    own = torch.eye(share.shape[-2], share.shape[-1], dtype=share.dtype)
+    return share + own * (1.0 - share.sum(-1, keepdim=True))
+
+
+def geometric_median(square: Tensor, got: Tensor, inner: Tensor, f: int) -> Tensor:
+    """RFA: Weiszfeld from the mean, eight steps, as weights; `inner` are all inner products."""
+    weight = got / got.sum(-1, keepdim=True)
+    size = inner.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    for _ in range(8):
+        image = weight @ inner
+        away = (size - 2 * image + (weight * image).sum(-1, keepdim=True)).clamp(min=1e-12).sqrt()
+        pull = got / away
+        weight = pull / pull.sum(-1, keepdim=True)
+    return weight
+
+
+Mix = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+MIXES: dict[str, Mix | None] = {  # None: entry by entry
+    "averaging": average,
+    "monna": nearest_to_own,
+    "monna_beta_0": nearest_to_own,
+    "self_centred_clipping": self_centred_clipping,
+    "geometric_median": geometric_median,
+    "trimmed_mean": None,
+}
+
+
+def trimmed(stack: Tensor, drop: int) -> Tensor:
+    """Entry by entry the mean of (q, ...) without the `drop` smallest and largest."""
+    flat = stack.flatten(1)
+    count = len(flat)
+    result = torch.empty_like(flat[0])
+    for begin in range(0, flat.shape[1], 8192):
+        rows = sorted_rows(flat[:, begin : begin + 8192].unbind(0), tuple(range(drop, count - drop)) if drop else ())
+        total = rows[drop].clone()
+        for row in rows[drop + 1 : count - drop]:
+            total += row
+        result[begin : begin + 8192] = total / (count - 2 * drop)
+    return result.view_as(stack[0])
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Training among peers; attributes as in `weft.bench.robust.Server`, beta as in MoNNA."""
+
+    workers: int = 15
+    steps: int = 300
+    batch: int = 16
+    rate: float = 1.0
+    beta: float = 0.99
+    alpha: float = 1.0
+    seeds: Sequence[int] = (0, 1, 2)
+
+    def run(
+        self, rules: Sequence[str], f: int, attack: Attack | DataAttack | None
+    ) -> dict[str, list[tuple[float, float]]]:
+        """(mean, worst) test accuracy over the honest peers, by rule, for each seed."""
+        n, count = self.workers, len(rules)
+        worlds = [Digits.shared_out(n, self.alpha, seed) for seed in self.seeds]
+        batches = torch.stack([w.batches(self.steps, self.batch, s) for w, s in zip(worlds, self.seeds, strict=True)])
+        generator = torch.Generator().manual_seed(17)
+        active = n - f if isinstance(attack, Attack) else n  # those that train: all, if the fault is in the data
+        honest = n - f
+        theta = torch.stack([start(s) for s in self.seeds])[None, :, None].repeat(count, 1, active, 1)
+        momentum = torch.zeros_like(theta)
+        beta = torch.tensor([0.0 if rule == "monna_beta_0" else self.beta for rule in rules]).view(count, 1, 1, 1)
+        for step in range(self.steps):
+            picked = batches[:, step, :active]
+            x = torch.stack([w.x[i] for w, i in zip(worlds, picked, strict=True)])
+            y = torch.stack([w.y[i] for w, i in zip(worlds, picked, strict=True)])
+            if isinstance(attack, DataAttack):
+                x[:, honest:], y[:, honest:] = attack.corrupt(x[:, honest:], y[:, honest:], 10, generator)
+            x = x.expand(count, *x.shape).reshape(-1, 1, self.batch, 64)
+            y = y.expand(count, *y.shape).reshape(-1, 1, self.batch)
+            found = gradients(theta.view(-1, LENGTH), x, y).view_as(theta)
+            momentum = beta * momentum + (1 - beta) * found
+            half = theta - self.rate / (1 + step / self.steps) * momentum
+            theta = self._exchange(half, rules, f, attack, generator)
+        return {
+            rule: [
+                (float(right.mean()), float(right.min()))
+                for right in (accuracy(theta[r, s, :honest], world) for s, world in enumerate(worlds))
+            ]
+            for r, rule in enumerate(rules)
+        }
+
+    def _exchange(
+        self, half: Tensor, rules: Sequence[str], f: int, attack: Attack | DataAttack | None, generator: torch.Generator
+    ) -> Tensor:
+        active = half.shape[2]
+        got = self._received(len(self.seeds), active, f, generator)
+        result = torch.empty_like(half)
+        for r, rule in enumerate(rules):
+            # a rival whose vectors overflow is lost for good: it goes on with what can be represented
+            sent = torch.nan_to_num(half[r], 0.0, 1e15, -1e15).clamp_(-1e15, 1e15)
+            sides = [sent, sent]
+            if isinstance(attack, Attack):
+                lies = [[attack.messages(v, f, generator, side) for side in (0, 1)] for v in sent]
+                sides = [
+                    torch.stack([torch.cat([v, lie[side]]) for v, lie in zip(sent, lies, strict=True)])
+                    for side in (0, 1)
+                ]
+            two = isinstance(attack, TwoFaced)
+            for side in (0, 1) if two else (0,):
+                receivers = slice(side, None, 2) if two else slice(None)
+                result[r, :, receivers] = self._combine(rule, sides[side], got, f, receivers)
+        return result
+
+    def _combine(self, rule: str, vectors: Tensor, got: Tensor, f: int, receivers: slice = slice(None)) -> Tensor:
+        """(seed, receivers, d) from what all were sent, (seed, n, d), and who got what, (seed, active, n)."""
+        active = got.shape[1]
+        mix = MIXES[rule]
+        if mix is None:
+            members = got.sort(dim=-1, descending=True, stable=True).indices[:, receivers, : int(got[0, 0].sum())]
+            return torch.stack([trimmed(v[m.T], f) for v, m in zip(vectors, members, strict=True)])
+        centred = vectors - vectors[:, :1]  # inner products about one of them: distances lose no digits
+        inner = (centred @ centred.transpose(-1, -2)).double()
+        size = inner.diagonal(dim1=-2, dim2=-1)
+        square = (size[:, :, None] + size[:, None, :] - 2 * inner).clamp(min=0)
+        weights = mix(square[:, :active], got, inner, f)[:, receivers]
+        return weights.float() @ vectors
+
+    def _received(self, repeat: int, active: int, f: int, generator: torch.Generator) -> Tensor:
+        """Masks (seed, active, n), float64: own, all faulty ones, random honest others, n - f in all."""
+        n = self.workers
+        draw = torch.rand(repeat, active, n, generator=generator)
+        draw[..., n - f :] = -1.0
+        draw.diagonal(dim1=1, dim2=2).fill_(-2.0)
+        first = draw.sort(dim=-1).indices[..., : n - f]
+        return torch.zeros(repeat, active, n, dtype=torch.float64).scatter_(-1, first, 1.0)
+
+
+def check_rules(f: int = 2, count: int = 13) -> float:
+    """The largest relative difference between the rules here and ByzFL's (float64) on random vectors."""
+    import numpy as np
+
+    byzfl = load()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, count, 50, generator=generator)
+    got = torch.ones(1, count, count, dtype=torch.float64)
+    peers = Peers(workers=count, seeds=(0,))
+    worst = 0.0
+    for own in (0, 5):
+        for rule, theirs in (
+            ("averaging", byzfl.Average()),
+            ("monna", byzfl.MoNNA(f, idx=own)),
+            ("trimmed_mean", byzfl.TrMean(f)),
+            ("geometric_median", byzfl.GeometricMedian(nu=1e-6, T=200)),
+        ):
+            ours = peers._combine(rule, x, got, f)[0, own]
+            expected = torch.from_numpy(np.asarray(theirs(x[0].double().numpy()))).float()
+            tolerance = 0.02 if rule == "geometric_median" else 1.0  # eight steps against convergence
+            worst = max(worst, tolerance * float((ours - expected).norm() / expected.norm()))
+    return worst
+
+
+def peer_rows(seed: int, steps: int = 300) -> Iterator[Row]:
+    """One row a setting: mean accuracy over peers and seeds, its standard error, and the worst honest peer's, by rule."""
+    seeds = tuple(range(SEEDS * seed, SEEDS * (seed + 1)))
+    print(f"peer rules against ByzFL's: relative difference {check_rules():.1e}", file=sys.stderr)
+    for alpha, counts in ((1.0, (0, 1, 2, 3)), (5.0, (0, 2))):
+        for f in counts:
+            chosen: dict[str, Any] = ATTACKS if f else {"no attack": None}
+            for name, attack in chosen.items():
+                if "z = " in name and f != 2:
+                    continue  # a stronger attack than the numbers of workers hide: once is enough
+                found = Peers(alpha=alpha, steps=steps, seeds=seeds).run(list(MIXES), f, attack)
+                row = _row(f"{name}, f = {f}, alpha = {alpha:g}", found)
+                print(row.method, {k: round(v, 3) for k, v in row.values.items() if "_" not in k[-6:]}, file=sys.stderr)
+                yield row
+
+
+def _row(setting: str, found: dict[str, list[tuple[float, float]]]) -> Row:
+    values = {}
+    for rule, runs in found.items():
+        means = [mean for mean, _ in runs]
+        values[rule] = statistics.mean(means)
+        values[f"{rule}_error"] = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
+        values[f"{rule}_worst_peer"] = min(worst for _, worst in runs)
+    return Row(setting, **values)

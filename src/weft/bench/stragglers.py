@@ -1,0 +1,228 @@
+"""Late workers, in replays and for real: what `weft bench sequential-gradient-coding` runs.
+
+    replays        256 workers, 480 jobs, a two-state chain of lateness; parameters chosen on another record of 80 rounds
+    real           8 worker processes, two of which share a core with a load that comes in bursts
+
+In a replay a worker takes 1 + slope x load seconds, times U(2, 6) while it is late. Two rules are shown: the paper's (every
+scheme, GC included, gives late workers until twice the fastest one's time) and ours (GC closes as soon as it can decode, the
+others give 10 % grace, since here workers on time do not differ). In the real run nothing sleeps on behalf of anybody: the
+late workers lose the processor to other processes that are pinned to their core and spin.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from weft.bench.system import Row
+from weft.comm.straggler import (
+    GC,
+    Crew,
+    Farm,
+    Log,
+    Scheme,
+    Uncoded,
+    candidates,
+    fit,
+    gilbert_elliott,
+    ranking,
+    replay,
+    slope,
+)
+
+__all__ = ["SETTINGS", "real", "replays"]
+
+SETTINGS = (
+    (0.02, 0.8, 8.0),
+    (0.02, 0.8, 20.0),
+    (0.04, 0.8, 8.0),
+    (0.02, 0.5, 8.0),
+)  # late, recover, slope: the card's rows
+WORKERS, JOBS, MODELS = 256, 480, 9
+FAMILIES = ("Uncoded", "GC", "SRSGC", "MSGC")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def record(rounds: int, late: float, recover: float, per_load: float, seed: int) -> np.ndarray:
+    """Seconds of an uncoded round, (rounds, 256)."""
+    pattern = gilbert_elliott(rounds, WORKERS, late, recover, seed)
+    factor = np.random.default_rng(seed + 1).uniform(2, 6, pattern.shape)
+    return np.where(pattern, factor, 1.0) * (1 + per_load / WORKERS)
+
+
+def total(scheme: Scheme, times: np.ndarray, per_load: float) -> float:
+    """Seconds for all jobs, the T rounds at the end included."""
+    return replay(scheme, times[: JOBS + scheme.sized(WORKERS).delay], per_load).total
+
+
+def replays(seed: int) -> Iterator[Row]:
+    """One row per setting and rule: seconds of each family, and how far `fit` is from the best in hindsight."""
+    for late, recover, per_load in SETTINGS:
+        chosen_on = record(80, late, recover, per_load, 1000 * seed + 10)
+        times = record(JOBS + MODELS, late, recover, per_load, 1000 * seed + 20)
+        for rule, mus in (("paper's rule", (1.0,)), ("ours", (0.1,))):
+            tried = candidates(WORKERS, MODELS - 1, mus)
+            if rule != "ours":
+                tried = [replace(scheme, mu=1.0) if isinstance(scheme, GC) else scheme for scheme in tried]
+            chosen = ranking(chosen_on, per_load, tried, JOBS)
+            seconds = {type(scheme).__name__: total(scheme, times, per_load) for _, scheme in chosen}
+            fitted = {}
+            if rule == "ours":
+                (_, best), *_ = ranking(times[:JOBS], per_load, tried, JOBS, families=False)
+                hindsight = min(total(best, times, per_load), *seconds.values())
+                fitted["fit_against_hindsight"] = seconds[type(chosen[0][1]).__name__] / hindsight
+            any_s = [scheme for scheme in tried if isinstance(scheme, GC) and scheme.kind == "cyclic"]
+            _, cyclic = ranking(chosen_on, per_load, any_s, JOBS)[0]
+            seconds["GCcyclic"] = total(cyclic, times, per_load)
+            say(f"late {late}, recover {recover}, slope {per_load:g}, {rule}: {[scheme for _, scheme in chosen]}")
+            yield Row(
+                f"replay {late:.0%} {recover} slope {per_load:g}, {rule}",
+                **{f"{family.lower()}_seconds": seconds[family] for family in FAMILIES},
+                gc_cyclic_seconds=seconds["GCcyclic"],
+                m_sgc_against_gc=seconds["MSGC"] / seconds["GC"],
+                m_sgc_against_gc_cyclic=seconds["MSGC"] / seconds["GCcyclic"],
+                fit_load=chosen[0][1].load,
+                **fitted,
+            )
+
+
+# the real run
+
+PROCESSES, SLOW, REAL_JOBS, REPEATS = 8, (2, 5), 100, 3
+RIVALS = 32  # processes that spin on the slow workers' core: while they do, a worker there gets about a 33rd of it
+BURST, PAUSE = 0.2, 0.1  # seconds, means of exponential times; all rivals follow one schedule
+
+RIVAL = """
+import os, random, sys, time
+draw, burst, pause, begin = random.Random(int(sys.argv[1])), float(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+edge = begin
+parent = os.getppid()
+while os.getppid() == parent:  # ends with the bench, however that ends
+    end = edge + draw.expovariate(1 / burst)
+    while time.monotonic() < end:
+        pass
+    edge = end + draw.expovariate(1 / pause)
+    time.sleep(max(0.0, edge - time.monotonic()))
+"""
+
+
+@contextmanager
+def rivals(core: int, seed: int) -> Iterator[None]:
+    """Other people's processes on a core, in bursts, for as long as the context lasts."""
+    arguments = [str(seed), str(BURST), str(PAUSE), str(time.monotonic() + 1.0)]
+    started = [subprocess.Popen([sys.executable, "-S", "-c", RIVAL, *arguments]) for _ in range(RIVALS)]
+    try:
+        for process in started:
+            os.sched_setaffinity(process.pid, {core})
+        time.sleep(1.0)
+        yield
+    finally:
+        for process in started:
+            process.kill()
+        for process in started:
+            process.wait(10)
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """scikit-learn's 1 797 digits, in a fixed random order."""
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("this bench reads scikit-learn's digits: install weft[bench]") from error
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(data.data / 16, dtype=torch.float32)[order], torch.tensor(data.target)[order]
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.3, momentum=0.9)
+
+
+def train(crew: Crew, policy: Scheme, jobs: int) -> tuple[Log, float]:
+    """Train four networks in turn; the log and the mean loss over all data at the end."""
+    nets, (x, y) = [network(seed) for seed in range(4)], digits()
+    with Farm(policy, nets, [(x, y)], sgd, crew=crew) as farm:
+        log = farm.run(jobs)
+    with torch.no_grad():
+        loss = statistics.fmean(float(nn.functional.cross_entropy(net(x), y)) for net in nets)
+    return log, loss
+
+
+def real(seed: int) -> Iterator[Row]:
+    """One row per scheme: wall seconds for 100 jobs, loss, how long it waited; repeated three times in turn, the median."""
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        say("the real run needs Linux and two cores: skipped")
+        return
+    before = os.sched_getaffinity(0)
+    slow_core, *others = sorted(before)
+    with Crew(PROCESSES) as crew:
+        for worker, pid in enumerate(crew.pids):
+            os.sched_setaffinity(pid, {slow_core} if worker in SLOW else set(others))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, set(others))
+        try:
+            yield from _measured(crew, slow_core, seed)
+        finally:
+            os.sched_setaffinity(0, before)
+            torch.set_num_threads(threads)
+
+
+def _measured(crew: Crew, slow_core: int, seed: int) -> Iterator[Row]:
+    quick: dict[float, float] = {}
+    alone: tuple[Scheme, ...] = (Uncoded(), GC(2), GC(3))
+    for one in alone:  # without rivals: what the load costs
+        log, _ = train(crew, one, 30)
+        times = np.delete(log.times[5:], SLOW, axis=1)
+        quick[one.sized(PROCESSES).load] = float(np.median(times[np.isfinite(times)]))
+    measured = slope(list(quick), list(quick.values()))
+    with rivals(slow_core, seed):
+        log, _ = train(crew, Uncoded(), 80)
+        with_table = fit(log.times, measured, max_delay=3, jobs=REAL_JOBS, show=False)
+        say(f"slope {measured:.2f}; fit: {with_table}")
+        best = {
+            type(scheme).__name__: scheme for _, scheme in ranking(log.times, measured, candidates(8, 3), REAL_JOBS)
+        }
+        schemes: dict[str, Scheme] = {
+            "uncoded, wait for all": Uncoded(),
+            "uncoded, drop the 2 slowest": Uncoded(drop=2),
+            "GC": GC(len(SLOW)),
+            "SR-SGC": best["SRSGC"],
+            "M-SGC": best["MSGC"],
+            "fit": with_table,
+        }
+        runs: dict[str, list[tuple[Log, float]]] = {name: [] for name in schemes}
+        for _ in range(REPEATS):
+            for name, scheme in schemes.items():
+                runs[name].append(train(crew, scheme, REAL_JOBS))
+                say(f"{name}: {scheme}: {runs[name][-1][0].seconds:.2f} s")
+    for name, done in runs.items():
+        logs = [log for log, _ in done]
+        yield Row(
+            f"real, {name}",
+            wall_seconds=statistics.median(log.seconds for log in logs),
+            loss=statistics.median(loss for _, loss in done),
+            decoding_seconds=statistics.median(log.decoding for log in logs),
+            late_share=float(np.mean([log.late.mean() for log in logs])),
+            outdated=statistics.median(log.outdated for log in logs),
+            load=schemes[name].sized(PROCESSES).load,
+            measured_slope=measured,
+        )

@@ -1,0 +1,1 @@
+"""Systems about gradient exchange."""
