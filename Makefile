@@ -38,8 +38,9 @@ demo: $(READY)
 		--plan-page demo/plan.html --curve demo/loss.svg --save-plan demo/plan.json
 	@echo "look at demo/plan.html (the plan) and demo/loss.svg (the loss)"
 
+# Two processes at a time, each with whole files: most tests wait for processes of their own or compute on one core.
 test: $(READY)
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow $(ARGS)

@@ -21,7 +21,8 @@ GOLDEN = Path(__file__).parent / "golden" / "public_api.json"
 SOURCE = Path(__file__).parents[1] / "src"
 PACKAGES = (
     "weft", "weft.names", "weft.errors", "weft.graph", "weft.cluster", "weft.nn", "weft.placement", "weft.planner",
-    "weft.runtime", "weft.tasks", "weft.bench", "weft.cli",
+    "weft.memory", "weft.comm", "weft.comm.straggler", "weft.comm.zeroth", "weft.runtime", "weft.federated", "weft.tasks",
+    "weft.bench", "weft.cli",
 )  # fmt: skip
 
 
@@ -77,6 +78,11 @@ def test_importing_is_light(module, unwanted):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_packages_need_no_import_of_their_own():
+    code = "import weft; weft.memory.limit, weft.comm.attach, weft.comm.zeroth.SharedSeed, weft.federated.Asynchronous"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(SOURCE)}, timeout=120)
 
 
 def test_unknown_name_of_weft_says_what_there_is():

@@ -1,4 +1,4 @@
-"""Blocks of README and of docs/make-it-fit.md run as they stand: Python in a fresh interpreter, commands in a shell, in time."""
+"""Blocks of README and of the pages below run as they stand: Python in a fresh interpreter, commands in a shell, in time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 FENCE = re.compile(
     r"^(?P<skip><!-- not run: [^\n]+ -->\n)?```(?P<language>python|bash)\n(?P<code>.*?)^```$", re.M | re.S
 )
-PAGES = {"README": README, "make-it-fit": (ROOT / "docs" / "make-it-fit.md").read_text()}
+PAGES = {"README": README, **{name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("make-it-fit", "exchange")}}
 BLOCKS = [
     (name, m["language"], m["code"]) for name, page in PAGES.items() for m in FENCE.finditer(page) if not m["skip"]
 ]

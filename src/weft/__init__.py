@@ -5,8 +5,8 @@
     with weft.run(plan, model) as trainer:               local processes, or the processes of torchrun
         loss = trainer.step(batch)                       global batch in, global loss out
 
-Verbs stand here, packages are nouns. Importing `weft` imports neither torch nor a solver: each name below is loaded from its
-package when it is first used.
+Verbs stand here, packages are nouns (`weft.memory`, `weft.comm`, ...). Importing `weft` imports neither torch nor a solver: each
+name below, and each package, is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,24 @@ _HOME = {  # public name -> the package that has it
 }  # fmt: skip
 
 
+_PACKAGES = (
+    "bench",
+    "cluster",
+    "comm",
+    "federated",
+    "graph",
+    "memory",
+    "nn",
+    "placement",
+    "planner",
+    "runtime",
+    "tasks",
+)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"weft.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'weft' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

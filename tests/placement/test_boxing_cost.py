@@ -44,7 +44,7 @@ def test_what_is_only_written_in_memory_costs_that(src, dst, passes):
 @pytest.mark.parametrize(("src", "dst", "collective", "volume"), [
     (Shard(0), R, costs.all_gather, 3), (P, Shard(1), costs.reduce_scatter, 3), (P, R, costs.all_reduce, 6),
     (Shard(0), Shard(1), costs.all_to_all, 3 / 4),
-], ids=str)  # fmt: skip
+], ids=lambda value: value.__name__ if callable(value) else str(value))  # fmt: skip
 def test_an_even_step_costs_what_its_collective_does(src, dst, collective, volume):
     """... and what it copies and adds in memory: pieces of the first dim are received in place."""
     cluster, mesh = flat(4), Mesh((4,))
