@@ -62,7 +62,7 @@ def rules_for(byzfl: Any, faulty: int) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def server_rows(seed: int, steps: int = 200) -> Iterator[Row]:
+def server_rows(seed: int, steps: int = 100) -> Iterator[Row]:
     """One row a setting: mean accuracy over three seeds and its standard error, by rule."""
     byzfl = load()
     seeds = tuple(range(SEEDS * seed, SEEDS * (seed + 1)))

@@ -27,7 +27,7 @@ from weft.memory.core import Block, Core, Step
 from weft.memory.execute.backends import Backend, Count, Hold, Owner, tie
 from weft.memory.execute.calls import Call, flat, geometry_of
 from weft.memory.execute.facts import Facts
-from weft.memory.execute.random_state import about_to_draw
+from weft.memory.execute.random_state import about_to_draw, state_nbytes
 from weft.memory.execute.sizes import SETTLED, Size, Sizes
 from weft.memory.execute.tape import Tape
 from weft.memory.private import below, fill, storage_of
@@ -201,10 +201,13 @@ class Online:
         if size.fresh is not None:
             for nbytes in size.fresh:
                 makes.append((nbytes, facts.dense))
+        workspace = size.workspace
+        if facts.random and repeatable and facts.draws(args, kwargs):
+            workspace += state_nbytes(self.device)
         self._busy = True
         core = self.core
         try:
-            step = core.begin(list(reads), makes, size.workspace, size.seconds, repeatable, overwrites, call)
+            step = core.begin(list(reads), makes, workspace, size.seconds, repeatable, overwrites, call)
         except BaseException:
             self._clear()
             raise
@@ -231,7 +234,7 @@ class Online:
                     if hold.block.step is None:
                         self.tape.keeps(hold)
             self.tape.ran(
-                facts, list(reads.values()), written, [block.payload for block in fresh], workspace=size.workspace,
+                facts, list(reads.values()), written, [block.payload for block in fresh], workspace=workspace,
                 seconds=size.seconds, repeatable=not facts.effect, random=facts.draws(args, kwargs), effects=self.effects,
                 has_outputs=bool(flat(result)),
             )  # fmt: skip

@@ -2,20 +2,21 @@
 
 An operator draws from the generator it is given, else from the default one of its device. Before it runs the first time the
 generator's state is kept (5,056 bytes on the CPU, 16 on CUDA; in host memory, outside any budget); a repetition puts it back,
-runs, and restores the present state.
+runs, and restores the present state. torch hands a state out as a tensor: for a moment it is one more, see `state_nbytes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, final
 
 import torch
 
 from weft.memory.private import numpy_of
 
-__all__ = ["Drawn", "about_to_draw"]
+__all__ = ["Drawn", "about_to_draw", "state_nbytes"]
 
 
 @final
@@ -41,6 +42,12 @@ class Drawn:
 
 def _state(generator: torch.Generator) -> bytearray:
     return bytearray(numpy_of(generator.get_state()))
+
+
+@cache
+def state_nbytes(device: torch.device) -> int:
+    """Bytes of `device` that keeping or restoring the state of its generator takes for a moment; CUDA's lie in host memory."""
+    return int(torch.get_rng_state().nbytes) if device.type == "cpu" else 0
 
 
 def about_to_draw(args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Drawn:

@@ -16,7 +16,11 @@ from weft.bench.system import Claim, Measure, Row, System, ratio, value
 __all__ = ["SYSTEM", "run"]
 
 NAMES = {"top-k": "Top-k", "quantise": "quantised", "low-rank": "PowerSGD"}
-SAVED = {"top-k": (1.5, 2.0), "quantise": (1.5, 1.3), "low-rank": (1.5, 2.0)}  # of our issue, and of the card
+SAVED = {
+    "top-k": 2.0,
+    "quantise": 1.5,
+    "low-rank": 2.0,
+}  # our issue asks for 1.5 throughout, the paper's check for 2, 1.3, 2
 
 
 def saved(family: str) -> Measure:
@@ -37,9 +41,8 @@ SYSTEM = System(
     tests=("tests/comm/controllers/test_layerwise.py", "tests/comm/controllers/test_accordion.py"),
     claims=(
         *(
-            Claim(f"{NAMES[f]}: bytes at equal error, uniform / ours", saved(f), at_least=x)
-            for f, both in SAVED.items()
-            for x in both
+            Claim(f"{NAMES[f]}: bytes at equal error, uniform / ours", saved(f), at_least=least)
+            for f, least in SAVED.items()
         ),
         *(Claim(f"{NAMES[f]}: error, ours / uniform", value("error", f"{f} programme"), at_most=1.0) for f in SAVED),
         *(
