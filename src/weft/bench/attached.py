@@ -96,8 +96,8 @@ def on_wire(seed: int, rounds: int, layers: int, width: int, link: tuple[float, 
             handles[name] = attach(ddp, choice if name == "auto" else usual()[name], optimizer)
         steps[name] = _step(problem, ddp, optimizer)
     for turn in range(
-        choice.trial + 1
-    ):  # `auto` alone on the wire, as it would be in training; the last is after its choice
+        2 * choice.trial + 2
+    ):  # `auto` alone on the wire, as in training: its choice, and the check of it
         steps["auto"].run(problem.batches[turn % 4])
     for name in steps:
         for turn in range(2 if name != "auto" else 1):  # DDP rebuilds its buckets, buffers are made
