@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from weft.comm.attacks import ATTACKS, TwoFaced
+from weft.comm.mail import Post
 from weft.comm.peer import MoNNA, attach_peer
 from weft.comm.rules import NearestToOwn
 from weft.comm.rules.subset import distances_to, nearest
@@ -67,6 +68,31 @@ def test_without_faults_it_is_momentum_sgd_on_all_the_data(pool, beta, decay):
                 p.sub_(0.1 * m)
     whole = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.testing.assert_close(vectors[0], whole, rtol=1e-4, atol=1e-5)
+
+
+def one_round_ahead():
+    """Rank 1 sends rounds 1 and 2 before rank 0, which has had round 0, asks for round 1."""
+    post, rank = Post(1), dist.get_rank()
+    post.send(0, bytes([10]))
+    found = [post.collect(0, 1, 20)]
+    if rank == 1:
+        post.send(1, bytes([11]))
+        while post._links[0].out:
+            time.sleep(0.001)
+        post.send(2, bytes([12]))
+    else:
+        while post._arrivals < 3:
+            time.sleep(0.001)
+        found += [post.collect(t, 1, 20) for t in (1, 2)]
+    dist.barrier()
+    assert post.late == 0
+    post.close()
+    return found
+
+
+def test_a_peer_one_round_ahead_replaces_nothing(pool):
+    ahead, _ = pool(2).run(one_round_ahead)
+    assert ahead == [{1: bytes([10])}, {1: bytes([11])}, {1: bytes([12])}]
 
 
 def with_a_liar(value):

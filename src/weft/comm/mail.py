@@ -1,8 +1,8 @@
 """Mail between peers that nobody waits for: the newest vectors of each peer, whoever is late or dead.
 
 Problem    a peer goes on with the first n - f - 1 vectors that arrive. The others may come late, never, or be nonsense, and must
-           neither block it nor fill its memory. torch.distributed on gloo cannot say so: a receive that times out closes the
-           connections to all ranks of its group, and one that has been posted cannot be taken back.
+           neither block it nor fill its memory. torch.distributed on gloo cannot say so: a receive that has been posted cannot be
+           taken back, and one that times out breaks the connection it was for.
 Method     one TCP connection per pair and one thread per process that reads and writes whatever is ready      `Post._serve`
            Frames are of one fixed size, (round, vector): a peer can lie about values, not about lengths.
            Of each peer two vectors are kept, and two wait to be sent to it: the older in progress, the newest behind it.
@@ -111,8 +111,19 @@ class Post:
                 possible = len(ready) + sum(link.alive and not link.box for link in self._links.values())
                 left = deadline - time.monotonic()
                 if len(ready) >= min(count, possible) or left <= 0:
-                    return {peer: self._links[peer].box[0][2] for _, peer in sorted(ready)[:count]}
+                    return {peer: self._take(self._links[peer], round) for _, peer in sorted(ready)[:count]}
                 self._changed.wait(left)
+
+    @staticmethod
+    def _take(link: _Link, round: int) -> bytes:
+        """The link's oldest vector. One of this round is taken out: the box must hold the next two, a peer may be that far.
+
+        One of a later round stays, so that whoever is behind need not wait for peers that have finished.
+        """
+        arrived, _, vector = link.box[0]
+        if arrived == round:
+            link.box.pop(0)
+        return vector
 
     def alive(self) -> list[int]:
         """Peers whose connection stands."""
