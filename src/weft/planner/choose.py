@@ -80,10 +80,13 @@ def plan(
         ImpossibleConstraint, MeshTooLarge: what was fixed by hand cannot be.
         CaptureError: the model cannot be captured.
     """
-    return make_plan(
-        model, batch, cluster=cluster, loss=loss, optimizer=optimizer, memory=memory, mesh=mesh, weights=weights,
-        constraints=constraints or Constraints(), allow_replicated=allow_replicated, must_fit=True, recompute=recompute,
-    )  # fmt: skip
+    from weft.graph.capture import rarely_collecting
+
+    with rarely_collecting():
+        return make_plan(
+            model, batch, cluster=cluster, loss=loss, optimizer=optimizer, memory=memory, mesh=mesh, weights=weights,
+            constraints=constraints or Constraints(), allow_replicated=allow_replicated, must_fit=True, recompute=recompute,
+        )  # fmt: skip
 
 
 def make_plan(
