@@ -170,7 +170,7 @@ def _without_data(step: _Step, leaves: list[Tensor]) -> Iterator[list[Tensor]]:
     def fake(tensor: Tensor) -> Tensor:
         device = home if tensor.device.type == "meta" or len(homes) < 2 else tensor.device
         shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        return FakeTensor(fake_mode, shape, device)  # at once: as an operator within the mode it would take ten times as long
+        return FakeTensor(fake_mode, shape, device)  # as an operator within the mode it would take ten times as long
 
     def fake_once(tensor: Tensor) -> Tensor:
         if id(tensor) not in known:
