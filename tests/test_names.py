@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from weft.names import nearest, pick
@@ -32,3 +34,24 @@ def test_two_names_that_differ_only_in_writing_are_not_confused():
 def test_nearest_is_best_first():
     assert nearest("H10", ["T4", "H100", "A100"])[0] == "H100"
     assert nearest("", ["a"]) == []
+
+
+def test_a_package_loads_its_names_when_they_are_used(tmp_path, monkeypatch):
+    package = tmp_path / "sparse_package"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from weft.names import lazily\n"
+        "__getattr__, __dir__ = lazily(__name__, {'one': 'first', 'two': 'second'}, ('third',))\n"
+    )
+    (package / "first.py").write_text("one = 1\n")
+    (package / "second.py").write_text("raise ImportError('not needed')\n")
+    (package / "third.py").write_text("three = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = importlib.import_module("sparse_package")
+    assert found.one == 1 and "one" in vars(found)  # the second look costs nothing
+    assert found.third.three == 3
+    assert {"one", "two"} <= set(dir(found))
+    with pytest.raises(AttributeError, match="'sparse_package' has no attribute 'three'; it has one, two"):
+        found.three  # noqa: B018
+    with pytest.raises(ImportError, match="not needed"):
+        found.two  # noqa: B018

@@ -11,8 +11,9 @@ name below, and each package, is loaded when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from weft.names import lazily
 
 if TYPE_CHECKING:
     from weft.cluster import Cluster, Device, Link, profile
@@ -30,40 +31,17 @@ __all__ = [
 ]  # fmt: skip
 
 _HOME = {  # public name -> the package that has it
-    "Cluster": "weft.cluster", "Device": "weft.cluster", "Link": "weft.cluster", "profile": "weft.cluster",
-    "Graph": "weft.graph", "capture": "weft.graph",
-    "Mesh": "weft.placement", "Partial": "weft.placement", "Replicate": "weft.placement", "Shard": "weft.placement",
-    "deferred": "weft.placement",
-    "Plan": "weft.planner", "plan": "weft.planner",
-    "Trainer": "weft.runtime", "run": "weft.runtime",
-    "WeftError": "weft.errors",
+    "Cluster": "cluster", "Device": "cluster", "Link": "cluster", "profile": "cluster",
+    "Graph": "graph", "capture": "graph",
+    "Mesh": "placement", "Partial": "placement", "Replicate": "placement", "Shard": "placement",
+    "deferred": "placement",
+    "Plan": "planner", "plan": "planner",
+    "Trainer": "runtime", "run": "runtime",
+    "WeftError": "errors",
 }  # fmt: skip
 
-
-_PACKAGES = (
-    "bench",
-    "cluster",
-    "comm",
-    "federated",
-    "graph",
-    "memory",
-    "nn",
-    "placement",
-    "planner",
-    "runtime",
-    "tasks",
+__getattr__, __dir__ = lazily(
+    __name__,
+    _HOME,
+    ("bench", "cluster", "comm", "federated", "graph", "memory", "nn", "placement", "planner", "runtime", "tasks"),
 )
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return importlib.import_module(f"weft.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'weft' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

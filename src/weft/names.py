@@ -1,16 +1,19 @@
-"""Picking a method by its name: one lookup for every table of names in weft.
+"""Names: picking a method by its name, and a package's names that are loaded when they are first used.
 
-A package's table maps names to methods (`{"top-k": TopK, ...}`). `pick` reads it and answers a misspelt name with the
-nearest ones; names are compared without regard to case, and `_` counts as `-`.
+`pick`      a package's table maps names to methods (`{"top-k": TopK, ...}`): one lookup for all of them, which answers a
+            misspelt name with the nearest ones; names are compared without regard to case, and `_` counts as `-`
+`lazily`    the `__getattr__` and `__dir__` of a package, so that importing it imports neither torch nor what is not used
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-__all__ = ["nearest", "pick"]
+__all__ = ["lazily", "nearest", "pick"]
 
 T = TypeVar("T")
 
@@ -54,6 +57,32 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     found = difflib.get_close_matches(plain, by_plain, n=count, cutoff=0.55)
     found += [key for key in sorted(by_plain) if plain and (plain in key or key in plain) and key not in found]
     return [by_plain[key] for key in found[:count]]
+
+
+def lazily(
+    package: str, home: Mapping[str, str], modules: Sequence[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package whose public names stand in its modules.
+
+    Args:
+        package: its full name.
+        home: public name -> the module of the package that has it, such as "plan.check".
+        modules: modules and packages inside it that are public themselves.
+    """
+
+    def get(name: str) -> Any:
+        if name in modules:
+            return importlib.import_module(f"{package}.{name}")
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(sorted(home))}")
+        value = getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home})
+
+    return get, names
 
 
 def _plain(name: str) -> str:

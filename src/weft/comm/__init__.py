@@ -20,8 +20,9 @@ Imports `weft.graph`, `weft.cluster` and `weft.nn` only, and works without the r
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from weft.names import lazily
 
 if TYPE_CHECKING:
     from weft.comm.attacks import ATTACKS
@@ -113,15 +114,4 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("straggler", "zeroth"):
-        return importlib.import_module(f"weft.comm.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'weft.comm' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(f"weft.comm.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOME, ("straggler", "zeroth"))

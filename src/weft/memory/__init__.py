@@ -13,10 +13,10 @@ Imports `weft.graph` and `weft.cluster` only. What is private to torch stands in
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weft.memory.plan.planning import frontier, least, plan  # at once: the function `plan` stands before its package
+from weft.names import lazily
 
 if TYPE_CHECKING:
     from weft.memory.core import POLICIES, Simulation, simulate
@@ -48,13 +48,4 @@ _HOME = {  # public name -> the module that has it
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'weft.memory' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(f"weft.memory.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOME)

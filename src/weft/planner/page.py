@@ -9,10 +9,11 @@ alternatives    what else was priced                                            
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from weft.pages import document, legend, tiles
 from weft.planner.memory import CATEGORIES
 from weft.planner.price import Event, Prediction
 from weft.planner.text import again, folded, storage_words
@@ -31,32 +32,8 @@ EVENTS = {
 }  # fmt: skip
 
 STYLE = """
-:root { color-scheme: light dark; --surface: #fcfcfb; --page: #f4f4f1; --ink: #0b0b0b; --soft: #52514e; --line: #dddcd6;
-  --c0: #b9b7af; --c1: #2a78d6; --c2: #1baf7a; --c3: #eb6834; --c4: #eda100; --c5: #8d5bd1; --c6: #17528f; --c7: #c2548c;
-  --bad: #c4302b; }
-@media (prefers-color-scheme: dark) { :root { --surface: #1a1a19; --page: #111110; --ink: #f5f5f3;
-  --soft: #b3b1a9; --line: #3a3935; --c0: #62605a; --c1: #3987e5; --c2: #199e70; --c3: #d95926; --c4: #c98500; --c5: #9b72d9;
-  --c6: #7db4f3; --c7: #e07fae; --bad: #ef6b66; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0 0 4px; } p { margin: 0 0 12px; color: var(--soft); }
-section { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 16px 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 18px 0 0; }
-.tile { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
-.tile b { display: block; font-size: 22px; font-weight: 600; } .tile span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 500; color: var(--soft); font-size: 13px; }
-th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: middle; }
-tr:last-child td { border-bottom: 0; } td.n, th.n { text-align: right; } tr.own td { font-weight: 600; }
-.bar { display: flex; height: 12px; width: 150px; gap: 2px; border-radius: 4px; overflow: hidden; background: var(--page); }
-.bar i { display: block; height: 100%; min-width: 1px; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 0 0 10px; font-size: 13px; color: var(--soft); }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px; }
-.bad { color: var(--bad); } .mono { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px; }
-.wide { width: 100%; height: 18px; } svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 12px; }
-""" + "\n".join(f".c{n} {{ background: var(--c{n}); fill: var(--c{n}); }}" for n in range(8))
+tr.own td { font-weight: 600; } .bar { width: 150px; gap: 2px; } .wide { width: 100%; height: 18px; }
+"""
 
 
 def page(plan: Plan) -> str:
@@ -64,7 +41,6 @@ def page(plan: Plan) -> str:
     mesh = " x ".join(map(str, plan.mesh.shape))
     title = f"weft plan: {plan.mesh.size} devices, mesh {mesh}"
     body = [
-        f"<h1>{escape(title)}</h1>",
         f"<p>{escape(plan.name)}: {escape(plan.method or 'given')}. Cluster {escape(plan.cluster.name)}. "
         "Figures are predictions of the cost model.</p>",
         _tiles(plan),
@@ -73,11 +49,7 @@ def page(plan: Plan) -> str:
         _timeline(plan.prediction),
         _alternatives(plan),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return document(title, body, STYLE)
 
 
 def _tiles(plan: Plan) -> str:
@@ -92,15 +64,7 @@ def _tiles(plan: Plan) -> str:
     ]
     if plan.lower_bound:
         rows.append((f"above the lower bound of {seconds(plan.lower_bound)}", percent(plan.gap)))
-    cells = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in rows
-    )
-    return f'<div class="tiles">{cells}</div>'
-
-
-def _legend(colours: Mapping[str, str]) -> str:
-    items = "".join(f'<span><i class="{colour}"></i>{escape(name)}</span>' for name, colour in colours.items())
-    return f'<div class="legend">{items}</div>'
+    return tiles(rows)
 
 
 def _bar(parts: Sequence[tuple[str, float, str]], css: str = "bar", style: str = "") -> str:
@@ -144,7 +108,7 @@ def _layers(plan: Plan) -> str:
     return (
         "<section><h2>Layers by placement</h2>"
         "<p>What each mesh axis cuts, by share of the layer's compute; equal neighbours are folded.</p>"
-        f"{_legend({role: ROLES[role] for role in used})}"
+        f"{legend({role: ROLES[role] for role in used})}"
         f'<div class="scroll"><table><tr><th>layer</th>{head}<th>compute, waiting for activations</th>'
         '<th class="n">seconds</th><th class="n">bytes moved</th><th class="n">parameters</th><th>stored</th></tr>'
         f"{''.join(lines)}</table></div></section>"
@@ -178,7 +142,7 @@ def _memory(plan: Plan) -> str:
         ]
     return (
         f"<section><h2>Memory at the peak</h2><p>A bar is as long as what the device has, the longest {nbytes(top)}.</p>"
-        f'{_legend(MEMORY)}<div class="scroll"><table>{"".join(lines)}</table></div></section>'
+        f'{legend(MEMORY)}<div class="scroll"><table>{"".join(lines)}</table></div></section>'
     )
 
 
@@ -205,7 +169,7 @@ def _timeline(prediction: Prediction) -> str:
     return (
         "<section><h2>Timeline of one step</h2>"
         "<p>The slowest device: communication beside compute hides behind it; activations are waited for.</p>"
-        f"{_legend({kind: EVENTS[kind] for kind in kinds})}"
+        f"{legend({kind: EVENTS[kind] for kind in kinds})}"
         f'<svg viewBox="0 0 {left + width + 10:.0f} 112" role="img" aria-label="timeline">'
         f"{''.join([*ticks, *shapes, *names])}</svg></section>"
     )

@@ -27,6 +27,7 @@ from weft.memory.tracing.moments import (
     mebibytes,
     peak_operator,
 )
+from weft.pages import document, legend, tiles
 
 __all__ = ["page", "show"]
 
@@ -35,34 +36,11 @@ WIDTH, HEIGHT, LEFT = 960.0, 340.0, 80.0
 POINTS = 1200  # columns of the chart: more operators than that share columns, which show their largest
 
 STYLE = """
-:root { color-scheme: light dark; --surface: #fcfcfb; --page: #f4f4f1; --ink: #0b0b0b; --soft: #52514e; --line: #dddcd6;
-  --c0: #b9b7af; --c1: #2a78d6; --c2: #1baf7a; --c3: #eb6834; --c4: #eda100; --c5: #8d5bd1; --c6: #17528f; --bad: #c4302b; }
-@media (prefers-color-scheme: dark) { :root { --surface: #1a1a19; --page: #111110; --ink: #f5f5f3;
-  --soft: #b3b1a9; --line: #3a3935; --c0: #62605a; --c1: #3987e5; --c2: #199e70; --c3: #d95926; --c4: #c98500; --c5: #9b72d9;
-  --c6: #7db4f3; --bad: #ef6b66; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0 0 4px; } p { margin: 0 0 12px; color: var(--soft); }
-section { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 16px 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 18px 0 0; }
-.tile { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
-.tile b { display: block; font-size: 22px; font-weight: 600; } .tile span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 500; color: var(--soft); font-size: 13px; }
-th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: middle; }
-tr:last-child td { border-bottom: 0; } td.n, th.n { text-align: right; }
-.bar { display: flex; height: 12px; width: 200px; border-radius: 4px; overflow: hidden; background: var(--page); }
-.bar i { display: block; height: 100%; min-width: 1px; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 0 0 10px; font-size: 13px; color: var(--soft); }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 6px; }
-.mono { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
 .plan { fill: none; stroke: var(--ink); stroke-width: 1.6; }
 .budget { stroke: var(--bad); stroke-width: 1.6; stroke-dasharray: 6 4; }
 .hint { fill: transparent; } .hint:hover { fill: var(--ink); fill-opacity: 0.12; }
 i.planned { background: var(--ink); } i.limit { background: var(--bad); }
-""" + "\n".join(f".c{n} {{ background: var(--c{n}); fill: var(--c{n}); }}" for n in range(7))
+"""
 
 
 def show(trace: Trace, path: str | Path, plan: Any = None) -> Path:
@@ -86,7 +64,6 @@ def page(trace: Trace, plan: Any = None) -> str:
     schedule, budget, tier = _parts(plan)
     checked = None if schedule is None else check(trace, schedule, tier)
     body = [
-        f"<h1>{escape(title)}</h1>",
         f"<p>{len(trace.ops)} operators; times are {'measured' if trace.measured else 'from the rates of the device'}. "
         f"{escape(' '.join(note + '.' for note in trace.notes))}</p>",
         _tiles(trace, checked, budget),
@@ -94,11 +71,7 @@ def page(trace: Trace, plan: Any = None) -> str:
         _modules(trace),
         _largest(trace),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return document(title, body, STYLE)
 
 
 def _parts(plan: Any) -> tuple[Schedule | None, int, Any]:
@@ -118,8 +91,7 @@ def _tiles(trace: Trace, checked: Any, budget: int) -> str:
         rows.append(("one step", in_words(trace.seconds)))
     if checked is not None:
         rows.append(("slower with the plan", f"{100 * checked.overhead:.1f} %"))
-    cells = "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for k, v in rows)
-    return f'<div class="tiles">{cells}</div>'
+    return tiles(rows)
 
 
 def _chart(trace: Trace, planned: Sequence[int] | None, budget: int) -> str:
@@ -137,20 +109,20 @@ def _chart(trace: Trace, planned: Sequence[int] | None, budget: int) -> str:
         above = [b + layers[name][i] for b, i in zip(below, chosen, strict=True)]
         shapes.append(f'<path class="{COLOURS[name]}" d="{_area(columns, below, above, top)}"/>')
         below = above
-    legend = "".join(f'<span><i class="{COLOURS[n]}"></i>{n}</span>' for n in LAYERS if n in layers)
+    colours = {name: COLOURS[name] for name in LAYERS if name in layers}
     if planned is not None:
         most = [max(planned[first:last]) for first, last, _, _ in columns]
         shapes.append(f'<path class="plan" d="{_line(columns, most, top)}"/>')
-        legend += '<span><i class="planned"></i>with the plan</span>'
+        colours["with the plan"] = "planned"
     if budget:
         y = _y(budget, top)
         shapes.append(f'<line class="budget" x1="{LEFT}" y1="{y:.1f}" x2="{LEFT + WIDTH}" y2="{y:.1f}"/>')
-        legend += '<span><i class="limit"></i>budget</span>'
+        colours["budget"] = "limit"
     above_all = f"{_phases(trace, columns)}{_hints(trace, columns, chosen)}"
     return (
         "<section><h2>Live bytes over the step</h2>"
         "<p>While each operator runs: what it reads, what it makes, what waits to be read.</p>"
-        f'<div class="legend">{legend}</div><svg viewBox="0 0 {LEFT + WIDTH + 10:.0f} {HEIGHT + 34:.0f}" role="img" '
+        f'{legend(colours)}<svg viewBox="0 0 {LEFT + WIDTH + 10:.0f} {HEIGHT + 34:.0f}" role="img" '
         f'aria-label="live bytes over the step">{_ticks(top)}{"".join(shapes)}{above_all}</svg></section>'
     )
 
