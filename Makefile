@@ -13,6 +13,8 @@ PYTEST := $(BIN)/python -m pytest
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
+# Hundreds of processes are started: each would compile all of weft again, half a second of its time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow check format lint types order readme bench docs clean help
 .DEFAULT_GOAL := help
