@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weft.bench.digits import digit_images
 from weft.comm.codec import LinearCodec, Spec
 from weft.comm.codecs.low_rank import LowRank
 from weft.comm.codecs.top_k import TopK
@@ -78,20 +79,13 @@ def digits(seed: int) -> Digits:
     """Train on the digits as they are; 500 held out.
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        ModuleNotFoundError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(
-            "the digits are in scikit-learn; install it with the extra `bench`: pip install weft[bench]"
-        ) from error
-    data = load_digits()
+    images, labels = digit_images()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(data.target), generator=generator)
-    x, y = torch.tensor(data.images, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
-    mirrored = x.flip(2).flatten(1)
-    x = x.flatten(1)
+    order = torch.randperm(len(labels), generator=generator)
+    x, y = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
+    mirrored = x.unflatten(1, (8, 8)).flip(2).flatten(1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.bench.digits import digit_images
 from weft.comm.attacks import Attack, DataAttack
 
 __all__ = ["Digits", "Server", "accuracy", "gradients", "start"]
@@ -41,17 +42,13 @@ class Digits:
         """Each class over the workers by Dirichlet(alpha) proportions; alpha = inf shares out at random, equally.
 
         Raises:
-            ImportError: scikit-learn is not installed; names the extra.
+            ModuleNotFoundError: scikit-learn is not installed; names the extra.
         """
-        try:
-            from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise ImportError("the digits come with scikit-learn: python -m pip install 'weft[bench]'") from error
-        found = load_digits()
+        images, labels = digit_images()
         generator = torch.Generator().manual_seed(1000 + seed)
-        order = torch.randperm(len(found.target), generator=generator)
-        x = torch.tensor(found.data, dtype=torch.float32)[order] / 16
-        y = torch.tensor(found.target)[order]
+        order = torch.randperm(len(labels), generator=generator)
+        x = torch.tensor(images, dtype=torch.float32)[order] / 16
+        y = torch.tensor(labels)[order]
         cut = len(y) // 5
         train_y = y[cut:]
         if math.isinf(alpha):

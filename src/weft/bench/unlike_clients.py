@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from weft.bench.digits import digit_images
 from weft.comm.combine import Combine
 from weft.comm.wait import Wait
 from weft.federated import Aggregation, Asynchronous, Client, LocalSGD, NothingCame, Trace
@@ -105,11 +106,7 @@ def digits(seed: int, spread: float = 0.8, sort_by_label: bool = False) -> Probl
     Raises:
         ModuleNotFoundError: scikit-learn, which carries the images, is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the digits come with scikit-learn: pip install 'weft[bench]'") from error
-    images, labels = load_digits(return_X_y=True)
+    images, labels = digit_images()
     random = np.random.default_rng(seed)
     order = random.permutation(len(images))
     images, labels = images[order] / 16, labels[order]
