@@ -124,11 +124,6 @@ def tie_of(tensor: Tensor) -> Any:
     return getattr(storage_of(tensor), _TIE, None)
 
 
-def untie(storage: torch.UntypedStorage) -> None:
-    """Forget what we know of a storage."""
-    storage.__dict__.pop(_TIE, None)
-
-
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 

@@ -204,9 +204,6 @@ class _LocalCall(Local):
     def group(self, axis: int) -> Any:
         return self._program.comms.group(axis)
 
-    def coordinate(self, axis: int) -> int:
-        return self._program.position[axis]
-
     def random_stream(self) -> Callable[[], int]:
         module, number = self._program.module, self._number
         sharded = {axis for placements in self._out for axis, p in enumerate(placements) if isinstance(p, Shard)}

@@ -209,10 +209,6 @@ class Local(abc.ABC):
         """The `weft.placement.comms.Group` along a mesh axis, for collectives inside the operator."""
 
     @abc.abstractmethod
-    def coordinate(self, axis: int) -> int:
-        """This device's coordinate along a mesh axis."""
-
-    @abc.abstractmethod
     def random_stream(self) -> Callable[[], int]:
         """A function giving the seed of this node's next random draw.
 

@@ -512,9 +512,6 @@ class _Here(Local):
     def group(self, axis: int) -> Any:
         return self._comms.group(axis)
 
-    def coordinate(self, axis: int) -> int:
-        return self._at[axis]
-
     def random_stream(self) -> Callable[[], int]:
         sharded = {
             axis for placements in self._trial.outputs for axis, p in enumerate(placements) if isinstance(p, Shard)

@@ -129,7 +129,6 @@ class Fetcher:
         self._gathering: dict[int, tuple[Any, Tensor, Tensor]] = {}  # work, whole, own part
         self._wanted: dict[int, Tensor] = {}
         self._stream: Any = None
-        self.fetched_bytes = 0  # moved to the device from this process's own tiers
 
     # ---- parameters
 
@@ -180,7 +179,6 @@ class Fetcher:
             buffer = aligned(nbytes, pin=self.device.type == "cuda")
             reading = self._read(index, buffer) if slot.stop > slot.start else None
             arriving = Arriving(buffer[:nbytes].view(slot.dtype), reading, nbytes)
-        self.fetched_bytes += (slot.stop - slot.start) * slot.dtype.itemsize
         self._arriving[index] = arriving
         return arriving
 

@@ -175,7 +175,7 @@ class Tiered:
         self._outside: list[Slot] = []
         self._held: set[int] = set()  # slots whose elements are on the device
         self._hooks: Any = None
-        self._in_step = self._in_pass = self._told_engine = False
+        self._in_step = self._told_engine = False
         self._handles: list[Any] = []
         self._install()
         if resume and self.peers.world > 1:
@@ -213,7 +213,6 @@ class Tiered:
         self._drop_updated(everything=True)
         self._told_engine = False
         training = torch.is_grad_enabled()
-        self._in_pass = True
         self._in_step |= training
         self.fetcher.order = self.fetcher.training if training else self.fetcher.inference
         if training:
@@ -226,7 +225,6 @@ class Tiered:
         """The model's forward is over, well or not."""
         training = self._hooks is not None
         self._unhook()
-        self._in_pass = False
         self.fetcher.settle()
         if not training:
             self.fetcher.finish()
