@@ -23,11 +23,13 @@ def rows():
     return {row.method: row.values for row in made}
 
 
+@pytest.mark.slow
 def test_all_train_the_same_model(rows):
     for name in (*BASELINES, *OURS):
         assert rows[name]["loss"] == pytest.approx(rows["single"]["loss"], rel=2e-5)
 
 
+@pytest.mark.slow
 def test_wire_bytes_are_what_the_method_must_move(rows):
     whole = rows["single"]["parameter_bytes"]
     assert rows["single"]["wire_bytes"] < 0.1 * whole
@@ -35,6 +37,7 @@ def test_wire_bytes_are_what_the_method_must_move(rows):
     assert rows["fsdp2"]["wire_bytes"] > rows["ddp"]["wire_bytes"]
 
 
+@pytest.mark.slow
 def test_shards_are_shards(rows):
     whole = rows["ddp"]["parameter_bytes"]
     assert rows["fsdp2"]["parameter_bytes"] < 0.6 * whole
@@ -44,6 +47,7 @@ def test_shards_are_shards(rows):
     assert rows["weft tensor"]["parameter_bytes"] < 0.7 * whole
 
 
+@pytest.mark.slow
 def test_every_number_is_there(rows):
     for values in rows.values():
         assert values["cpu_seconds"] > 0

@@ -127,7 +127,11 @@ def test_what_is_sent_and_kept_adds_up_to_what_was_to_be_sent():
         kept = now
 
 
-@pytest.mark.parametrize("codec", [RandK(0.25), Quantise(3, 64, "max")], ids=["rand-k", "quantise"])
+@pytest.mark.parametrize(
+    "codec",
+    [RandK(0.25), pytest.param(Quantise(3, 64, "max"), marks=pytest.mark.slow)],
+    ids=["rand-k", "quantise"],
+)
 def test_the_proven_rate_holds_at_the_proven_step_size(codec):
     from weft.comm.codec import Spec
 
@@ -383,6 +387,7 @@ def minibatches():
     return float(gradient.norm())
 
 
+@pytest.mark.slow
 def test_minibatches_with_full_snapshots_have_no_noise_floor(pool):
     assert pool(2).run(minibatches)[0] < 1e-3
 

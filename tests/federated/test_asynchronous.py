@@ -124,7 +124,7 @@ def test_equal_mean_weights_are_not(schedule):
 
 @pytest.mark.parametrize("aggregations", MANY)
 @pytest.mark.parametrize("schedule", [Any(), Clock(0.3), Count(3)], ids=label)
-@pytest.mark.parametrize("declared", [None, 0.5])
+@pytest.mark.parametrize("declared", [None, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_speeds_that_vary_and_were_not_declared_are_counted(schedule, declared, aggregations):
     found = mean_weights(schedule, "unbiased", clients(jitter=0.3, declared=declared), aggregations)
     assert found.tolist() == pytest.approx(IMPORTANCE, rel=0.1 if aggregations < 10_000 else 0.03)

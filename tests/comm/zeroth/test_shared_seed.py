@@ -84,6 +84,7 @@ def test_one_process_may_stand_for_many(members):
     assert equal(list(ours.model.parameters()), expected)
 
 
+@pytest.mark.slow
 def test_drift_and_its_repair():
     """In place theta drifts; with replay it is the log's replay at every repair, and the drift is reported there."""
     runs = {drift: tuned(drift=drift, every=8) for drift in ("exact", "replay", "free")}

@@ -33,7 +33,12 @@ def usable(backend: str) -> str:
     return backend
 
 
-@pytest.mark.parametrize("name", MODELS)
+def long(names, which):
+    """Names as parameters of a test, those of `which` marked as slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in which else name for name in names]
+
+
+@pytest.mark.parametrize("name", long(MODELS, ("bert", "swin")))
 def test_bit_equal_under_pressure_then_replayed(name):
     eager = train(make(name))
     made = make(name)
@@ -45,7 +50,7 @@ def test_bit_equal_under_pressure_then_replayed(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["gpt", "resnet"])
+@pytest.mark.parametrize("name", long(["gpt", "resnet"], ("gpt",)))
 @pytest.mark.parametrize("replay", [False, True])
 def test_bit_equal_on_every_backend(backend, name, replay):
     eager = train(make(name))

@@ -126,6 +126,7 @@ def test_killed_in_updates_during_backward(target, tmp_path):
     assert attack(target, tmp_path / "run", 5, 1, "backward", seed=1) >= 4
 
 
+@pytest.mark.slow
 def test_two_processes_killed(target, tmp_path):
     assert attack(target, tmp_path / "run", 4, 2, "step", seed=2) >= 3
 

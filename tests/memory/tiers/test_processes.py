@@ -102,6 +102,7 @@ def test_some_tiers_on_two_processes(pool, tmp_path, update):
     assert found == [[], []]
 
 
+@pytest.mark.slow
 def test_some_tiers_on_three_processes(pool, tmp_path):
     found = pool(3).run(worker_equal, "gpt", COMBINATIONS[5::17], str(tmp_path), 2, {"keep_below": 4000}, timeout=300)
     assert found == [[], [], []]
