@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from weft.cli import inputs
+from weft.cli import inputs, plan
 
 
 def test_meshes():
@@ -104,6 +104,18 @@ def test_a_module_whose_own_import_fails_says_so(tmp_path):
     (tmp_path / "weft_cli_broken.py").write_text("import surely_not_installed\n")
     with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
         inputs.load_job(arguments(target=f"{tmp_path / 'weft_cli_broken.py'}:f"))
+
+
+def test_recomputation_can_be_ruled_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr("weft.planner.plan", lambda *args, **options: asked.append(options.get("recompute", True)))
+    parser = argparse.ArgumentParser()
+    plan.add_options(parser)
+    for words in ([], ["--no-recompute"]):
+        given = parser.parse_args(words)
+        given.cluster, given.processes = None, 2
+        plan.find(given, inputs.Job(torch.nn.Linear(4, 2), torch.ones(3, 4), lambda: iter(())))
+    assert asked == [True, False]
 
 
 def test_cluster_or_processes():

@@ -45,6 +45,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--memory", metavar="SIZE", help="use at most this much per device, as 6GiB (default: what the cluster says)"
     )
     command.add_argument(
+        "--no-recompute",
+        action="store_true",
+        help="keep every activation that backward needs (default: compute some again where only that makes a plan fit, or the "
+        "fastest)",
+    )
+    command.add_argument(
         "--mesh", metavar="SHAPE", help="arrange the devices so, as 8 or 2x4 (default: the best found)"
     )
     command.add_argument(
@@ -83,6 +89,8 @@ def find(arguments: argparse.Namespace, job: inputs.Job) -> Any:
         options["memory"] = arguments.memory
     if arguments.mesh:
         options["mesh"] = inputs.parse_mesh(arguments.mesh)
+    if arguments.no_recompute:
+        options["recompute"] = False
     if arguments.allow_replicated:
         options["allow_replicated"] = True
     if arguments.strategy:

@@ -10,8 +10,10 @@ processes need not agree on what they repeat, and a run within bytes gives the b
 ZeRO-3's whole copies come and go as `store` says (`Bucket.lend`): they count while they are there, and what is made from them is
 kept rather than made again, since they may have gone by then.
 
-What an operator takes and gives back while it runs (the workspace of a convolution) is known from its first run on: the first
-step may exceed the budget by it.
+What an operator takes and gives back while it runs (the workspace of a convolution) is not known before it has run. Where the
+native library counts, its first run is capped by what is free, and begins anew, after room has been made, if it asks for more
+(`memory.execute.online`): the first step keeps within the budget too. Elsewhere (no compiler, CUDA) the first step may exceed
+it by that.
 
 A budget that cannot be kept is a `BudgetError` that names the process. Others may wait for it by then: the run is over.
 """
@@ -19,7 +21,7 @@ A budget that cannot be kept is a `BudgetError` that names the process. Others m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import final
 
 import torch
@@ -94,9 +96,11 @@ class Keeper:
         return self._limit.notes if self._limit is not None else []
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, batch: Iterable[Tensor] = ()) -> Iterator[None]:
         """A step, or its gradients alone, runs in here.
 
+        Args:
+            batch: what it will read, for as long as it runs.
         Raises:
             BudgetError: it cannot be done within the budget.
         """
@@ -109,6 +113,7 @@ class Keeper:
                 within.wake()
             else:
                 within.__enter__()
+            within.count(*batch)
             yield
             within.step()
         except BudgetError as error:

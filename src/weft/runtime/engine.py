@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +34,8 @@ from weft.placement.comms import Comms
 from weft.placement.layout import Mesh, Replicate, take
 from weft.placement.localize import LocalModule, localize
 from weft.runtime.budget import Keeper
-from weft.runtime.coded import Coded
+from weft.runtime.choice import Choice
+from weft.runtime.coded import Coded, code
 from weft.runtime.evaluation import for_evaluation
 from weft.runtime.optimizer import Recipe, check_elementwise
 from weft.runtime.store import ParameterStore
@@ -56,7 +56,7 @@ class Options:
         check_finite: raise `NotFinite` before the optimizer runs on a NaN or infinite loss.
         timeout: seconds that any wait may take before the run is given up.
         measure: count bytes, for `StepResult.peak`; within a budget they are counted in any case.
-        exchange: how gradients travel that all processes sum; None for all-reduce.
+        exchange: how gradients travel that all processes sum, or what that is chosen from; None for all-reduce.
     """
 
     clip_norm: float | None = None
@@ -65,7 +65,7 @@ class Options:
     check_finite: bool = True
     timeout: float = 600.0
     measure: bool = False
-    exchange: Exchange | None = None
+    exchange: Exchange | Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,21 @@ class Engine:
         self.optimizer = wanted.build(trainable)
         self.coded: Coded | None = None
         if options.exchange is not None and comms.world.size > 1:
-            self.coded = Coded(options.exchange, self.store.reduced, comms.world.size, self.optimizer)
+            self.coded = code(options.exchange, self.store.reduced, comms.world.size, self.optimizer)
         self.wanted = wanted
         self.steps = 0
         self.stop_requested = False
         self._losses = comms.world
         self.keeper = Keeper(self.store, self.buffers, self.device, comms.rank, budget, options.measure)
         self._measured = options.measure or budget is not None
+
+    def take_exchange(self, name: str) -> None:
+        """Go on with that one of the exchanges that there are to choose from; collective."""
+        if self.coded is not None:
+            self.coded.exchange.close()
+        wanted = self.options.exchange
+        assert wanted is not None
+        self.coded = code(wanted, self.store.reduced, self.comms.world.size, self.optimizer, name)
 
     # ---- programs
 
@@ -213,7 +221,7 @@ class Engine:
         Raises:
             BudgetError: the step cannot be done within it. Others wait for this process by then: the run is over.
         """
-        with self.keeper.step():
+        with self.keeper.step(leaf for job in jobs for leaf in job.leaves):
             result = self.update(self.accumulate(jobs), options)
         return replace(result, peak=max(result.peak, self.keeper.peak))
 
@@ -290,7 +298,7 @@ class Engine:
         if self.coded is not None:
             self.coded.plain = True
         try:
-            with self.keeper.step():
+            with self.keeper.step(leaf for job in jobs for leaf in job.leaves):
                 result = self.accumulate(jobs)
         finally:
             if self.coded is not None:
@@ -376,10 +384,6 @@ class Engine:
         )
         kept = self.store.nbytes()
         return {**kept, "optimizer": state, "buffers": sum(b.nbytes for b in self.buffers.values())}
-
-    def request_stop(self, signum: int = signal.SIGINT, frame: Any = None) -> None:
-        """Ask for an end: every process learns of it with the next step's loss."""
-        self.stop_requested = True
 
 
 def _mix(seed: int, step: int, number: int) -> int:

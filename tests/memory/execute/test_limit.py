@@ -23,7 +23,7 @@ SHARES = {
     "swin": 0.7,
     "bert": 0.9,
     "tied": 0.92,
-    "halting": 0.95,
+    "halting": 0.7,
 }
 
 
@@ -80,25 +80,51 @@ def test_grid_of_twenty_budgets(name, backend):
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_the_meter_never_reads_more_than_the_budget(replay):
+@pytest.mark.parametrize(("name", "share"), [("gpt", 0.75), ("resnet", 0.8), ("unet", 0.6)])
+def test_the_meter_never_reads_more_than_the_budget(name, share, replay):
+    """From the first step on, though the workspaces of convolutions are known only when they have run."""
     if native.problem():
         pytest.skip(native.problem())
-    made = make("gpt")
-    opt = torch.optim.AdamW(made.model.parameters())
+    made = make(name)
+    opt = torch.optim.SGD(made.model.parameters(), lr=1e-3)  # a limit meets an optimizer's state in its first step
     run(made)
     opt.step()
-    budget = int(peak_of("gpt") * 0.75)
+    budget = int(peak_of(name) * share)
     with limit(budget, model=made.model, replay=replay) as limited, meter(made.model, opt) as metered:
         for tensor in made.batch:
             metered.count(tensor, "input")
-        for step in range(5):
-            if step == 1:  # sizes of workspaces are known after the first run of an operator
-                metered.reset_peak()
+        limited.count(*made.batch)
+        for _ in range(5):
             opt.zero_grad()
             run(made)
             opt.step()
         assert isinstance(limited._executor, Online) != replay
     assert 0.8 * budget < metered.peak <= budget
+
+
+def test_an_operator_that_asks_for_too_much_begins_anew():
+    """Its random numbers are those of one run."""
+    if native.problem():
+        pytest.skip(native.problem())
+    library = torch.library.Library("weft_test", "FRAGMENT")
+    library.define("greedy(Tensor x) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+    library.impl("greedy", lambda x: torch.rand(30_000)[: len(x)] + torch.rand(30_000)[: len(x)] * x, "CPU")
+    library.impl("greedy", lambda x: torch.empty_like(x), "Meta")
+    x = torch.ones(10_000)
+    torch.manual_seed(0)
+    want = torch.ops.weft_test.greedy(x)
+    torch.manual_seed(0)
+    book = native.ledger()
+    with book.window() as window, limit(350_000, replay=False) as limited:
+        window.count(x, "input")
+        kept = [torch.tanh(x), *(x * n for n in range(4))]
+        found = torch.ops.weft_test.greedy(x)
+        assert limited._executor.core.evictions
+        assert window.peak <= 350_000
+        with pytest.raises(BudgetError, match=r"weft_test\.greedy"):
+            torch.ops.weft_test.greedy(torch.ones(20_000))
+        assert window.peak <= 350_000
+    assert torch.equal(found, want) and torch.equal(kept[0], torch.tanh(x))
 
 
 def test_without_pressure_nothing_is_repeated():

@@ -95,6 +95,21 @@ def test_mark_and_since_say_what_an_operator_needed():
     assert book.since() == (0, -256)
 
 
+def test_what_an_operator_asks_for_beyond_its_bytes_is_refused_and_noted():
+    book = native.ledger()
+    a, kept = torch.randn(64, 64), torch.ones(5)
+    needed = book.peak_during(lambda: (a @ a).softmax(1).sum(0))[1]
+    book.mark(needed - 1)
+    with pytest.raises(torch.OutOfMemoryError, match=f"would exceed the {needed - 1} bytes"):
+        (a @ a).softmax(1).sum(0)
+    assert book.since() == (needed, 0)  # as if it had been given; nothing is left of what was
+    assert (a @ a).softmax(1).sum(0).shape == (64,)  # nothing is refused any more
+    book.mark(needed)
+    del kept  # what is given back may be taken
+    (a @ a).softmax(1).sum(0)
+    assert book.since()[0] <= needed
+
+
 # -- against a plain model --------------------------------------------------------------------------------------------------
 
 

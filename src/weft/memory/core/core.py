@@ -236,6 +236,17 @@ class Core:
         step.makes = [*step.makes, block]
         return block
 
+    def widen(self, step: Step, workspace: int) -> None:
+        """A step that has begun takes another workspace than it was begun with; none once it only tells what it has made.
+
+        Raises:
+            BudgetError: there is no room; `abort` it then.
+        """
+        self._give_scratch(step)
+        step.workspace = workspace
+        if workspace:
+            self._take_scratch(step)
+
     def end(self, step: Step, seconds: float | None = None) -> None:
         """The operator has run."""
         if seconds is not None:
@@ -390,7 +401,7 @@ class Core:
         ):
             self._free_sum += self.arena.free
             return
-        stuck = sum(b.room for b in self.arena.blocks() if b.pins or not b.evictable)
+        stuck = self.arena.used - sum(b.room for b in self.arena.blocks() if b.evictable and not b.pins)
         raise BudgetError(
             self.budget,
             0,

@@ -28,6 +28,7 @@ from weft.memory.execute.facts import Facts, facts_of
 from weft.memory.execute.guards import Guards
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Deviation, Replay
+from weft.memory.execute.sizes import Sizes
 from weft.memory.execute.takeover import take_over
 from weft.memory.execute.tape import Tape
 from weft.memory.plan.check import check
@@ -123,6 +124,7 @@ class Limit:
         self._mode: _Mode | None = None
         self._guards: Guards | None = None
         self._gauge = native.ledger() if device.type == "cpu" and native.problem() is None else None
+        self._sizes = Sizes()  # what operators have taken so far
         self._ended = False  # the optimizer's step is over, the next one's first operator not yet there
         self._paused: Any = None  # while the optimizer runs without us: what ends that
         self._watched: set[int] = set()
@@ -201,6 +203,15 @@ class Limit:
         _ACTIVE.append(self)
         self._listen()
 
+    def count(self, *tensors: Tensor) -> None:
+        """Take note of tensors that are there but that no operator has read yet, such as the labels of a batch.
+
+        A limit meets what was made outside when it is read first; until then its bytes are not counted.
+        """
+        for tensor in tensors:
+            if tensor.device.type == self.device.type:
+                self._executor.adopt(tensor)
+
     def lend(self, tensor: Tensor, nbytes: int) -> None:
         """A storage that its owner empties and fills in the course of a step: call this before it is resized to `nbytes`, and
         after it has been emptied (0). What is made from it is never made again.
@@ -240,7 +251,7 @@ class Limit:
 
     def _new_online(self, backend: Backend) -> Online:
         policy = self._policy or ("coop" if backend.addresses else "pager")
-        online = Online(self.budget, policy, backend, self.device, self._owner, self._gauge)
+        online = Online(self.budget, policy, backend, self.device, self._owner, self._gauge, self._sizes)
         online.watch = self._watch
         return online
 

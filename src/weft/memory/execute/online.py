@@ -4,6 +4,11 @@ Per call   1. find the block of every argument (`Hold`, tied to its storage); a 
            2. `Core.begin`: missing inputs come back (`Online.again`), outputs get room; random operators' state is kept
            3. the operator runs
            4. `Core.end`; outputs are tied to their blocks
+First runs Outputs are foreseen (`sizes`), the workspace is not. So an operator met for the first time runs under a cap: the bytes
+           of its outputs and all that are free. An allocation beyond is refused by the native library before it happens;
+           then room is made for what was asked, and the operator begins anew (`Online._on_trial`). Not so what writes in
+           place (it might be half done; elementwise or a plain copy nearly always, it takes none), and collectives.
+
 A block's recipe is a `Step` of the core with a `Call` as payload; neither holds a tensor, so that bytes die when the user's last
 reference dies. Exception: what a recipe reads and nothing can make again (a batch, a parameter) lives as long as the recipe.
 
@@ -50,7 +55,8 @@ class Online:
         backend: holds the bytes.
         device: whose bytes are counted; tensors elsewhere are left alone.
         owner: whose ties they are; another executor of the same limit may have had them before.
-        gauge: measures the workspace of an operator's first run; None where nothing can.
+        gauge: measures and caps the workspace of an operator's first runs (`weft.memory.native.Ledger`); None where nothing can.
+        sizes: what earlier runs have shown.
 
     Attributes:
         core: decides.
@@ -67,6 +73,7 @@ class Online:
         device: torch.device,
         owner: Owner | None = None,
         gauge: Any = None,
+        sizes: Sizes | None = None,
     ):
         self.core = Core(budget, policy, self)
         self.owner = owner or Owner()
@@ -74,7 +81,7 @@ class Online:
         self.backend = backend
         self.device = device
         self.gauge = gauge
-        self.sizes = Sizes()
+        self.sizes = sizes or Sizes()
         self.effects = False
         self.watch: Callable[[Tensor], None] = lambda leaf: None
         self.tape: Tape | None = None
@@ -202,7 +209,8 @@ class Online:
             for nbytes in size.fresh:
                 makes.append((nbytes, facts.dense))
         workspace = size.workspace
-        if facts.random and repeatable and facts.draws(args, kwargs):
+        random = facts.random and facts.draws(args, kwargs)
+        if random and repeatable:
             workspace += state_nbytes(self.device)
         self._busy = True
         core = self.core
@@ -212,17 +220,26 @@ class Online:
             self._clear()
             raise
         try:
-            if facts.random and repeatable and facts.draws(args, kwargs):
+            if random and repeatable:
                 call.drawn = about_to_draw(args, kwargs, self.device)
-            if size.runs < SETTLED:
-                result = self._measured(step, len(overwrites), size, facts, args, kwargs)
+            unforeseen = size.fresh is None
+            if unforeseen or size.runs < SETTLED:
+                result = self._on_trial(step, len(overwrites), size, facts, args, kwargs)
             else:
                 result = self._execute(step, len(overwrites), facts, args, kwargs)
+            taken = step.workspace
+            if unforeseen:  # its outputs lie in what was taken for workspace
+                core.widen(step, 0)
             if overwrites:
                 for old, position in overwrites:
                     hold, block = old.payload, step.makes[position]
                     block.payload, old.payload, hold.block = hold, None, block
             fresh = self._bind(step, call, size, len(overwrites), result)
+            if unforeseen:
+                lain = sum(block.nbytes for block in fresh)
+                step.workspace = max(0, taken - lain)
+                if size.fresh is not None:
+                    size.workspace = max(0, size.workspace - lain)
         except BaseException:
             core.abort(step)
             self._clear()
@@ -234,8 +251,8 @@ class Online:
                     if hold.block.step is None:
                         self.tape.keeps(hold)
             self.tape.ran(
-                facts, list(reads.values()), written, [block.payload for block in fresh], workspace=workspace,
-                seconds=size.seconds, repeatable=not facts.effect, random=facts.draws(args, kwargs), effects=self.effects,
+                facts, list(reads.values()), written, [block.payload for block in fresh], workspace=step.workspace,
+                seconds=size.seconds, repeatable=not facts.effect, random=random, effects=self.effects,
                 has_outputs=bool(flat(result)),
             )  # fmt: skip
         self._busy = False
@@ -339,20 +356,76 @@ class Online:
         places = [(block.nbytes, block.offset) for block in step.makes[num_over:]]
         return self.backend.run(places, (step.offset, step.workspace), facts.call, args, kwargs)
 
-    def _measured(
+    def _on_trial(
         self, step: Step, num_over: int, size: Size, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Run an operator, and learn what its signature takes."""
+        """Run an operator, learn what its signature takes, and make room for it first if that is more than there is.
+
+        Raises:
+            BudgetError: there is no room.
+        """
+        beside = step.workspace - size.workspace  # a generator's state, for a moment
+        if (
+            self.gauge is None
+            or self.backend.addresses
+            or any(at not in facts.statistics for at, _ in facts.written)  # it might be half done when it is refused
+        ):
+            result = self._measured(step, num_over, size, facts, args, kwargs, -1)
+        else:
+            result = self._capped(step, num_over, size, facts, args, kwargs)
+        step.workspace = size.workspace + beside
+        return result
+
+    def _capped(
+        self, step: Step, num_over: int, size: Size, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Run an operator within the bytes that are there for it; refused, begin anew when there are as many as it asked for."""
+        core, made = self.core, sum(size.fresh or ())
+        drawn = about_to_draw(args, kwargs, self.device) if facts.random and facts.draws(args, kwargs) else None
+        statistics = [args[at] for at in facts.statistics if at < len(args) and args[at] is not None]
+        copied = sum(tensor.nbytes for tensor in statistics)
+        if copied:
+            core.widen(step, step.workspace + copied)
+        with below():
+            copies = [tensor.clone() for tensor in statistics]
+        while True:
+            most = made + step.workspace - copied + core.arena.free
+            try:
+                return self._measured(step, num_over, size, facts, args, kwargs, most)
+            except torch.OutOfMemoryError:
+                asked = self.gauge.since()[0]
+                if asked <= most:  # somebody else has refused
+                    raise
+            if drawn is not None:
+                drawn.rewind()
+            with below():
+                for tensor, copy in zip(statistics, copies, strict=True):
+                    tensor.copy_(copy)
+            core.widen(step, asked - made + copied)
+
+    def _measured(
+        self,
+        step: Step,
+        num_over: int,
+        size: Size,
+        facts: Facts,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        most: int,
+    ) -> Any:
+        """Run an operator once, with at most `most` bytes more than there are (-1: any), and note what it has taken."""
         gauge = self.gauge
         if gauge is not None:
-            gauge.mark()
+            gauge.mark(most)
         start = self._clock()
-        result = self._execute(step, num_over, facts, args, kwargs)
-        seconds = self._clock() - start
+        try:
+            result = self._execute(step, num_over, facts, args, kwargs)
+            seconds = self._clock() - start
+        finally:
+            taken = gauge.since()[0] if gauge is not None else 0
         size.seconds = min(size.seconds, seconds) if size.runs else seconds
         size.runs += 1
-        if gauge is not None:
-            size.workspace = max(size.workspace, gauge.since()[0] - sum(size.fresh or ()))
+        size.workspace = max(size.workspace, taken - sum(size.fresh or ()))
         return result
 
     def _bind(self, step: Step, call: Call, size: Size, at: int, result: Any) -> Sequence[Block]:

@@ -29,11 +29,15 @@ class Drawn:
         self.generator = generator
         self.state = _state(generator)
 
+    def rewind(self) -> None:
+        """The generator is as it was then."""
+        self.generator.set_state(torch.frombuffer(self.state, dtype=torch.uint8))
+
     @contextmanager
     def put_back(self) -> Iterator[None]:
         """The generator is as it was then; afterwards as it is now."""
         now = _state(self.generator)
-        self.generator.set_state(torch.frombuffer(self.state, dtype=torch.uint8))
+        self.rewind()
         try:
             yield
         finally:

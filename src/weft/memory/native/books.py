@@ -24,7 +24,7 @@ T = TypeVar("T")
 # In the order of `Category` in ledger.h.
 LABELS = ("activation", "workspace", "parameter", "gradient", "optimizer", "buffer", "input")
 NUMBER = {label: number for number, label in enumerate(LABELS)}
-VERSION = 1  # of the C functions
+VERSION = 2  # of the C functions
 UNSEEN = 2  # `weft_adopt`: counted, but the library will not see the block die
 
 _int, _long, _pointer, _void = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, None
@@ -32,7 +32,7 @@ _longs = ctypes.POINTER(ctypes.c_int64)
 CONTROL: dict[str, tuple[object, list[object]]] = {  # in control.h, of every allocator
     "weft_version": (_int, []),
     "weft_live": (_long, []),
-    "weft_mark": (_void, []),
+    "weft_mark": (_void, [_long]),
     "weft_since": (_long, [_longs]),
     "weft_log_start": (_void, []),
     "weft_log_stop": (_long, []),
@@ -217,12 +217,17 @@ class Ledger:
             del self._unseen[address]
             self._library.weft_forget(address)
 
-    def mark(self) -> None:
-        """Begin to look at an operator: see `since`. There is one mark, the last."""
-        self._library.weft_mark()
+    def mark(self, most: int = -1) -> None:
+        """Begin to look at an operator: see `since`. There is one mark, the last.
+
+        Args:
+            most: bytes alive beyond those of now that allocations of this thread may bring about until `since`; one that
+                would exceed them is refused with `torch.OutOfMemoryError`. -1 for any.
+        """
+        self._library.weft_mark(most)
 
     def since(self) -> tuple[int, int]:
-        """(most bytes, bytes left) relative to the live bytes at the last `mark`."""
+        """(most bytes, bytes left) relative to the live bytes at the last `mark`; a refused allocation counts as asked for."""
         peak = self._library.weft_since(self._left)
         return peak, self._left.value
 

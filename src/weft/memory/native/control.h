@@ -43,6 +43,7 @@ struct Thread {
   Arena* serving = nullptr;                        // gives the bytes of this thread's allocations
   int64_t started = 0;                             // clock of `expect`
   int depth = 0;                                   // of operators within operators
+  int64_t most = -1;                               // bytes since the mark that this thread may bring about; -1 for any
   std::vector<std::pair<void*, int64_t>> inside;  // allocations of the running operator: address, clock
 };
 
@@ -64,6 +65,10 @@ inline void enter(void* address, Block block) {
 // Let n more bytes in, or throw: their address in this thread's arena, or null if they are to come from outside. Locked.
 inline void* admit(int64_t nbytes) {
   Ledger& ledger = state().ledger;
+  if (thread.most >= 0 && ledger.live + nbytes - ledger.mark_live > thread.most) {
+    ledger.mark_peak = std::max(ledger.mark_peak, ledger.live + nbytes);  // what was asked for, had it been given
+    refuse("an allocation of " + bytes(nbytes) + " would exceed the " + bytes(thread.most) + " of this operator");
+  }
   int w = ledger.refusing(nbytes);
   if (w >= 0) {
     const Window& window = ledger.windows[w];
@@ -119,21 +124,24 @@ inline void operator_end() {
 
 // -- the books ------------------------------------------------------------------------------------------------------------
 
-WEFT_API int weft_version() { return 1; }
+WEFT_API int weft_version() { return 2; }
 
 WEFT_API int64_t weft_live() {
   weft::Lock lock(weft::state().mutex);
   return weft::state().ledger.live;
 }
 
-WEFT_API void weft_mark() {
+// most: bytes from here on that this thread's allocations may bring about until `weft_since`; -1 for any.
+WEFT_API void weft_mark(int64_t most) {
   weft::Lock lock(weft::state().mutex);
+  weft::thread.most = most;
   auto& ledger = weft::state().ledger;
   ledger.mark_live = ledger.mark_peak = ledger.live;
 }
 
 WEFT_API int64_t weft_since(int64_t* left) {
   weft::Lock lock(weft::state().mutex);
+  weft::thread.most = -1;
   auto& ledger = weft::state().ledger;
   *left = ledger.live - ledger.mark_live;
   return ledger.mark_peak - ledger.mark_live;
