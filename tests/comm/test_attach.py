@@ -294,11 +294,12 @@ def test_clipping_a_velocity_is_warned_of_once(pool):
     assert pool(2).run(clipped, False) == [[], []]
 
 
-def momentum_moves():
+def momentum_moves(nesterov, decay):
     """Everything sent (ratio 1) with momentum correction is momentum SGD, with buffers handed over both ways."""
     found = []
-    for exchange in (None, momentum_correction(1.0)):
+    for exchange in (None, Exchange(TopK(1.0), MomentumCorrection(0.9, nesterov=nesterov))):
         ddp, optimizer, _ = setting(None, momentum=0.9)
+        optimizer.param_groups[0].update(nesterov=nesterov, weight_decay=decay)
         train(ddp, optimizer, 2)
         handle = attach(ddp, exchange, optimizer) if exchange is not None else None
         train(ddp, optimizer, 3, 2)
@@ -309,8 +310,9 @@ def momentum_moves():
     return found
 
 
-def test_momentum_moves_into_the_memory_and_back(pool):
-    (plain, mine), (_, theirs) = pool(2).run(momentum_moves)
+@pytest.mark.parametrize(("nesterov", "decay"), [(False, 0.0), (False, 0.1), (True, 0.1)])
+def test_momentum_moves_into_the_memory_and_back(pool, nesterov, decay):
+    (plain, mine), (_, theirs) = pool(2).run(momentum_moves, nesterov, decay)
     assert torch.equal(mine, theirs)
     torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-6)
 

@@ -13,8 +13,10 @@ from weft.comm.codecs.quantise import Quantise
 from weft.comm.codecs.top_k import TopK
 from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
+from weft.comm.memories.shift import Shift
 from weft.comm.rules.centre import GeometricMedian
 from weft.comm.rules.elementwise import Median
+from weft.comm.rules.flag import Flag
 from weft.comm.topology import AllGather, Gossip, Peer, Ring, ScatterGather, Star
 from weft.errors import ExchangeMismatch
 
@@ -115,9 +117,16 @@ def repeated(options, steps=30):
 # ---- rules
 
 
+OVER = (AllGather(), Star(1), ScatterGather())
+
+
 def robust(rule, broken):
+    return [robust_over(topology, rule, broken) for topology in OVER]
+
+
+def robust_over(topology, rule, broken):
     """Three tensors in three buckets of one step; rank 1's middle one may be infinite."""
-    exchange = Exchange(combine=rule, timeout=20)
+    exchange = Exchange(combine=rule, topology=topology, timeout=20)
     exchange.open([Spec(name, shape) for name, shape in SHAPES.items()])
     named = data(0, dist.get_rank())
     if broken and dist.get_rank() == 1:
@@ -139,20 +148,40 @@ def robust(rule, broken):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("broken", [False, True])
-@pytest.mark.parametrize("rule", [GeometricMedian(), Median()])
+@pytest.mark.parametrize(
+    ("rule", "broken"), [(GeometricMedian(), 0), (GeometricMedian(), 1), (Median(), 0), (Median(), 1), (Flag(), 0)]
+)
 def test_a_rule_sees_the_whole_model_and_goes_on_without_a_broken_rank(pool, rule, broken):
     stack = torch.stack([flat(data(0, rank)) for rank in range(RANKS)])
     ranks = pool(RANKS).run(robust, rule, broken)
-    if not broken:
-        expected = rule(stack)
-    elif isinstance(rule, GeometricMedian):
-        stack[1] = float("nan")
-        expected = rule(stack)
-    for found, skipped in ranks:
-        assert skipped == 0 and bool(found.isfinite().all()) and torch.equal(found, ranks[0][0])
-        if not broken or isinstance(rule, GeometricMedian):
+    whole = [slice(None)] if isinstance(rule, GeometricMedian | Flag) else [slice(0, 35), slice(35, 46), slice(46, 70)]
+    if broken:  # an elementwise rule judges bucket by bucket
+        stack[1, whole[len(whole) // 2]] = float("nan")
+    expected = torch.cat([rule(stack[:, part]) for part in whole])
+    for rank in ranks:
+        for number, (found, skipped) in enumerate(rank):
+            assert skipped == 0 and torch.equal(found, ranks[0][number][0])
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def broken_once(topology):
+    exchange = Exchange(TopK(0.5), Shift(), Median(), topology=topology, select=everything, timeout=20)
+    found = []
+    for step in range(3):
+        named = data(step, dist.get_rank())
+        if step == 1 and dist.get_rank() == 1:
+            named["b"][3] = float("nan")
+        found.append(flat(exchange.reduce(named, step).wait()))
+    exchange.close()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rank_that_was_left_out_once_follows_what_the_others_agreed_on(pool):
+    for topology in (AllGather(), Star(1), ScatterGather()):
+        ranks = pool(RANKS).run(broken_once, topology)
+        for step in range(3):
+            assert all(torch.equal(found[step], ranks[0][step]) for found in ranks)
 
 
 # ---- what reduce promises

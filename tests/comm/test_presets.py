@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,12 +15,12 @@ from weft.comm.ddp import attach
 from weft.comm.presets import dgc
 
 
-def train(exchange, steps, nesterov=False):
+def train(exchange, steps, nesterov=False, decay=0.0):
     """(loss by step, final weights, largest difference between ranks, settings by step) of this rank; None: plain DDP."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.01)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.02, momentum=0.9, nesterov=nesterov)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=decay)
     handle = None if exchange is None else attach(ddp, exchange, optimizer)
     g = torch.Generator().manual_seed(dist.get_rank())
     losses, settings, apart = [], [], 0.0
@@ -63,15 +65,64 @@ def test_a_dense_stage_after_a_sparse_one_keeps_the_ranks_equal(pool):
         assert apart == 0.0 and flat.isfinite().all()
 
 
-def dense_both_ways(nesterov):
-    ours = train(dgc(1.0, momentum=0.9, nesterov=nesterov), 25, nesterov)
-    return ours[1], train(None, 25, nesterov)[1]
+def dense_both_ways(nesterov, decay):
+    ours = train(dgc(1.0, momentum=0.9, nesterov=nesterov), 25, nesterov, decay)
+    return ours[1], train(None, 25, nesterov, decay)[1]
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.05])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_ratio_one_is_momentum_sgd(pool, nesterov):
-    for ours, plain in pool(2).run(dense_both_ways, nesterov):
+def test_ratio_one_is_momentum_sgd(pool, nesterov, decay):
+    """With weight decay, too: it is not exchanged, and has its momentum all the same."""
+    for ours, plain in pool(2).run(dense_both_ways, nesterov, decay):
         assert torch.allclose(ours, plain, atol=1e-5)
+
+
+def by_the_card(steps, ratios, nesterov, clip, decay, lr=0.02, m=0.9):
+    """DGC of two workers, written out in one process with a full sort; the final weights. `ratios`: ten steps each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    weights, draws = list(model.parameters()), [torch.Generator().manual_seed(rank) for rank in range(2)]
+    u, v = ([[torch.zeros(p.numel()) for p in weights] for _ in range(2)] for _ in range(2))
+    b = [torch.zeros(p.numel()) for p in weights]
+
+    def pushed(u, g):
+        u.copy_(m * (u + g) if nesterov else m * u + g)
+        return u + g if nesterov else u
+
+    for step in range(steps):
+        ratio, gradients = ratios[min(step // 10, len(ratios) - 1)], []
+        for g in draws:
+            x = torch.randn(32, 16, generator=g)
+            loss = (model(x) - x[:, :4].sum(1, keepdim=True) / 2).square().mean()
+            gradients.append([part.flatten() for part in torch.autograd.grad(loss, weights)])
+        for i, p in enumerate(weights):
+            if p.dim() > 1:
+                out = torch.zeros(p.numel())
+                for rank in range(2):
+                    g = gradients[rank][i]
+                    v[rank][i] += pushed(u[rank][i], g * min(1.0, clip / 2**0.5 / float(g.norm())))
+                    sent = v[rank][i].abs().argsort(descending=True)[: math.ceil(ratio * p.numel())]
+                    out[sent] += v[rank][i][sent] / 2
+                    u[rank][i][sent], v[rank][i][sent] = 0.0, 0.0
+            else:
+                out = pushed(u[0][i], (gradients[0][i] + gradients[1][i]) / 2)
+            flat = p.detach().view(-1)
+            flat -= lr * (out + pushed(b[i], decay * flat))
+    return torch.cat([p.detach().flatten() for p in weights])
+
+
+def beside_the_card(nesterov, clip, decay):
+    exchange = dgc(0.05, [0.25], stage_steps=10, nesterov=nesterov, clip=clip, selection="exact")
+    return train(exchange, 40, nesterov, decay)[1]
+
+
+@pytest.mark.parametrize(("nesterov", "clip", "decay"), [(False, 1e9, 0.0), (False, 0.5, 0.05), (True, 1e9, 0.05)])
+def test_is_the_published_method(pool, nesterov, clip, decay):
+    """Clipping, momentum, masking, dense biases, weight decay, warm-up: all of it, step by step."""
+    expected = by_the_card(40, (0.25, 0.05), nesterov, clip, decay)
+    for ours in pool(2).run(beside_the_card, nesterov, clip, decay):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_options_end_up_where_they_belong():

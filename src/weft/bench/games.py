@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weft.bench.digits import digit_images
 from weft.bench.system import Row
 from weft.comm.codec import Spec
 from weft.comm.codecs import Quantise, RandK, TopK
@@ -174,11 +175,7 @@ class Digits:
         Raises:
             ModuleNotFoundError: scikit-learn, which carries the images, is not installed.
         """
-        try:
-            from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("the digits come with scikit-learn: pip install 'weft[bench]'") from error
-        images, labels = load_digits(return_X_y=True)
+        images, labels = digit_images()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         x, y = torch.tensor(images, dtype=torch.float32)[order] / 16, torch.tensor(labels)[order]
         cut = len(y) // 5
@@ -342,7 +339,7 @@ def generative(seed: int, workers: int = 4, dense_steps: int = 40, noise: int = 
 # ---- four processes on a slow link
 
 
-def robust_rank(method: str, lr: float, seed: int, target: float, most: float = 30.0) -> dict[str, float]:
+def robust_rank(method: str, lr: float, seed: int, target: float, most: float = 45.0) -> dict[str, float]:
     """One rank of adversarial training, until the held-out robust accuracy reaches `target`; time for judging is not counted."""
     import torch.distributed as dist
 
@@ -411,7 +408,7 @@ def over_links(seed: int, target: float = 0.4, rate: float = 100e6) -> Iterator[
 
     for method in ("extragradient", "masha"):
         best: dict[str, Any] = {}
-        for lr in (0.2, 0.4):
+        for lr in (0.0125, 0.025):  # at 0.05 and above this deeper network ends at chance, with either method
             options = {"method": method, "lr": lr, "seed": seed, "target": target}
             found = on_links("weft.bench.games:robust_rank", 4, Wire(rate), options, timeout=280)[0]
             if not best or found["seconds"] < best["seconds"]:

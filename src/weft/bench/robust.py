@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.bench.digits import digit_images
+from weft.bench.system import Row
 from weft.comm.attacks import Attack, DataAttack
 
-__all__ = ["Digits", "Server", "accuracy", "gradients", "start"]
+__all__ = ["Digits", "Server", "accuracy", "gradients", "side_by_side", "start"]
 
 WIDTHS = (64, 64, 10)
 LENGTH = 64 * 64 + 64 + 64 * 10 + 10
@@ -170,3 +175,11 @@ class Server:
                 flat[row].sub_(rules[row % count](sent), alpha=self.rate)
         found = torch.stack([accuracy(flat[s * count : (s + 1) * count], world) for s, world in enumerate(worlds)])
         return found.T.tolist()
+
+
+def side_by_side(measure: Callable[..., Row], settings: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+    """measure(*setting) for each, in order, by as many processes of one thread as there are cores: small tensors use one."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(measure, *zip(*settings, strict=True))

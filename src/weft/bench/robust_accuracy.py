@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from weft.bench.byzfl_rules import load
-from weft.bench.robust import Server
+from weft.bench.robust import Server, side_by_side
 from weft.bench.system import Row
 from weft.comm.attacks import (
     Attack,
@@ -63,19 +63,24 @@ def rules_for(byzfl: Any, faulty: int) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def server_rows(seed: int, steps: int = 100) -> Iterator[Row]:
-    """One row a setting: mean accuracy over three seeds and its standard error, by rule."""
-    byzfl = load()
-    seeds = tuple(range(SEEDS * seed, SEEDS * (seed + 1)))
+    """One row a setting: mean accuracy over three seeds and its standard error, by rule; twice the steps without faults."""
+    settings = []
     for alpha, counts in ((0.5, (0, 1, 2, 3)), (math.inf, (0, 3))):
         for faulty in counts:
             for name, attack in ATTACKS.items() if faulty else (("no attack", None),):
                 if math.isinf(alpha) and faulty and name not in BLUNT:
                     continue  # with equal shares only these ever hurt a mean
-                rules = rules_for(byzfl, faulty)
-                found = Server(alpha=alpha, steps=steps, seeds=seeds).run(list(rules.values()), faulty, attack)
-                row = _row(f"{name}, f = {faulty}, alpha = {alpha:g}", dict(zip(rules, found, strict=True)))
-                _say_where_it_loses(row)
-                yield row
+                settings.append((seed, steps if faulty else 2 * steps, alpha, faulty, name, attack))
+    for row in side_by_side(_measured, settings):
+        _say_where_it_loses(row)
+        yield row
+
+
+def _measured(seed: int, steps: int, alpha: float, faulty: int, name: str, attack: Attack | DataAttack | None) -> Row:
+    rules = rules_for(load(), faulty)
+    seeds = tuple(range(SEEDS * seed, SEEDS * (seed + 1)))
+    found = Server(alpha=alpha, steps=steps, seeds=seeds).run(list(rules.values()), faulty, attack)
+    return _row(f"{name}, f = {faulty}, alpha = {alpha:g}", dict(zip(rules, found, strict=True)))
 
 
 def _row(setting: str, found: Mapping[str, list[float]]) -> Row:

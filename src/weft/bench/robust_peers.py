@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from weft.bench.byzfl_rules import load
-from weft.bench.robust import LENGTH, Digits, accuracy, gradients, start
+from weft.bench.robust import LENGTH, Digits, accuracy, gradients, side_by_side, start
 from weft.bench.system import Row
 from weft.comm.attacks import Attack, DataAttack, InnerProduct, LabelFlip, LittleIsEnough, Mimic, SignFlip, TwoFaced
 from weft.comm.rules.sorting import sorted_rows
@@ -157,14 +157,12 @@ class Peers:
         for r, rule in enumerate(rules):
             # a rival whose vectors overflow is lost for good: it goes on with what can be represented
             sent = torch.nan_to_num(half[r], 0.0, 1e15, -1e15).clamp_(-1e15, 1e15)
-            sides = [sent, sent]
+            sides, two = [sent], isinstance(attack, TwoFaced)
             if isinstance(attack, Attack):
-                lies = [[attack.messages(v, f, generator, side) for side in (0, 1)] for v in sent]
                 sides = [
-                    torch.stack([torch.cat([v, lie[side]]) for v, lie in zip(sent, lies, strict=True)])
-                    for side in (0, 1)
+                    torch.stack([torch.cat([v, attack.messages(v, f, generator, side)]) for v in sent])
+                    for side in ((0, 1) if two else (0,))
                 ]
-            two = isinstance(attack, TwoFaced)
             for side in (0, 1) if two else (0,):
                 receivers = slice(side, None, 2) if two else slice(None)
                 result[r, :, receivers] = self._combine(rule, sides[side], got, f, receivers)
@@ -220,18 +218,24 @@ def check_rules(f: int = 2, count: int = 13) -> float:
 
 def peer_rows(seed: int, steps: int = 300) -> Iterator[Row]:
     """One row a setting: mean accuracy over peers and seeds, its standard error, and the worst honest peer's, by rule."""
-    seeds = tuple(range(SEEDS * seed, SEEDS * (seed + 1)))
     print(f"peer rules against ByzFL's: relative difference {check_rules():.1e}", file=sys.stderr)
+    settings = []
     for alpha, counts in ((1.0, (0, 1, 2, 3)), (5.0, (0, 2))):
         for f in counts:
             chosen: dict[str, Any] = ATTACKS if f else {"no attack": None}
             for name, attack in chosen.items():
                 if "z = " in name and f != 2:
                     continue  # a stronger attack than the numbers of workers hide: once is enough
-                found = Peers(alpha=alpha, steps=steps, seeds=seeds).run(list(MIXES), f, attack)
-                row = _row(f"{name}, f = {f}, alpha = {alpha:g}", found)
-                print(row.method, {k: round(v, 3) for k, v in row.values.items() if "_" not in k[-6:]}, file=sys.stderr)
-                yield row
+                settings.append((seed, steps, alpha, f, name, attack))
+    for row in side_by_side(_measured, settings):
+        print(row.method, {k: round(v, 3) for k, v in row.values.items() if "_" not in k[-6:]}, file=sys.stderr)
+        yield row
+
+
+def _measured(seed: int, steps: int, alpha: float, f: int, name: str, attack: Attack | DataAttack | None) -> Row:
+    seeds = tuple(range(SEEDS * seed, SEEDS * (seed + 1)))
+    found = Peers(alpha=alpha, steps=steps, seeds=seeds).run(list(MIXES), f, attack)
+    return _row(f"{name}, f = {f}, alpha = {alpha:g}", found)
 
 
 def _row(setting: str, found: dict[str, list[tuple[float, float]]]) -> Row:

@@ -29,7 +29,19 @@ from weft.comm.wait import Wait
 from weft.federated import Aggregation, Asynchronous, Client, LocalSGD, NothingCame, Trace
 from weft.federated.local import flatten
 
-__all__ = ["Problem", "Run", "Scheme", "by_speed", "digits", "long_run_mean", "speeds", "train", "tune"]
+__all__ = [
+    "GRID",
+    "TARGET",
+    "Problem",
+    "Run",
+    "Scheme",
+    "by_speed",
+    "digits",
+    "long_run_mean",
+    "speeds",
+    "train",
+    "tune",
+]
 
 CLIENTS, HELD_OUT, HIDDEN = 20, 360, 32
 CONCENTRATION = 0.1
@@ -93,6 +105,15 @@ class Run:
         """Largest loss over mean loss in the last quarter of the time; inf where the run did not get there."""
         late = [loss for when, loss in self.trace.losses() if when > 0.75 * self.end]
         return max(late) / (sum(late) / len(late)) if late and self.model is not None else math.inf
+
+    @property
+    def over_trend(self) -> float:
+        """Largest loss over the exponential fitted to the losses of the last quarter; inf where the run did not get there."""
+        late = [(when, math.log(loss)) for when, loss in self.trace.losses() if when > 0.75 * self.end and loss > 0]
+        if len(late) < 3 or self.model is None:
+            return math.inf
+        when, logs = np.array(late).T
+        return float(np.exp((logs - np.polyval(np.polyfit(when, logs, 1), when)).max()))
 
 
 def speeds(spread: float) -> tuple[float, ...]:
@@ -178,14 +199,14 @@ def train(
     return Run(trained.trace, trained.model, rate, seconds, float(right.float().mean()))
 
 
-def tune(problems: Sequence[Problem], scheme: Scheme) -> tuple[float, float]:
+def tune(problems: Sequence[Problem], scheme: Scheme, grid: Sequence[float] = GRID) -> tuple[float, float]:
     """The best rate of the grid and its median seconds to the target over an odd number of draws; inf if none gets there.
 
     A run is given up at the best median so far: where half of the draws and one more need longer, the median does too.
     """
     assert len(problems) % 2, "the median of an odd number of runs is one of them"
-    best_rate, best = GRID[0], math.inf
-    for rate in GRID:
+    best_rate, best = grid[0], math.inf
+    for rate in grid:
         cap = min(PATIENCE, best)
         times: list[float] = []
         for problem in problems:

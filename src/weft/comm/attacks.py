@@ -62,6 +62,12 @@ class DataAttack(abc.ABC):
         """The batch (b, ...), labels (b,) as the faulty worker has them."""
 
 
+def deviation(honest: Tensor) -> Tensor:
+    """The standard deviation of (h, d) entry by entry, 0 for h = 1: `Tensor.std` along the first dim takes ten times as long."""
+    apart = honest - honest.mean(0)
+    return (apart.square_().sum(0) / max(len(honest) - 1, 1)).sqrt_()
+
+
 def _same(message: Tensor, count: int) -> Tensor:
     return message.expand(count, -1).clone()
 
@@ -113,7 +119,7 @@ class LittleIsEnough(Attack):
 
     def messages(self, honest: Tensor, count: int, generator: torch.Generator, receiver: int = 0) -> Tensor:
         z = self.z if self.z is not None else hidden_deviation(len(honest) + count, count)
-        spread = honest.std(0) if len(honest) > 1 else torch.zeros_like(honest[0])
+        spread = deviation(honest)
         return _same(honest.mean(0) - z * spread, count)
 
 
@@ -190,7 +196,7 @@ class TwoFaced(Attack):
 
     def messages(self, honest: Tensor, count: int, generator: torch.Generator, receiver: int = 0) -> Tensor:
         side = self.scale if receiver % 2 == 0 else -self.scale
-        spread = honest.std(0) if len(honest) > 1 else torch.zeros_like(honest[0])
+        spread = deviation(honest)
         return _same(honest.mean(0) + side * spread, count)
 
 

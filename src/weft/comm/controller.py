@@ -17,20 +17,24 @@ class Controller(abc.ABC):
     Attributes:
         every: steps between decisions, >= 1; the first is for step 0.
         agreed: decisions depend on the step alone, so that every rank makes them itself and nothing is broadcast.
-        needs_mean: `observe` is to be called.
+        needs_gradient: `observe` is to be called.
     """
 
     every: int = 1
     agreed: bool = False
-    needs_mean: bool = True
+    needs_gradient: bool = True
 
     def bind(self, codec: Codec, seconds: Callable[[Spec, Setting], float] | None = None) -> None:
         """Told once by the exchange: its codec, and what a message of a setting costs in seconds, as far as that is known."""
         return
 
     @abc.abstractmethod
-    def observe(self, spec: Spec, mean: Any, step: int) -> None:
-        """See the averaged gradient (numel,) of one tensor, bit-equal on all ranks; called where decisions are made."""
+    def observe(self, spec: Spec, gradient: Any, step: int) -> None:
+        """See the deciding rank's own gradient (numel,) of one tensor, as it was before the memory and the codec.
+
+        Not the average that is delivered: it lacks what the setting in force drops, and would confirm that setting. A tensor
+        sent at a density of 0.1 % looks as if it had no other entries.
+        """
 
     @abc.abstractmethod
     def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:

@@ -4,7 +4,7 @@ Everything here is touched by the exchange thread alone, apart from the plain re
 made between steps.
 
 what a bucket does first        `begin`    agree on new buckets, take over decisions, note states for the undo
-what a bucket does last         `end`      undo a bad step, release what was held for the whole model's Gram matrix
+what a bucket does last         `end`      undo a bad step, tell those who wait for it and for what was `held`
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from weft.comm.topology import Ring, Topology
 from weft.comm.wired import Wired
 
 if TYPE_CHECKING:
-    from weft.comm.routes import Bucket, Item
+    from weft.comm.exchange import Exchange
+    from weft.comm.routes import Bucket, CombiningBucket, Item
 
-__all__ = ["LOOK_EVERY", "Core"]
+__all__ = ["LOOK_EVERY", "Core", "options_of"]
 
 LOOK_EVERY = 20  # steps between looks at the norm of delivered velocities, see `attach`
 SMALL = 1 << 16  # bytes of uncompressed tensors that ride along in a bucket's message; more are all-reduced
@@ -71,9 +72,9 @@ class Core:
         self.delivered = 0.0  # squared norm of what the step delivers, for velocity memories
         self._undo: list[tuple[State, dict[str, Any]]] = []
         self._poisoned = False
-        self._gram: Tensor | None = None
+        self.gram: Tensor | None = None  # of the step's messages as far as they have come
+        self.held: list[CombiningBucket] = []  # whose results wait for it
         self._row: Tensor | None = None
-        self._held: list[tuple[Bucket, Callable[[Tensor], None]]] = []
 
     # ---- the course of a step
 
@@ -82,8 +83,8 @@ class Core:
 
     def begin(self, bucket: Bucket) -> None:
         """Get a bucket ready to be encoded; the first one of a step comes when nothing is on the wire."""
-        if not self.wired.agreed(bucket.specs):
-            self.wired.compare(bucket.specs, self.words(bucket.specs))
+        if not self.wired.agreed(bucket.same):
+            self.wired.compare(bucket.same, "\n".join((self.words(bucket.specs), *bucket.words)))
             if self.wired.crowded():
                 self.wired.forget()
         for spec in bucket.specs:
@@ -91,8 +92,8 @@ class Core:
         if bucket.step != self.step:
             self.step = bucket.step
             self._undo.clear()
-            self._held.clear()
-            self._poisoned, self._gram, self._row, self.delivered = False, None, None, 0.0
+            self.held.clear()
+            self._poisoned, self.gram, self._row, self.delivered = False, None, None, 0.0
             if self.decides(bucket.step):
                 self._decide(bucket.step)
         for item in bucket.items:
@@ -114,25 +115,22 @@ class Core:
 
     def end(self, bucket: Bucket, poisoned: bool) -> None:
         self._poisoned |= poisoned
-        if bucket.bad and not self.trusting:  # the others went on without us
-            mine = {id(item.state) for item in bucket.items}
-            self._restore(mine)
         if not bucket.last:
-            if not self._held:
+            if not self.held:
                 bucket.done(None)
             return
-        if self._held and not self._poisoned:
-            assert self._gram is not None
-            for _, combine in self._held:
-                combine(self._gram)
         if self._poisoned:
             self._restore()
             self.skipped += 1
-        for held, _ in self._held:
-            if held is not bucket:
-                held.done(None)
-        self._held.clear()
+        held, self.held = self.held, []
+        for other in held:
+            if other is not bucket:
+                other.done(None)
         bucket.done(None)
+
+    def take_back(self, bucket: Bucket) -> None:
+        """Forget that a bucket's messages were sent: the rule goes on without them."""
+        self._restore({id(item.state) for item in bucket.items})
 
     def setting(self, spec: Spec) -> Setting:
         """In force now; None for a tensor that goes uncompressed."""
@@ -142,12 +140,8 @@ class Core:
         return None if setting is None or self.codec.bypass(spec, setting) else setting
 
     def words(self, specs: Sequence[Spec]) -> str:
-        lines = [
-            f"codec {describe(self.codec)}", f"memory {describe(self.memory)}", f"combine {describe(self.combine)}",
-            f"topology {describe(self.topology)}", f"controller {describe(self.controller)}", f"seed {self.seed}",
-        ]  # fmt: skip
-        lines += [f"{spec.name} {spec.shape} {spec.dtype} setting {self.setting(spec)}" for spec in specs]
-        return "\n".join(lines)
+        lines = [f"{spec.name} {spec.shape} {spec.dtype} setting {self.setting(spec)}" for spec in specs]
+        return "\n".join((options_of(self), *lines))
 
     # ---- states
 
@@ -202,20 +196,23 @@ class Core:
     # ---- combining over the whole model
 
     def add_gram(self, part: Tensor) -> None:
-        self._gram = part if self._gram is None else self._gram + part
+        self.gram = part if self.gram is None else self.gram + part
 
-    def hold(self, bucket: Bucket, combine: Callable[[Tensor], None]) -> None:
+    def hold(self, bucket: CombiningBucket) -> None:
         """Keep a bucket's messages until the step's last bucket has come."""
-        self._held.append((bucket, combine))
+        self.held.append(bucket)
 
-    def fail_held(self, error: BaseException) -> None:
-        held, self._held = self._held, []
-        for bucket, _ in held:
-            bucket.done(error)
+    def fail_held(self, failed: Bucket, error: BaseException) -> None:
+        """Tell those who wait for held buckets; `failed` tells its own."""
+        held, self.held = self.held, []
+        for bucket in held:
+            if bucket is not failed:
+                bucket.done(error)
 
-    def row_of_step(self, info: Info) -> Tensor:
+    def weights_of_step(self, own: int) -> Tensor:
+        """The rule's weights, made of the whole model's inner products."""
         if self._row is None:
-            self._row = self.combine.weights(info)
+            self._row = self.combine.weights(Info(self.wired.ranks, self.gram, own))
         return self._row
 
     # ---- what goes uncompressed, and counters
@@ -240,11 +237,21 @@ class Core:
         topology = Ring() if ring else self.topology
         self.tally(name).nbytes += topology.wire(nbytes, self.wired.ranks)
 
-    def observe(self, item: Item, mean: Tensor, step: int) -> None:
-        if self.memory.velocity and step % LOOK_EVERY == 1:
-            self.delivered += float(mean.square().sum())
+    def observe(self, item: Item, step: int) -> None:
+        """Show the controller this rank's gradient, before any code."""
         controller = self.controller
-        if controller is None or not controller.needs_mean or not self.select(item.spec):
+        if controller is None or not controller.needs_gradient or not self.select(item.spec):
             return
         if controller.agreed or self.wired.own == 0:
-            controller.observe(item.spec, mean, step)
+            controller.observe(item.spec, item.x, step)
+
+    def look(self, mean: Tensor, step: int) -> None:
+        """Now and then, add up the squared norm of what a velocity memory delivers."""
+        if self.memory.velocity and step % LOOK_EVERY == 1:
+            self.delivered += float(mean.square().sum())
+
+
+def options_of(exchange: Core | Exchange) -> str:
+    """An exchange's options in words, one a line: what must be the same on all ranks, and in a checkpoint."""
+    kinds = ("codec", "memory", "combine", "topology", "controller", "select", "seed")
+    return "\n".join(f"{kind} {describe(getattr(exchange, kind))}" for kind in kinds)

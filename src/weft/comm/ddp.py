@@ -7,7 +7,9 @@ in its thread (or, where nothing but the mean is wanted, all-reduces them at onc
 backward pass waits for the last. State belongs to parameters, not to buckets (R2), so DDP may rebuild its buckets and a
 checkpoint fits any `bucket_cap_mb`. With `no_sync()` the exchange sees one accumulated gradient per synchronised step (R5).
 
-    velocity memories   the momentum moves from the optimizer into the memory, buffers included; `remove` gives it back
+    velocity memories   the momentum moves from the optimizer into the memory, buffers included; `remove` gives it back. Weight
+                        decay is not exchanged and stays in the optimizer, with a momentum of its own: b <- m b + decay w, kept
+                        beside the memory's state, makes one step of momentum SGD of both
     non-finite (R4)     a step that is not finite on any rank changes no memory and no parameter on any rank (with `optimizer`
                         given), and is counted in `exchange.skipped`; gradients arrive as NaN, so that a loss scaler sees it
     loss scaling (R4)   give `scaler`: gradients are unscaled before they reach a memory and scaled again afterwards
@@ -33,9 +35,12 @@ from weft.comm.automatic import Auto, Trial, measure_link
 from weft.comm.codec import Spec
 from weft.comm.core import LOOK_EVERY
 from weft.comm.exchange import Exchange
+from weft.comm.memory import Memory
 from weft.errors import PeerLost
 
 __all__ = ["Handle", "attach"]
+
+DECAY = "decay"  # entry of a tensor's state: the momentum of its weight decay, float32 (numel,)
 
 
 class _Switch:
@@ -299,6 +304,32 @@ class Handle:
                 )
         if (self.step - 1) % LOOK_EVERY == 1 and not self._warned:
             self._look_for_clipping()
+        self._carry_decay(optimizer)
+
+    def _carry_decay(self, optimizer: Any) -> None:
+        """Add to the gradients what momentum makes of the weight decay of earlier steps; the optimizer adds this step's.
+
+        b <- m b + decay w is the decay's part of momentum SGD's buffer, the same on every rank as the weights are. Without it
+        the decay would be 1/(1 - m) times too weak beside velocities.
+        """
+        memory, core = self.exchange.memory, self.exchange.core
+        momentum: float = memory.momentum  # type: ignore[attr-defined]
+        scale = float(
+            getattr(optimizer, "grad_scale", None) or 1.0
+        )  # of a fused optimizer, which divides gradients by it
+        for group in optimizer.param_groups:
+            decay, sign = group["weight_decay"], -scale if group.get("maximize") else scale
+            for parameter in group["params"]:
+                name = self._parameters.get(id(parameter))
+                if name is None or parameter.grad is None:
+                    continue
+                last = core.states.get(name, {}).get(DECAY)
+                if last is None and not decay:
+                    continue
+                before = torch.zeros(parameter.numel(), device=parameter.device) if last is None else last * momentum
+                now = core.state(name)[DECAY] = before.add(parameter.detach().reshape(-1), alpha=decay)
+                more = now * momentum if memory.nesterov else before  # type: ignore[attr-defined]
+                parameter.grad.add_(more.view(parameter.shape), alpha=sign)
 
     def _look_for_clipping(self) -> None:
         """Warn where velocities are made shorter between the exchange and the optimizer: their norm is not a gradient's."""
@@ -329,7 +360,7 @@ class Handle:
                 buffer = optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
                 name = self._parameters.get(id(parameter))
                 if buffer is not None and name is not None and memory.buffer not in core.state(name):
-                    core.state(name)[memory.buffer] = buffer.detach().reshape(-1).float().clone()
+                    core.state(name)[memory.buffer] = buffer.detach().reshape(-1).float() * _unit(memory, group)
 
     def _give_momentum_back(self) -> None:
         memory, optimizer = self.exchange.memory, self.optimizer
@@ -340,11 +371,15 @@ class Handle:
             group["momentum"], group["nesterov"] = momentum, nesterov
             for parameter in group["params"]:
                 name = self._parameters.get(id(parameter))
-                held = core.states.get(name, {}).pop(memory.buffer, None) if name is not None else None
+                state = core.states.get(name, {}) if name is not None else {}
+                held, decayed = state.pop(memory.buffer, None), state.pop(DECAY, None)
                 if held is None or not momentum:
                     continue
-                mean = held / core.wired.ranks  # ranks hold their own; equal ones again keep the ranks bit-identical
+                share = core.wired.ranks * _unit(memory, group)
+                mean = held / share  # ranks hold their own; equal ones again keep the ranks bit-identical
                 dist.all_reduce(mean, group=core.wired.group)
+                if decayed is not None:
+                    mean.add_(decayed)
                 optimizer.state[parameter]["momentum_buffer"] = mean.view(parameter.shape).to(parameter.dtype)
 
     def remove(self) -> None:
@@ -359,6 +394,12 @@ class Handle:
             self._pre.remove()
         self._switch.handle = None
         self.exchange.close()
+
+
+def _unit(memory: Memory, group: dict[str, Any]) -> float:
+    """A velocity memory's u over the optimizer's momentum buffer: Nesterov's u <- m (u + g) is ahead of it by the factor m."""
+    ahead = float(memory.momentum) if memory.nesterov else 1.0  # type: ignore[attr-defined]
+    return -ahead if group.get("maximize") else ahead
 
 
 def _check_momentum(exchange: Exchange, optimizer: torch.optim.Optimizer | None) -> list[tuple[float, bool]]:

@@ -25,11 +25,12 @@ from weft.comm.codec import Codec, LinearCodec, Spec
 from weft.comm.codecs.plain import Identity
 from weft.comm.combine import Combine
 from weft.comm.controller import Controller
-from weft.comm.core import Core
+from weft.comm.core import Core, options_of
 from weft.comm.memory import Memory, NoMemory
 from weft.comm.report import Report, TensorReport
-from weft.comm.routes import Bucket, GatherBucket, Item, RingBucket, ScatterBucket, StarBucket
+from weft.comm.routes import Bucket, GatherBucket, Item, RingBucket, StarBucket
 from weft.comm.rules.mean import Mean
+from weft.comm.segments import ScatterBucket, ShardBucket
 from weft.comm.topology import AllGather, Gossip, Peer, Ring, ScatterGather, Star, Topology, choose
 from weft.comm.wait import Wait
 from weft.comm.wired import Wired
@@ -121,15 +122,6 @@ class Exchange:
                 f"Exchange: a Ring adds messages on the wire, which {type(self.codec).__name__} with "
                 f"{type(self.combine).__name__} does not allow; use AllGather() or topology='auto'"
             )
-        if isinstance(self.topology, ScatterGather) and self.combine.needs != "count":
-            raise ValueError(
-                f"Exchange: {type(self.combine).__name__} needs {self.combine.needs!r}, which the owner of a segment does not "
-                "have; use AllGather() or Star()"
-            )
-        if isinstance(self.topology, Star) and self.combine.needs == "gram":
-            raise ValueError(
-                f"Exchange: {type(self.combine).__name__} needs the inner products of the whole model; use AllGather()"
-            )
         if isinstance(self.topology, Gossip) and not isinstance(self.combine, Mean):
             raise ValueError("Exchange: Gossip's weights are the rule; leave `combine` out")
         if self.combine.needs == "arrivals":
@@ -158,6 +150,11 @@ class Exchange:
             and isinstance(self.topology, Ring)
             and self.controller is None
         )
+
+    @property
+    def options(self) -> str:
+        """In words, one a line; exchanges of the same options understand each other, and each other's checkpoints."""
+        return options_of(self)
 
     @property
     def skipped(self) -> int:
@@ -241,11 +238,7 @@ class Exchange:
             TypeError: a sparse tensor.
         """
         future: torch.futures.Future[dict[str, Tensor]] = torch.futures.Future()
-        pairs = []
-        for name, tensor in named.items():
-            if tensor.layout is not torch.strided:
-                raise TypeError(f"{name} has layout {tensor.layout}; an exchange takes dense tensors: use sparse=False")
-            pairs.append((Spec(name, tuple(tensor.shape), tensor.dtype), tensor.detach().reshape(-1).clone()))
+        pairs = _flat(named)
 
         def done(error: BaseException | None) -> None:
             if error is None:
@@ -261,32 +254,66 @@ class Exchange:
     ) -> torch.futures.Future[dict[str, Tensor]]:
         """Like `reduce`, but each rank gets its piece alone; boxing Partial -> Shard.
 
+        Where `scatters`, a rank receives nothing but the n messages for its piece, (n-1)/n of a message instead of 2 (n-1)/n by
+        a ring or n - 1 by an all-gather. Codes and memories then see a tensor's pieces one by one. What is sent as it is
+        (`Identity`, tensors not selected) is added in rank order: the same bits as `reduce` and a cut over an all-gather, a star
+        or scatter-gather, and over a ring of two; a ring of more adds in another order, `Cast` there in 16 bits and here in 32.
+        Elsewhere it is `reduce` and a cut.
+
         Args:
             named: as for `reduce`.
             step: as for `reduce`.
             shard: the dimension to cut, for all tensors or by name; pieces are those of `torch.tensor_split`.
         """
-        n, own = self.core.wired.ranks, self.core.wired.own
+        dims = []
         for name, tensor in named.items():
             dim = shard if isinstance(shard, int) else shard[name]
             if not -tensor.dim() <= dim < tensor.dim():
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} has no dimension {dim} to cut")
-        whole = self.reduce(named, step)
+            dims.append(dim % tensor.dim())
+        core = self.core
         future: torch.futures.Future[dict[str, Tensor]] = torch.futures.Future()
+        if not self.scatters:
+            ranks, own = core.wired.ranks, core.wired.own
 
-        def cut(found: torch.futures.Future[dict[str, Tensor]]) -> None:
-            try:
-                pieces = {
-                    name: tensor.tensor_split(n, shard if isinstance(shard, int) else shard[name])[own].clone()
-                    for name, tensor in found.wait().items()
-                }
-            except Exception as error:
-                future.set_exception(error)
+            def cut(found: torch.futures.Future[dict[str, Tensor]]) -> None:
+                try:
+                    whole = found.wait()
+                except Exception as error:
+                    future.set_exception(error)
+                else:
+                    pairs = zip(whole.items(), dims, strict=True)
+                    future.set_result({name: x.tensor_split(ranks, dim)[own].clone() for (name, x), dim in pairs})
+
+            self.reduce(named, step).add_done_callback(cut)
+            return future
+
+        def done(error: BaseException | None) -> None:
+            if error is None:
+                future.set_result(bucket.results)
             else:
-                future.set_result(pieces)
+                future.set_exception(error)  # type: ignore[arg-type]
 
-        whole.add_done_callback(cut)
+        items = [Item(spec, flat, core.state(spec.name)) for spec, flat in _flat(named)]
+        bucket = ShardBucket(core, items, step, True, done, dims=dims)
+        core.wired.submit(bucket)
         return future
+
+    @property
+    def scatters(self) -> bool:
+        """Whether `reduce_scatter` sends pieces to their owners alone.
+
+        Not by a star, nor where ranks' results differ (Peer, Gossip); not for low rank and other codes that a ring adds but that
+        have no pieces; and not where a memory needs whole results (`Shift`).
+        """
+        topology, codec, memory = self.topology, self.codec, self.memory
+        pieces = isinstance(topology, AllGather | ScatterGather) or (
+            isinstance(topology, Ring) and isinstance(codec, LinearCodec) and codec.elementwise
+        )
+        stateless = type(memory).delivered is Memory.delivered and (
+            type(memory).dense is Memory.dense or isinstance(self.combine, Mean)
+        )
+        return pieces and stateless
 
     def waited(self, seconds: float) -> None:
         """Count wall seconds that somebody waited for results."""
@@ -362,7 +389,7 @@ class Exchange:
             return dict(self._loaded) if self._loaded is not None else {}
         return {
             "format": FORMAT,
-            "options": core.words(()),
+            "options": self.options,
             "rank": core.wired.own,
             "ranks": core.wired.ranks,
             "tensors": {name: (tuple(spec.shape), str(spec.dtype)) for name, spec in core.specs.items()},
@@ -375,6 +402,8 @@ class Exchange:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, on the same rank of as many ranks; any bucketing, any order of tensors.
+
+        On another number of ranks see `weft.comm.regroup`.
 
         Raises:
             ExchangeMismatch: the state is of other options, tensors, ranks; nothing is changed then.
@@ -397,7 +426,7 @@ class Exchange:
         core = self.core
         remedy = "Load the checkpoint of the same exchange on the same rank, or start with empty memories."
         for what, ours, theirs in (
-            ("options of exchange and checkpoint", core.words(()), state["options"]),
+            ("options of exchange and checkpoint", self.options, state["options"]),
             ("numbers of ranks of exchange and checkpoint", core.wired.ranks, state["ranks"]),
             ("ranks of exchange and checkpoint", core.wired.own, state["rank"]),
         ):
@@ -422,3 +451,13 @@ class Exchange:
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copied(value) if isinstance(value, dict) else value for key, value in state.items()}
+
+
+def _flat(named: Mapping[str, Tensor]) -> list[tuple[Spec, Tensor]]:
+    """Spec and flat copy of each tensor."""
+    pairs = []
+    for name, tensor in named.items():
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} has layout {tensor.layout}; an exchange takes dense tensors: use sparse=False")
+        pairs.append((Spec(name, tuple(tensor.shape), tensor.dtype), tensor.detach().reshape(-1).clone()))
+    return pairs

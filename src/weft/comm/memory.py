@@ -22,10 +22,13 @@ class Memory(abc.ABC):
         velocity: what is exchanged is a velocity: the optimizer must add no momentum, and clipping comes before. Such a memory
             has attributes `momentum` and `nesterov`.
         buffer: the entry of `state` that continues the optimizer's momentum buffer, for a velocity memory.
+        additive: what all ranks together owe is the mean of their tensors in `state`, so that a checkpoint may go on on another
+            number of ranks (see regroup.py).
     """
 
     velocity: bool = False
     buffer: str = ""
+    additive: bool = False
 
     @abc.abstractmethod
     def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
@@ -47,6 +50,8 @@ class Memory(abc.ABC):
 @final
 class NoMemory(Memory):
     """What is not sent is lost."""
+
+    additive = True
 
     def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
         return x

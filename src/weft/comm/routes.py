@@ -9,8 +9,11 @@ flag says that the sender's gradient was not finite (rule R4).
 
     RingBucket       averages on the wire, round by round: linear codecs
     GatherBucket     all rows to all ranks; each decodes and combines in rank order (R7)     AllGather, Peer, Gossip
-    ScatterBucket    segment r of every tensor to rank r, which combines and encodes it again
     StarBucket       all rows to a server, the combined one back
+    (segments.py)    segment r of every tensor to rank r
+
+All but the ring go `up`, where messages come to who combines them, and `down`, where results go to who wants them. A rule that
+weighs ranks by the inner products of the whole model gets as far as `up` with each bucket, and `down` with the step's last.
 """
 
 from __future__ import annotations
@@ -30,16 +33,15 @@ from weft.comm.combine import Info
 from weft.comm.fifo import Job
 from weft.comm.gram import gram, weighted
 from weft.comm.memory import Memory, NoMemory
-from weft.comm.packing import HEADER, Packing
-from weft.comm.topology import Gossip, Peer, ScatterGather, Star
+from weft.comm.packing import HEADER
+from weft.comm.topology import Gossip, Peer, Star
 from weft.errors import ExchangeMismatch
 
 if TYPE_CHECKING:
     from weft.comm.core import Core
 
-__all__ = ["Bucket", "GatherBucket", "Item", "RingBucket", "ScatterBucket", "StarBucket"]
+__all__ = ["PLAIN", "Bucket", "CombiningBucket", "GatherBucket", "Item", "RingBucket", "StarBucket", "finite"]
 
-SMALL = 1 << 16  # bytes of uncompressed tensors that ride along in a message; more are all-reduced
 PLAIN = Identity()
 
 
@@ -73,29 +75,47 @@ class Bucket(Job):
     doing = "a gradient exchange"
 
     def __init__(
-        self, exchange: Core, items: list[Item], step: int, last: bool, done: Callable[[BaseException | None], None]
+        self,
+        exchange: Core,
+        items: list[Item],
+        step: int,
+        last: bool,
+        done: Callable[[BaseException | None], None],
+        words: tuple[str, ...] = (),
     ):
         self.exchange, self.items, self.step, self.last, self.done = exchange, items, step, last, done
         self.group, self.ranks, self.own = exchange.wired.group, exchange.wired.ranks, exchange.wired.own
         self.specs = tuple(item.spec for item in items)
-        self.alone = not exchange.wired.agreed(self.specs)
+        self.words: tuple[str, ...] = words  # what else must be the same on all ranks
+        self.alone = not exchange.wired.agreed(self.same)
         self.key: tuple[Any, ...] = ()  # of this bucket's buffers: its specs and settings
         self.bad = False  # this rank's gradient is not finite
 
+    @property
+    def same(self) -> tuple[object, ...]:
+        """What must be the same on all ranks for the bucket to travel."""
+        return (*self.specs, *self.words)
+
+    @property
+    def device(self) -> torch.device:
+        return self.items[0].out.device
+
     def fail(self, error: BaseException) -> None:
-        self.exchange.fail_held(error)
+        self.exchange.fail_held(self, error)
         self.done(error)
 
     def prepare(self) -> None:
         exchange = self.exchange
         exchange.begin(self)
-        self.bad = not all(_finite(item.x) for item in self.items)
+        self.bad = not all(finite(item.x) for item in self.items)
         for item in self.items:
             if self.bad and exchange.trusting:
                 item.x = torch.zeros_like(item.x)  # codecs need not cope with NaN; what they do is undone
             elif self.bad:
                 item.x = torch.nan_to_num(item.x, 0.0, 0.0, 0.0)
             exchange.save(item)
+            if not self.bad:
+                exchange.observe(item, self.step)
             item.y = item.x
             if item.selected:
                 began = time.thread_time()
@@ -187,7 +207,7 @@ class RingBucket(Bucket):
         if talk is None:
             if item.selected:
                 self.take_note(item, item.y, None)
-            exchange.observe(item, item.deliver(mean.float(), exchange.memory), self.step)
+            exchange.look(item.deliver(mean.float(), exchange.memory), self.step)
             return None
         began = time.thread_time()
         try:
@@ -198,18 +218,127 @@ class RingBucket(Bucket):
             if not isinstance(exchange.memory, NoMemory) or exchange.measures(self.step):
                 sent, where = item.codec.own(item.y, stop.value, item.spec, item.state, item.setting)
                 self.take_note(item, sent, where)
-            exchange.observe(item, item.deliver(stop.value, exchange.memory), self.step)
+            exchange.look(item.deliver(stop.value, exchange.memory), self.step)
             return None
         finally:
             exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
 
     def overflowed(self) -> bool:
         """A result that is not finite though every gradient was (float16 overflows): the same bits on all ranks."""
-        return not all(_finite(item.out) for item in self.items)
+        return not all(finite(item.out) for item in self.items)
 
 
-class PackedBucket(Bucket):
-    """What all routes of byte rows share."""
+class CombiningBucket(Bucket):
+    """What all routes share whose messages are combined by ranks and not on the wire.
+
+    `encode` sets `combined`, `up` sets `rows` and `broken`; `down` delivers what `mix` makes of them.
+    """
+
+    def __init__(
+        self,
+        exchange: Core,
+        items: list[Item],
+        step: int,
+        last: bool,
+        done: Callable[[BaseException | None], None],
+        words: tuple[str, ...] = (),
+    ):
+        super().__init__(exchange, items, step, last, done, words)
+        self.combined: list[tuple[Codec, Spec, Setting]] = []  # how the tensors are coded that this rank combines
+        self.rows: list[list[tuple[Tensor, ...]]] = []  # every rank's messages for them; none where nothing is combined
+        self.broken: list[bool] = []  # whose gradients are not finite
+        self.poisoned = False  # so that the step changes nothing
+        self._row: list[float] | None = None
+
+    def run(self) -> Iterator[dist.Work]:
+        exchange = self.exchange
+        yield from self.up()
+        self.poisoned = any(self.broken) and exchange.trusting
+        if self.bad and not exchange.trusting:  # the others go on without us
+            exchange.take_back(self)
+        if exchange.combine.needs != "gram":
+            yield from self.down()
+            self.finish(self.poisoned)
+            return
+        for number in range(len(self.combined) if self.rows else 0):
+            exchange.add_gram(gram(self.stacked(number)))
+        exchange.hold(self)
+        if self.last:
+            yield from self.agree_on_gram()
+            for bucket in exchange.held:
+                yield from bucket.down()
+        self.finish(self.poisoned)
+
+    def up(self) -> Iterator[dist.Work]:
+        raise NotImplementedError
+
+    def agree_on_gram(self) -> Iterator[dist.Work]:
+        """Make `exchange.gram` that of whole tensors, where each rank has seen a part of them."""
+        yield from ()
+
+    def down(self) -> Iterator[dist.Work]:
+        raise NotImplementedError
+
+    def stacked(self, number: int) -> Tensor:
+        """The decoded messages (n, numel) of one tensor; rows of broken ranks are NaN."""
+        codec, spec, setting = self.combined[number]
+        stack = torch.stack([codec.decode(row[number], spec, setting) for row in self.rows])
+        for rank, bad in enumerate(self.broken):
+            if bad:
+                stack[rank] = math.nan
+        return stack
+
+    def mix(self, number: int, into: Tensor | None = None) -> Tensor:
+        """What the rule makes of the messages for one tensor: W @ messages, (numel,) float32; it may be written `into` there."""
+        exchange, rule = self.exchange, self.exchange.combine
+        if rule.needs == "elementwise":
+            return rule.elementwise(self.stacked(number))
+        own = self.own if isinstance(exchange.topology, Peer) else -1
+        if rule.needs == "gram":
+            return rule.finish(weighted(exchange.weights_of_step(own), self.stacked(number)))
+        if self._row is None:
+            self._row = self.weights(own)
+        codec, spec, setting = self.combined[number]
+        out = (
+            torch.zeros(spec.numel, device=self.device) if into is None or into.dtype != torch.float32 else into.zero_()
+        )
+        for weight, messages in zip(self._row, self.rows, strict=True):  # in rank order (R7)
+            if weight:
+                codec.add_to(out, messages[number], spec, setting, weight)
+        return out
+
+    def weights(self, own: int) -> list[float]:
+        """The row of weights of this rank's result, where they depend on the number of messages alone."""
+        topology = self.exchange.topology
+        if isinstance(topology, Gossip):
+            return list(topology.weights[self.own])
+        table = self.exchange.combine.weights(Info(self.ranks, None, own))
+        if table.dim() != 1:
+            raise ValueError(
+                f"{type(self.exchange.combine).__name__} gives {len(table)} results; an exchange delivers one: wrap it in a "
+                "rule whose weights are one row"
+            )
+        return [float(weight) for weight in table]
+
+    def reduce_whole(self, items: Sequence[Item]) -> Iterator[dist.Work]:
+        """All-reduce tensors that go uncompressed."""
+        if not items:
+            return
+        flat = torch.cat([item.y for item in items]).mul_(1 / self.ranks)
+        for item in items:
+            self.exchange.count(item.spec.name, item.y.numel() * 4, ring=True)
+        yield dist.all_reduce(flat, group=self.group, async_op=True)
+        start = 0
+        for item in items:
+            mean = flat[start : start + item.y.numel()]
+            start += item.y.numel()
+            if item.selected:
+                self.take_note(item, item.y, None)
+            self.exchange.look(item.deliver(mean, self.exchange.memory), self.step)
+
+
+class PackedBucket(CombiningBucket):
+    """All of a bucket in one row of bytes, but for large tensors that go whole."""
 
     def parts(self) -> list[tuple[Codec, Spec, Setting]]:
         return [(item.codec, item.spec, item.setting) for item in self.packed]
@@ -217,6 +346,7 @@ class PackedBucket(Bucket):
     def encode(self) -> None:
         exchange = self.exchange
         self.packed, self.reduced = exchange.split(self.items)
+        self.combined = self.parts()
         wired = exchange.wired
         self.packing, self.send, self.views = wired.row((*self.key, "up"), self.parts, self.device)
         for item, views in zip(self.packed, self.views, strict=True):
@@ -231,242 +361,67 @@ class PackedBucket(Bucket):
             exchange.count(item.spec.name, item.codec.nbytes(item.spec, item.setting))
         self.send[:HEADER].view(torch.int64)[0] = self.step << 1 | self.bad
 
-    @property
-    def device(self) -> torch.device:
-        return self.items[0].out.device
-
-    def reduce_rest(self) -> Iterator[dist.Work]:
-        """All-reduce the tensors that go uncompressed and are too large to ride along."""
-        if not self.reduced:
-            return
-        flat = torch.cat([item.y for item in self.reduced]).mul_(1 / self.ranks)
-        for item in self.reduced:
-            self.exchange.count(item.spec.name, item.y.numel() * 4, ring=True)
-        yield dist.all_reduce(flat, group=self.group, async_op=True)
-        start = 0
-        for item in self.reduced:
-            mean = flat[start : start + item.y.numel()]
-            start += item.y.numel()
-            if item.selected:
-                self.take_note(item, item.y, None)
-            self.exchange.observe(item, item.deliver(mean, self.exchange.memory), self.step)
-
-    def stacked(self, rows: list[list[tuple[Tensor, ...]]], number: int, broken: Sequence[bool]) -> Tensor:
-        """The decoded messages (n, numel) of one tensor; rows of broken ranks are NaN."""
-        item = self.packed[number]
-        stack = torch.stack([item.codec.decode(row[number], item.spec, item.setting) for row in rows])
-        for rank, bad in enumerate(broken):
-            if bad:
-                stack[rank] = math.nan
-        return stack
-
-    def add_up(self, row: Sequence[float], rows: list[list[tuple[Tensor, ...]]], number: int) -> Tensor:
-        """sum_r row[r] decode(message of rank r), in rank order."""
-        item = self.packed[number]
-        out = torch.zeros(item.spec.numel, device=self.device)
-        for weight, messages in zip(row, rows, strict=True):
-            if weight:
-                item.codec.add_to(out, messages[number], item.spec, item.setting, weight)
-        return out
-
-    def weights(self, info: Info) -> list[float]:
-        """The row of weights of this rank's result."""
-        topology = self.exchange.topology
-        if isinstance(topology, Gossip):
-            return list(topology.weights[self.own])
-        table = self.exchange.combine.weights(info)
-        if table.dim() != 1:
-            raise ValueError(
-                f"{type(self.exchange.combine).__name__} gives {len(table)} results; an exchange delivers one: wrap it in a "
-                "rule whose weights are one row"
-            )
-        return [float(weight) for weight in table]
-
-    def combine_all(self, rows: list[list[tuple[Tensor, ...]]], broken: Sequence[bool]) -> None:
-        """Combine and deliver every packed tensor; rules that need the whole model's inner products wait for the last bucket."""
-        exchange, rule = self.exchange, self.exchange.combine
-        if rule.needs == "gram":
-            for number in range(len(self.packed)):
-                exchange.add_gram(gram(self.stacked(rows, number, broken)))
-            exchange.hold(self, lambda found: self.combine_held(rows, broken, found))
-            return
-        own = self.own if isinstance(exchange.topology, Peer) else -1
-        row = None if rule.needs == "elementwise" else self.weights(Info(len(rows), None, own))
-        for number, item in enumerate(self.packed):
-            began = time.thread_time()
-            if row is None:
-                mean = rule.elementwise(self.stacked(rows, number, broken))
-            else:
-                mean = self.add_up(row, rows, number)
-            result = item.deliver(mean, exchange.memory)
-            exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
-            exchange.observe(item, result, self.step)
-
-    def combine_held(self, rows: list[list[tuple[Tensor, ...]]], broken: Sequence[bool], found: Tensor) -> None:
-        exchange, rule = self.exchange, self.exchange.combine
-        own = self.own if isinstance(exchange.topology, Peer) else -1
-        table = exchange.row_of_step(Info(len(rows), found, own))
-        for number, item in enumerate(self.packed):
-            mean = rule.finish(weighted(table, self.stacked(rows, number, broken)))
-            exchange.observe(item, item.deliver(mean, exchange.memory), self.step)
-
 
 @final
 class GatherBucket(PackedBucket):
     """Everybody gets every row."""
 
-    def run(self) -> Iterator[dist.Work]:
-        found, rows = self.exchange.wired.rows((*self.key, "all"), self.packing, self.ranks, self.device)
+    def up(self) -> Iterator[dist.Work]:
+        found, self.rows = self.exchange.wired.rows((*self.key, "all"), self.packing, self.ranks, self.device)
         yield dist.all_gather_single(found, self.send, group=self.group, async_op=True)
         headers = found.view(self.ranks, -1)[:, :HEADER].contiguous().view(torch.int64).flatten().tolist()
-        broken = self.check(headers)
-        poisoned = any(broken) and self.exchange.trusting
-        yield from self.reduce_rest()
-        if not poisoned:
-            self.combine_all(rows, broken)
-        self.finish(poisoned)
+        self.broken = self.check(headers)
+        yield from self.reduce_whole(self.reduced)
+
+    def down(self) -> Iterator[dist.Work]:
+        exchange = self.exchange
+        for number, item in enumerate(() if self.poisoned else self.packed):
+            began = time.thread_time()
+            result = item.deliver(self.mix(number, item.out), exchange.memory)  # memory and codec have read it by now
+            exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
+            exchange.look(result, self.step)
+        yield from ()
 
 
 @final
 class StarBucket(PackedBucket):
     """Rows to the server, which combines, encodes and sends the result to all; the server decodes its own message, too (R7)."""
 
-    def run(self) -> Iterator[dist.Work]:
+    def up(self) -> Iterator[dist.Work]:
+        star = self.exchange.topology
+        assert isinstance(star, Star)
+        self.root, self.serves = dist.get_global_rank(self.group, star.root), star.root == self.own
+        key, parts = (*self.key, "all"), None
+        if self.serves:
+            found, self.rows = self.exchange.wired.rows(key, self.packing, self.ranks, self.device)
+            parts = list(found.view(-1, self.packing.nbytes).unbind())
+        yield dist.gather(self.send, parts, dst=self.root, group=self.group, async_op=True)
+        if parts is not None:
+            self.broken = self.check(torch.stack([part[:HEADER].view(torch.int64)[0] for part in parts]).tolist())
+
+    def down(self) -> Iterator[dist.Work]:
         exchange, star = self.exchange, self.exchange.topology
         assert isinstance(star, Star)
-        root, server = dist.get_global_rank(self.group, star.root), star.root == self.own
-        found, rows = exchange.wired.rows((*self.key, "all"), self.packing, self.ranks if server else 1, self.device)
-        parts = list(found.view(-1, self.packing.nbytes).unbind()) if server else None
-        yield dist.gather(self.send, parts, dst=root, group=self.group, async_op=True)
         down = star.down or PLAIN
         legs = [(down, item.spec, down.default(item.spec)) for item in self.packed]
         _, row, views = exchange.wired.row((*self.key, "down"), lambda: legs, self.device)
         header = row[:HEADER].view(torch.int64)
-        if server:
-            headers = torch.stack([part[:HEADER].view(torch.int64)[0] for part in parts or ()]).tolist()
-            broken = self.check(headers)
-            poisoned = any(broken) and exchange.trusting
-            header[0] = self.step << 1 | poisoned
-            if not poisoned:
-                self.serve(rows, broken, legs, views, star.memory or NoMemory())
-        yield dist.broadcast(row, root, group=self.group, async_op=True)
-        poisoned = self.check(header.tolist())[0]
-        yield from self.reduce_rest()
-        if not poisoned:
-            for (codec, spec, setting), message, item in zip(legs, views, self.packed, strict=True):
-                result = item.deliver(codec.decode(message, spec, setting), exchange.memory)
-                exchange.observe(item, result, self.step)
-        self.finish(poisoned)
-
-    def serve(
-        self,
-        rows: list[list[tuple[Tensor, ...]]],
-        broken: Sequence[bool],
-        legs: Sequence[tuple[Codec, Spec, Setting]],
-        views: list[tuple[Tensor, ...]],
-        memory: Memory,
-    ) -> None:
-        rule = self.exchange.combine
-        for number, ((codec, spec, setting), places) in enumerate(zip(legs, views, strict=True)):
-            if rule.needs == "elementwise":
-                mean = rule.elementwise(self.stacked(rows, number, broken))
-            else:
-                mean = self.add_up(self.weights(Info(len(rows))), rows, number)
-            self.exchange.recode(self.step, spec, mean, codec, setting, memory, places, "server")
+        if self.serves:
+            header[0] = self.step << 1 | self.poisoned
+            memory = star.memory or NoMemory()
+            for number, ((codec, spec, setting), places) in enumerate(zip(legs, views, strict=True)):
+                if not self.poisoned:
+                    exchange.recode(self.step, spec, self.mix(number), codec, setting, memory, places, "server")
+        yield dist.broadcast(row, self.root, group=self.group, async_op=True)
+        self.poisoned = self.check(header.tolist())[0]
+        yield from self.reduce_whole(self.reduced)
+        if self.poisoned:
+            return
+        for (codec, spec, setting), message, item in zip(legs, views, self.packed, strict=True):
+            result = item.deliver(codec.decode(message, spec, setting), exchange.memory)
+            exchange.look(result, self.step)
 
 
-@final
-class ScatterBucket(Bucket):
-    """Segment r of every tensor goes to rank r, and comes back combined."""
-
-    def encode(self) -> None:
-        exchange, n = self.exchange, self.ranks
-        self.cuts = [[item.spec.numel * r // n for r in range(n + 1)] for item in self.items]
-        self.pieces = [
-            [(item.codec, *_segment(item, r, cut)) for item, cut in zip(self.items, self.cuts, strict=True)]
-            for r in range(n)
-        ]
-        packings = [Packing(piece) for piece in self.pieces]
-        width = max(packing.nbytes for packing in packings)  # all-to-all wants equal rows
-        self.send = exchange.wired.buffer((*self.key, "scatter"), n * width, self.device)
-        self.found = exchange.wired.buffer((*self.key, "found"), n * width, self.device)
-        rows = [row[: packing.nbytes] for row, packing in zip(self.send.view(n, -1), packings, strict=True)]
-        views = [packing.views(row) for row, packing in zip(rows, packings, strict=True)]
-        for number, item in enumerate(self.items):
-            began = time.thread_time()
-            values, places = [], []
-            for r in range(n):
-                codec, spec, setting = self.pieces[r][number]
-                start, end = self.cuts[number][r : r + 2]
-                state = exchange.inner(item.state, f"segment {r}", spec.name)
-                message = codec.encode(item.y[start:end], spec, state, setting, self.step)
-                for view, part in zip(views[r][number], message, strict=True):
-                    view.copy_(part.view(view.shape))
-                sent, where = codec.sent(message, spec, setting)
-                values.append(sent)
-                places.append(None if where is None else where + start)
-            if item.selected:
-                sparse = [where for where in places if where is not None]
-                self.take_note(item, torch.cat(values), torch.cat(sparse) if len(sparse) == n else None)
-            exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
-            exchange.count(item.spec.name, item.codec.nbytes(item.spec, item.setting))
-        for row in rows:
-            row[:HEADER].view(torch.int64)[0] = self.step << 1 | self.bad
-        mine = packings[self.own]
-        self.rows = [mine.views(row[: mine.nbytes]) for row in self.found.view(n, -1)]
-
-    @property
-    def device(self) -> torch.device:
-        return self.items[0].out.device
-
-    def run(self) -> Iterator[dist.Work]:
-        exchange, topology, n = self.exchange, self.exchange.topology, self.ranks
-        assert isinstance(topology, ScatterGather)
-        yield dist.all_to_all_single(self.found, self.send, group=self.group, async_op=True)
-        headers = self.found.view(n, -1)[:, :HEADER].contiguous().view(torch.int64).flatten().tolist()
-        bad = any(self.check(headers))
-        legs = [
-            [
-                ((topology.down or codec) if setting is not None else PLAIN, spec, setting)
-                for codec, spec, setting in piece
-            ]
-            for piece in self.pieces
-        ]
-        if topology.down is not None:
-            legs = [[(c, s, None if t is None else c.default(s)) for c, s, t in piece] for piece in legs]
-        packings = [Packing(leg) for leg in legs]
-        width = max(packing.nbytes for packing in packings)
-        send = exchange.wired.buffer((*self.key, "owned"), width, self.device)
-        found = exchange.wired.buffer((*self.key, "gathered"), n * width, self.device)
-        views = packings[self.own].views(send[: packings[self.own].nbytes])
-        send[:HEADER].view(torch.int64)[0] = self.step << 1 | bad
-        row = exchange.combine.weights(Info(n)).tolist()
-        memory = topology.memory or NoMemory()
-        for number, (codec, spec, setting) in enumerate(self.pieces[self.own]):
-            out = torch.zeros(spec.numel, device=self.device)
-            for weight, messages in zip(row, self.rows, strict=True):
-                codec.add_to(out, messages[number], spec, setting, weight)
-            down, _, leg = legs[self.own][number]
-            exchange.recode(self.step, spec, out, down, leg, memory, views[number], "owner")
-        yield dist.all_gather_single(found, send, group=self.group, async_op=True)
-        gathered = [found.view(n, -1)[r][: packing.nbytes] for r, packing in enumerate(packings)]
-        poisoned = any(self.check([int(row[:HEADER].view(torch.int64)[0]) for row in gathered]))
-        if not poisoned:
-            messages = [packing.views(row) for row, packing in zip(gathered, packings, strict=True)]
-            for number, item in enumerate(self.items):
-                mean = torch.cat([
-                    codec.decode(messages[r][number], spec, setting)
-                    for r, (codec, spec, setting) in enumerate(leg[number] for leg in legs)
-                ])  # fmt: skip
-                exchange.observe(item, item.deliver(mean, exchange.memory), self.step)
-        self.finish(poisoned)
-
-
-def _segment(item: Item, rank: int, cut: Sequence[int]) -> tuple[Spec, Setting]:
-    name = f"{item.spec.name}[{cut[rank]}:{cut[rank + 1]}]"
-    return Spec(name, (cut[rank + 1] - cut[rank],), item.spec.dtype), item.setting
-
-
-def _finite(x: Tensor) -> bool:
+def finite(x: Tensor) -> bool:
     """Whether all entries are finite: one sum, and a closer look only where that is not (it may have overflowed)."""
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())

@@ -7,6 +7,8 @@
     Gossip          with neighbours only, by a doubly stochastic matrix; ranks differ afterwards
     Peer            like AllGather, but each rank combines for itself (its own message is special); ranks differ afterwards
 
+All of these are `hops` alpha + `wire` / beta. From Partial to Shard the first half of ScatterGather does, see segments.py.
+
 `choose` picks the one that a codec and a rule need where nothing is said. All but Gossip and Peer leave the ranks bit-identical.
 """
 
@@ -27,9 +29,13 @@ __all__ = ["AllGather", "Gossip", "Peer", "Ring", "ScatterGather", "Star", "Topo
 class Topology(abc.ABC):
     """A way for messages to travel. Frozen options, no state."""
 
-    @abc.abstractmethod
     def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
         """Seconds for messages of `nbytes` bytes from each of n ranks, over links of alpha seconds and beta bytes a second."""
+        return self.hops(ranks) * alpha + self.wire(nbytes, ranks) / beta
+
+    @abc.abstractmethod
+    def hops(self, ranks: int) -> int:
+        """Latencies one after the other."""
 
     @abc.abstractmethod
     def wire(self, nbytes: float, ranks: int) -> float:
@@ -45,8 +51,8 @@ class Ring(Topology):
     0.0066
     """
 
-    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
-        return 2 * (ranks - 1) * alpha + self.wire(nbytes, ranks) / beta
+    def hops(self, ranks: int) -> int:
+        return 2 * (ranks - 1)
 
     def wire(self, nbytes: float, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * nbytes
@@ -57,8 +63,8 @@ class Ring(Topology):
 class AllGather(Topology):
     """Every message to every rank, which decodes and adds in rank order. Its volume grows with n: see `crossover`."""
 
-    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
-        return (ranks - 1) * alpha + self.wire(nbytes, ranks) / beta
+    def hops(self, ranks: int) -> int:
+        return ranks - 1
 
     def wire(self, nbytes: float, ranks: int) -> float:
         return (ranks - 1) * nbytes
@@ -88,8 +94,8 @@ class ScatterGather(Topology):
     down: Codec | None = None
     memory: Memory | None = None
 
-    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
-        return 2 * (ranks - 1) * alpha + self.wire(nbytes, ranks) / beta
+    def hops(self, ranks: int) -> int:
+        return 2 * (ranks - 1)
 
     def wire(self, nbytes: float, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * nbytes
@@ -114,8 +120,8 @@ class Star(Topology):
         if self.root < 0:
             raise ValueError(f"Star: root must be a rank >= 0, got {self.root}")
 
-    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
-        return 2 * alpha + self.wire(nbytes, ranks) / beta
+    def hops(self, ranks: int) -> int:
+        return 2
 
     def wire(self, nbytes: float, ranks: int) -> float:
         return 2 * (ranks - 1) * nbytes  # up and down over the root's link, with a down codec like the one up
@@ -151,8 +157,8 @@ class Gossip(Topology):
         n = len(self.weights)
         return max((sum(1 for j in range(n) if j != i and self.weights[j][i] > 0) for i in range(n)), default=0)
 
-    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
-        return self.degree * alpha + self.wire(nbytes, ranks) / beta
+    def hops(self, ranks: int) -> int:
+        return self.degree
 
     def wire(self, nbytes: float, ranks: int) -> float:
         return self.degree * nbytes
@@ -163,8 +169,8 @@ class Gossip(Topology):
 class Peer(Topology):
     """All to all; each rank combines with its own message as the reference (`Info.own`)."""
 
-    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
-        return (ranks - 1) * alpha + self.wire(nbytes, ranks) / beta
+    def hops(self, ranks: int) -> int:
+        return ranks - 1
 
     def wire(self, nbytes: float, ranks: int) -> float:
         return (ranks - 1) * nbytes

@@ -35,7 +35,7 @@ class Wired:
         )
         self.ranks, self.own, self.timeout = len(members), dist.get_rank(self.group), timeout
         self.device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
-        self._known: set[tuple[Spec, ...]] = set()
+        self._known: set[tuple[object, ...]] = set()
         self._buffers: dict[tuple[object, ...], Tensor] = {}
         self._rows: dict[tuple[object, ...], tuple[Packing, Tensor, Views]] = {}
         self._all: dict[tuple[object, ...], tuple[Tensor, list[Views]]] = {}
@@ -47,17 +47,17 @@ class Wired:
             self._fifo = Fifo(f"weft exchange, rank {self.own}", self.timeout, self._broken, self._listen)
         self._fifo.submit(job)
 
-    def agreed(self, specs: tuple[Spec, ...]) -> bool:
+    def agreed(self, same: tuple[object, ...]) -> bool:
         """Whether these tensors were compared over the ranks already."""
-        return specs in self._known
+        return same in self._known
 
-    def compare(self, specs: tuple[Spec, ...], text: str) -> None:
+    def compare(self, same: tuple[object, ...], text: str) -> None:
         """Compare a bucket over the ranks; see `agree`."""
         agree(
             "the tensors of a bucket", text, self.group, self.device,
             "Every rank must have the same model and the same exchange options.",
         )  # fmt: skip
-        self._known.add(specs)
+        self._known.add(same)
 
     # ---- buffers, kept from step to step
 

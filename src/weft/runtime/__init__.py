@@ -6,7 +6,8 @@ export       weights as one safetensors file                                    
 engine       one process's steps                    store, buckets, pieces   who holds and exchanges what, when
 driver       this process is one of them            launch, worker           this process starts and tells them
 optimizer    the user's optimizer over pieces       failure                  a process died: name it, end all
-checkpoint   save, and load into any plan           batches, progress, shared
+checkpoint   save, and load into any plan           coded, choice            gradients by an exchange, and which one
+batches, progress, shared
 """
 
 from weft.runtime.checkpoint import read_whole

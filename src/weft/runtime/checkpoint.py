@@ -2,6 +2,7 @@
 
     folder/weft.json             format, names, optimizer's groups, and size and CRC-32 of every other file
     folder/about.pt              what the trainer wants back: steps, scheduler, random state
+    folder/exchange-<rank>.pt    what each process's exchange of gradients has kept, if there is one (see coded.py)
     folder/*.distcp, .metadata   the tensors, as DTensors; `model.<name>` and `optimizer.state.<name>.<key>` as torch's own
                                  `get_state_dict` calls them, so that plain torch programs can read them too
 
@@ -32,9 +33,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from weft.errors import CheckpointDamaged
+from weft.errors import CheckpointDamaged, ExchangeMismatch
 from weft.placement.assignment import ParameterPlacement
 from weft.placement.layout import Mesh, Shard
+from weft.runtime import coded
+from weft.runtime.choice import Choice
 from weft.runtime.pieces import Holding, hold
 
 if TYPE_CHECKING:
@@ -179,7 +182,7 @@ def save(engine: Engine, path: Path, about: Mapping[str, Any]) -> None:
     state = dtensors(engine)
     with _quiet():
         dcp.save(state, checkpoint_id=part, no_dist=alone)
-    mine = sorted(part.glob(f"__{0 if alone else rank}_*"))
+    mine = [*sorted(part.glob(f"__{0 if alone else rank}_*")), *coded.save(engine.coded, part)]
     files: dict[str, list[int]] = {}
     for found in _gather({file.name: [file.stat().st_size, _crc(file)] for file in mine}, engine):
         files.update(found)
@@ -199,6 +202,7 @@ def save(engine: Engine, path: Path, about: Mapping[str, Any]) -> None:
                     for name, values in _optimizer_state(engine).items()
                 },
             },
+            "exchange": coded.about(engine.coded),
             "names": about.get("names", {}),
             "files": files,
         }
@@ -301,26 +305,33 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     """Read a checkpoint into an engine of any plan for the same model; a collective.
 
     Returns:
-        What `save` was told as `about`.
+        What `save` was told as `about`; besides, under "remark", what the user should know of the exchange's memories.
     Raises:
-        ValueError: no checkpoint, or one of another model or optimizer.
+        ValueError: no checkpoint, or one of another model, optimizer or exchange (`ExchangeMismatch`).
         CheckpointDamaged: the files are not what was written. In both cases nothing has been changed.
     """
     index = _agree(engine, lambda: _checked(engine, Path(path)))
     alone = not dist.is_initialized()
+    if index["takes"]:
+        engine.take_exchange(index["takes"])
     state = _empty_like(engine, index)
     try:
         with _quiet():
             dcp.load(state, checkpoint_id=index["path"], no_dist=alone)
         about = torch.load(Path(index["path"]) / ABOUT, weights_only=True)
-        problem = None
+        memories = coded.read(engine.coded, index)
+        problem: Exception | None = None
+    except ExchangeMismatch as error:
+        problem = error
     except Exception as error:
-        problem, about = f"{type(error).__name__}: {error}", {}
+        problem = CheckpointDamaged(index["path"], f"{type(error).__name__}: {error}")
     for found in _gather(problem, engine):
         if found is not None:
-            raise CheckpointDamaged(index["path"], found)
+            raise found
+    if memories and engine.coded is not None:
+        engine.coded.load(memories)
     _take_over(engine, index, state)
-    return about
+    return {**about, "remark": index["remark"]}
 
 
 def _checked(engine: Engine, path: Path) -> dict[str, Any]:
@@ -340,6 +351,12 @@ def _checked(engine: Engine, path: Path) -> dict[str, Any]:
             f"{engine.wanted.kind.__name__}; use that optimizer, or load the weights alone: "
             "trainer.load_state_dict(weft.runtime.read_whole(path))"
         )
+    exchange, index["takes"] = engine.coded.exchange if engine.coded is not None else None, ""
+    if isinstance(engine.options.exchange, Choice) and index.get("exchange") and engine.comms.world.size > 1:
+        fitting = engine.options.exchange.fitting(index["exchange"]["options"])  # as the run chose that saved it
+        if fitting and (engine.coded is None or engine.coded.name != fitting):
+            exchange, index["takes"] = engine.options.exchange.make(fitting), fitting
+    index["remark"] = coded.check(exchange, engine.comms.world.size, index)
     return index
 
 

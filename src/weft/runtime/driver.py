@@ -27,6 +27,7 @@ from weft.graph.graph import Graph
 from weft.placement.assignment import Assignment
 from weft.placement.deferred import Tape, materialise
 from weft.runtime import checkpoint
+from weft.runtime.choice import Choice
 from weft.runtime.engine import Engine, Job, Options, StepResult, connect
 from weft.runtime.failure import Interrupts, PeerWatch
 from weft.runtime.optimizer import Recipe
@@ -43,8 +44,10 @@ class Driver(abc.ABC):
         rank: of the process that the user's code runs in: 0 prints and writes; always 0 with spawned processes.
         processes: how many engines there are.
         last_step: number of the last step that was finished.
+        exchange: the name of what sends gradients, where there was a choice: "plain" for all-reduce; else "".
     """
 
+    exchange: str = ""
     rank: int
     processes: int
     last_step: int = 0
@@ -167,6 +170,11 @@ class InProcess(Driver):
             self._materialise(values)
         else:
             self.engine.load(_of_first_process(values))
+        self._note_choice()
+
+    def _note_choice(self) -> None:
+        if isinstance(self.options.exchange, Choice):
+            self.exchange = self.engine.coded.name if self.engine.coded is not None else "plain"
 
     def _materialise(self, tape: Tape) -> None:
         """Make each process's pieces of a model that nobody holds whole."""
@@ -224,6 +232,7 @@ class InProcess(Driver):
     def load(self, path: Path) -> dict[str, Any]:
         about = checkpoint.load(self.engine, path)
         self.last_step = self.engine.steps
+        self._note_choice()
         return about
 
     def memory(self) -> list[dict[str, int]]:

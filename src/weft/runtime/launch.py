@@ -219,7 +219,7 @@ class Spawned(Driver):
         budgets: Mapping[int, int] | None = None,
     ) -> None:
         sent = values if isinstance(values, Tape) else self._shared.put(values)
-        self._ask("setup", graph, assignment, wanted, sent, dict(budgets or {}))
+        self.exchange = self._ask("setup", graph, assignment, wanted, sent, dict(budgets or {}))[0]
         self._shared.close()
 
     def add(self, graph: Graph) -> None:
@@ -262,7 +262,7 @@ class Spawned(Driver):
         self._ask("save", Path(os.path.abspath(path)), dict(about))
 
     def load(self, path: Path) -> dict[str, Any]:
-        about, self.last_step = self._ask("load", Path(os.path.abspath(path)))[0]
+        about, self.last_step, self.exchange = self._ask("load", Path(os.path.abspath(path)))[0]
         return about
 
     def memory(self) -> list[dict[str, int]]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.comm import Exchange
+from weft.comm import Exchange, auto
+from weft.comm.automatic import Auto
 from weft.planner import Plan
+from weft.runtime.choice import Choice
 from weft.runtime.driver import Driver, InProcess
 from weft.runtime.engine import Options
 from weft.runtime.launch import Spawned
@@ -44,7 +46,7 @@ def run(
     log_dir: str | Path | None = None,
     device: str | None = None,
     timeout: float = 600.0,
-    exchange: Exchange | None = None,
+    exchange: Exchange | Auto | str | None = None,
 ) -> Iterator[Trainer]:
     """Train a model by a plan: a context manager that gives a `Trainer`.
 
@@ -73,7 +75,9 @@ def run(
         device: "cpu" or "cuda"; default: "cuda" if the plan's devices are GPUs and this machine has as many, else "cpu".
         timeout: seconds that any step or other command may take before the run is given up.
         exchange: how gradients travel (`weft.comm.Exchange`, `weft.comm.dgc`), for data-parallel plans; None for all-reduce. Its
-            memories are not in checkpoints. Where it is not None, a step that is not finite on some process changes nothing.
+            memories are in checkpoints. Where it is not None, a step that is not finite on some process changes nothing.
+            "auto", or `weft.comm.auto(candidates=...)`: whichever makes the predicted step shortest, all-reduce included;
+            `trainer.exchange` names it.
     A plan that computes activations again to fit (`plan.squeezes`) is carried out within those bytes on each process, with the
     loss and gradients of the same plan without limit, bit for bit.
 
@@ -82,9 +86,11 @@ def run(
         BudgetError: with a step: a process cannot stay within its bytes; the run has ended on all.
         PlanMismatch: with the first batch: the plan is for another model.
     """
-    if exchange is not None and not isinstance(exchange, Exchange):
+    if exchange == "auto":
+        exchange = auto()
+    if exchange is not None and not isinstance(exchange, Exchange | Auto):
         raise ValueError(
-            f"run: exchange must be a weft.comm.Exchange or None, got {exchange!r}; `weft.comm.dgc()` makes one"
+            f"run: exchange must be a weft.comm.Exchange, 'auto' or None, got {exchange!r}; `weft.comm.dgc()` makes one"
         )
     _check(clip_norm, accumulate, autocast, checkpoint, checkpoint_every, timeout)
     if os.environ.get("WEFT_WORKER"):
@@ -93,8 +99,9 @@ def run(
             "`if __name__ == '__main__':`"
         )
     options = Options(
-        clip_norm, AUTOCAST[autocast], seed, check_finite, timeout, progress or log_dir is not None, exchange
-    )
+        clip_norm, AUTOCAST[autocast], seed, check_finite, timeout, progress or log_dir is not None,
+        Choice.of(exchange, plan) if isinstance(exchange, Auto) else exchange,
+    )  # fmt: skip
     driver = _driver(plan, options, device)
     trainer = None
     try:

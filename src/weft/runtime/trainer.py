@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, final
@@ -88,6 +89,11 @@ class Trainer:
     @property
     def steps(self) -> int:
         return self.driver.last_step
+
+    @property
+    def exchange(self) -> str:
+        """With `exchange="auto"`, after the first batch: the name of what sends gradients, "plain" for all-reduce; else ""."""
+        return self.driver.exchange
 
     @property
     def tokens_per_second(self) -> float:
@@ -276,7 +282,7 @@ class Trainer:
         Before the first batch it is checked now and read then.
 
         Raises:
-            ValueError: no checkpoint there, or one of another model or optimizer.
+            ValueError: no checkpoint there, or one of another model, optimizer or exchange.
             CheckpointDamaged: a file is missing or cut short. Nothing has been changed in either case.
         """
         from weft.runtime.checkpoint import check
@@ -286,6 +292,8 @@ class Trainer:
             self._pending = ("load", path)
             return
         about = self.driver.load(Path(path))
+        if about.get("remark"):
+            warnings.warn(about["remark"], stacklevel=2)
         self.losses = list(about.get("losses", []))
         for group, options in zip(self.optimizer.param_groups, about.get("groups", []), strict=False):
             group.update(options)

@@ -123,8 +123,9 @@ class _Worker:
         self.shared = SharedTensors(self.folder)
         self._opened: dict[str, Tensor] = {}
 
-    def setup(self, graph: Any, assignment: Any, wanted: Any, values: Note | Tape, budgets: Any = None) -> None:
+    def setup(self, graph: Any, assignment: Any, wanted: Any, values: Note | Tape, budgets: Any = None) -> str:
         self.driver.setup(graph, assignment, wanted, take(values) if isinstance(values, Note) else values, budgets)
+        return self.driver.exchange
 
     def add(self, graph: Any) -> None:
         self.driver.add(graph)
@@ -163,8 +164,8 @@ class _Worker:
     def save(self, path: Path, about: dict[str, Any]) -> None:
         self.driver.save(path, about)
 
-    def load(self, path: Path) -> tuple[dict[str, Any], int]:
-        return self.driver.load(path), self.driver.last_step
+    def load(self, path: Path) -> tuple[dict[str, Any], int, str]:
+        return self.driver.load(path), self.driver.last_step, self.driver.exchange
 
     def memory(self) -> dict[str, int]:
         return self.driver.memory()[0]

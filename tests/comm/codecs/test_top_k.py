@@ -7,7 +7,7 @@ import torch
 
 from weft.comm.codec import Spec
 from weft.comm.codecs import TopK
-from weft.comm.codecs.top_k import kept, sample_select
+from weft.comm.codecs.top_k import BLOCK, _at_least, kept, sample_select
 
 STATE = {"seed": 3, "shared_seed": 4}
 
@@ -29,6 +29,24 @@ def test_exact_selection_is_the_largest():
     largest = sorted(range(1000), key=lambda i: -abs(float(x[i])))[:30]
     assert sorted(where.tolist()) == sorted(largest)
     assert torch.equal(values, x[where])
+
+
+@pytest.mark.parametrize("selection", ["exact", "sampled"])
+def test_equals_at_the_threshold_never_push_out_what_is_larger(selection):
+    """300 entries go: those at the end are the largest, the 9,700 before them are equals."""
+    x = torch.full((10_000,), -0.5)
+    x[-200:] = 1.0
+    index = TopK(0.03, selection=selection).select(x, 0.03, seed=1).index
+    assert len(index) == len(set(index.tolist())) == 300
+    assert set(range(9_800, 10_000)) <= set(index.tolist())
+    assert len(TopK(0.03, selection=selection).select(torch.zeros(10_000), 0.03, seed=1).index) == 300
+
+
+@pytest.mark.parametrize("count", [1, BLOCK, BLOCK + 1, 2 * BLOCK + 77])
+def test_search_in_blocks_misses_nothing(count):
+    x = normal(count).clamp(-2, 2)  # some lie on the threshold itself
+    for threshold in (0.0, 1.5, 2.0, 3.0):
+        assert torch.equal(_at_least(x, threshold), (x.abs() >= threshold).nonzero().view(-1))
 
 
 @pytest.mark.parametrize("draw", [normal, heavy], ids=["normal", "heavy tails"])

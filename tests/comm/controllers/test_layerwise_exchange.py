@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from weft.comm.codec import Spec
 from weft.comm.codecs import LowRank, Quantise, TopK
+from weft.comm.controller import Controller
 from weft.comm.controllers import LayerwiseBudget
 from weft.comm.exchange import Exchange
 from weft.comm.memories import ErrorFeedback
@@ -104,3 +105,36 @@ def test_tables_say_what_messages_do(family):
         else:
             assert error == pytest.approx(literal, rel=1e-5)
         assert sum(part.numel() * part.element_size() for part in message) == codec.nbytes(spec, setting)
+
+
+class Watch(Controller):
+    def __init__(self):
+        self.seen = {}
+
+    def observe(self, spec, gradient, step):
+        self.seen[spec.name, step] = gradient.clone().view(spec.shape)
+
+    def decide(self, step, specs):
+        return {}
+
+
+def watched():
+    """What the controller sees of a sparse and of a linear codec, with error feedback that owes something."""
+    found = []
+    for codec in (TopK(0.05), LowRank(1)):
+        watch = Watch()
+        exchange = Exchange(codec, ErrorFeedback(), controller=watch)
+        for step in range(3):
+            exchange.reduce(gradients(step, dist.get_rank()), step).wait()
+        exchange.close()
+        found.append(watch.seen)
+    return found
+
+
+def test_decisions_see_gradients_before_any_code(pool):
+    """Averages of coded ones lack what the setting in force drops, and would confirm it."""
+    mine, others = pool(2).run(watched)
+    assert not any(others)
+    for seen in mine:
+        assert len(seen) == 3 * len(SHAPES)
+        assert all(torch.equal(gradient, gradients(step, 0)[name]) for (name, step), gradient in seen.items())

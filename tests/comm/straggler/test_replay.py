@@ -50,10 +50,27 @@ def by_events(scheme, times):
 )  # fmt: skip
 def test_the_virtual_clock_is_the_policy_event_by_event(scheme):
     times = record(40, 8)
-    run = replay(scheme, times, 3.0)
+    run = replay(scheme, times, 3.0, carry=False)
     seconds, late = by_events(scheme, times)
     assert np.array_equal(run.late, late) and np.allclose(run.seconds, seconds, rtol=1e-12)
     assert run.total == pytest.approx(seconds.sum())
+
+
+def test_a_late_worker_finishes_what_it_began_and_skips_what_it_missed():
+    times, s = record(60, 6), 2
+    begin, free, seconds, late = 0.0, np.zeros(6), [], []
+    for row in times:  # GC closes with the n - s-th result; a mailbox holds the newest order only
+        comes = np.maximum(free, begin) + row
+        end = np.sort(comes)[-s - 1]
+        free = np.where(np.maximum(free, begin) <= end, comes, free)
+        seconds.append(end - begin)
+        late.append(comes > end)
+        begin = end
+    run = replay(GC(s), times, 0.0)
+    assert np.allclose(run.seconds, seconds) and np.array_equal(run.late, late)
+    burst = np.ones((12, 4))
+    burst[0, 0] = 7.5
+    assert replay(GC(1), burst, 0.0).late[:7, 0].all() and not replay(GC(1), burst, 0.0, carry=False).late[1:].any()
 
 
 def test_fit_is_the_best_of_all(capsys):

@@ -1,7 +1,11 @@
 """Small codes in few bits: n codes below 2^b take n b / 8 bytes, groups of eight codes in b bytes each.
 
 Eight codes of b bits are b bytes for every b, so a group never shares a byte with its neighbour and whole arrays are packed by
-shifts. Two and four bits take a shorter way (whole codes within one byte); the layout is the same: the first code lies lowest.
+shifts. The first code lies lowest.
+
+    b in 1, 2, 4      whole codes within one byte
+    b in 3, 5, 6, 7   eight codes are one word of 64 bits, in which neighbours move together: codes to pairs, pairs to fours,
+                      fours to eights, all words at a time; the top bit stays 0, so that shifts to the right bring no ones
 """
 
 from __future__ import annotations
@@ -35,10 +39,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         for place in range(1, 8 // bits):
             packed |= lanes[:, place] << (bits * place)
         return packed
-    groups = codes.view(-1, 8)
-    word = groups.new_zeros(len(groups), dtype=torch.int64)
-    for place in range(8):
-        word |= groups[:, place].to(torch.int64) << (bits * place)
+    word = (codes if short else codes.clone()).view(torch.int64)  # a copy of its own lies where words may
+    for lane in (8, 16, 32):
+        low = _low(lane, lane)
+        odd = (word >> lane).bitwise_and_(low).bitwise_left_shift_(lane // 8 * bits)
+        word = (word & low).bitwise_or_(odd)
     return word.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
 
 
@@ -52,6 +57,14 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return torch.stack(lanes, 1).view(-1)[:count]
     wide = packed.new_zeros(len(packed) // bits, 8)
     wide[:, :bits] = packed.view(-1, bits)
-    word = wide.view(torch.int64)
-    lanes = [((word >> (bits * place)) & mask).to(torch.uint8) for place in range(8)]
-    return torch.cat(lanes, 1).view(-1)[:count]
+    word = wide.view(-1).view(torch.int64)
+    for lane in (32, 16, 8):
+        low = _low(lane, lane // 8 * bits)
+        odd = (word >> (lane // 8 * bits)).bitwise_and_(low).bitwise_left_shift_(lane)
+        word = (word & low).bitwise_or_(odd)
+    return word.view(torch.uint8)[:count]
+
+
+def _low(lane: int, bits: int) -> int:
+    """The mask of the lowest `bits` bits of every second lane, in a word of 64 bits."""
+    return sum(((1 << bits) - 1) << start for start in range(0, 64, 2 * lane))

@@ -22,6 +22,7 @@ class Identity(LinearCodec):
     """The tensor itself, in float32."""
 
     unbiased = True
+    elementwise = True
 
     def default(self, spec: Spec) -> Setting:
         return 32
@@ -64,6 +65,8 @@ class Cast(LinearCodec):
     """
 
     dtype: str = "float16"
+
+    elementwise = True
 
     def __post_init__(self) -> None:
         if self.dtype not in WIDTHS:

@@ -39,12 +39,12 @@ class Accordion(Controller):
         self._sums: dict[str, Tensor] = {}
         self._norms: dict[str, float] = {}
 
-    def observe(self, spec: Spec, mean: Tensor, step: int) -> None:
-        """Add the averaged gradient of one tensor to the sum whose norm the next decision compares."""
+    def observe(self, spec: Spec, gradient: Tensor, step: int) -> None:
+        """Add the gradient of one tensor to the sum whose norm the next decision compares."""
         if spec.name in self._sums:
-            self._sums[spec.name] += mean.detach().reshape(-1)
+            self._sums[spec.name] += gradient.detach().reshape(-1)
         else:
-            self._sums[spec.name] = mean.detach().reshape(-1).float().clone()
+            self._sums[spec.name] = gradient.detach().reshape(-1).float().clone()
 
     def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:
         found: dict[str, Setting] = {}

@@ -224,8 +224,10 @@ def _on_grid(errors: list[np.ndarray], sizes: list[np.ndarray], budget: float, g
 class LayerwiseBudget(Controller):
     """Gives each tensor its own setting: fewest bytes (or seconds) at the total error of a uniform default.
 
-    It works for any codec, through `Codec.error` and `Codec.nbytes`, which it gets from the exchange by `bind`. Rank 0 sums the
-    averaged gradients and decides, and the exchange broadcasts: equal sums may still break ties differently elsewhere.
+    It works for any codec, through `Codec.error` and `Codec.nbytes`, which it gets from the exchange by `bind`. Rank 0 sums its
+    gradients, as they are before any code, and decides; the exchange broadcasts. Give `settings` a floor not far below the
+    default, a quarter of it for densities: an equal error of the sum leaves most tensors at the floor, and error feedback holds
+    an entry back for 1/density steps.
 
     Args:
         settings: what a tensor may get, `default` among them: densities, bit widths or ranks; None is uncompressed.
@@ -305,14 +307,14 @@ class LayerwiseBudget(Controller):
                 "LayerwiseBudget: cost='seconds' needs the argument seconds(spec, setting), which says them"
             )
 
-    def observe(self, spec: Spec, mean: Tensor, step: int) -> None:
-        """Add the averaged gradient of one tensor to the sum that the next decision is made from."""
+    def observe(self, spec: Spec, gradient: Tensor, step: int) -> None:
+        """Add the gradient of one tensor to the sum that the next decision is made from."""
         if spec.numel < self.smallest or step < self.start:
             return
         if spec.name in self._sums:
-            self._sums[spec.name] += mean.detach().reshape(-1)
+            self._sums[spec.name] += gradient.detach().reshape(-1)
         else:
-            self._sums[spec.name] = mean.detach().reshape(-1).float().clone()
+            self._sums[spec.name] = gradient.detach().reshape(-1).float().clone()
 
     def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:
         """Settings from `step` on; {} where nothing has been observed, all gradients are zero or one is not finite."""

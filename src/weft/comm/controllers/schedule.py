@@ -36,7 +36,7 @@ class Schedule(Controller):
     stage_steps: int = 100
 
     agreed = True
-    needs_mean = False
+    needs_gradient = False
 
     def __post_init__(self) -> None:
         if isinstance(self.warmup, str) or not isinstance(self.warmup, Sequence) or not len(self.warmup):
@@ -61,7 +61,7 @@ class Schedule(Controller):
         stage = step // self.stage_steps
         return self.warmup[stage] if stage < len(self.warmup) else self.final
 
-    def observe(self, spec: Spec, mean: Any, step: int) -> None:
+    def observe(self, spec: Spec, gradient: Any, step: int) -> None:
         return None
 
     def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:

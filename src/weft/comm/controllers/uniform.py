@@ -49,9 +49,9 @@ class Uniform(Controller):
     every: int = 1
 
     agreed = True
-    needs_mean = False
+    needs_gradient = False
 
-    def observe(self, spec: Spec, mean: Any, step: int) -> None:
+    def observe(self, spec: Spec, gradient: Any, step: int) -> None:
         return None
 
     def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:

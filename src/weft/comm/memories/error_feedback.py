@@ -42,6 +42,8 @@ class ErrorFeedback(Memory):
 
     decay: float = 1.0
 
+    additive = True
+
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1:
             raise ValueError(f"ErrorFeedback: decay must be in (0, 1], got {self.decay}; 1 forgets nothing")

@@ -49,6 +49,7 @@ class MomentumCorrection(Memory):
     ranks: int = 1
 
     velocity = True
+    additive = True
     buffer = "momentum"
 
     def __post_init__(self) -> None:

@@ -36,6 +36,8 @@ class Shift(Memory):
 
     rate: float = 1.0
 
+    additive = True
+
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
             raise ValueError(

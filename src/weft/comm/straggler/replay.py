@@ -4,6 +4,9 @@ Record     times[t, i], seconds that worker i needed in round t with load 1/n (a
 Model      seconds are affine in the load: time(load) = time(1/n) (1 + slope load)/(1 + slope/n), where slope is the seconds of
            a whole batch over those of a round without any work                       `slope`, `scaled`
 Replay     each round closes by the scheme's own rule on the scaled record; its past is its own      `replay`
+           `carry`: workers are processes, as in a `Farm`. One that is late when a round closes finishes what it began, and
+           only then takes the newest order: a burst that an uncoded record shows as one long round, since everybody waited,
+           is many late rounds of a scheme that does not wait. Without, every round asks afresh, as with serverless functions
 Fit        all candidates with delay T <= max_delay, cheapest lower bound first; one whose bound, every round at
            (1 + mu) kappa, is above the best total so far is not replayed               `ranking`, `fit`
 
@@ -69,36 +72,43 @@ def scaled(load: float, workers: int, slope: float) -> float:
     return (1 + slope * load) / (1 + slope / workers)
 
 
-def replay(scheme: Scheme, times: np.ndarray, slope: float) -> Replay:
+def replay(scheme: Scheme, times: np.ndarray, slope: float, carry: bool = True) -> Replay:
     """Run a scheme over a record.
 
     Args:
         scheme: sized or not; the record has the number of workers.
         times: float (rounds, workers), > 0, seconds with load 1/n. Infinite: never came.
         slope: of time over load, >= 0.
+        carry: a late worker first finishes what it began (a process); False: it begins every round with the others.
     Raises:
         ValueError: the record is not a matrix of positive numbers, the slope is negative, or the scheme does not fit n.
     """
     times = _checked(times, slope)
-    found = _run(scheme.sized(times.shape[1]), times, slope, math.inf)
+    found = _run(scheme.sized(times.shape[1]), times, slope, math.inf, carry)
     assert found is not None
     return found
 
 
-def _run(scheme: Scheme, times: np.ndarray, slope: float, limit: float) -> Replay | None:
+def _run(scheme: Scheme, times: np.ndarray, slope: float, limit: float, carry: bool) -> Replay | None:
     """The replay, or None as soon as its total is sure to be above `limit` seconds."""
     rounds, workers = times.shape
     times = times * scaled(scheme.load, workers, slope)
     least = np.minimum((1 + scheme.mu) * times.min(1), times.max(1))
     rest = float(least.sum())
     late, redo = np.zeros((rounds, workers), dtype=bool), np.zeros((rounds, workers), dtype=bool)
-    seconds = np.empty(rounds)
+    seconds, busy = np.empty(rounds), np.zeros(workers)  # busy: with what a worker began in earlier rounds
     for t in range(rounds):
         start = max(0, t - scheme.memory)  # schemes look no further back
         past = Past(late[start:t], redo[start:t])
         redo[t] = scheme.redo(past)
-        seconds[t] = _close(scheme, past, times[t])
-        late[t] = times[t] > seconds[t]
+        comes = busy + times[t]
+        seconds[t] = _close(scheme, past, comes)
+        late[t] = comes > seconds[t]
+        if carry:
+            began = busy <= seconds[t]  # who did not get to this round's order will find the next one in its mailbox
+            busy[began] = comes[began]
+            busy[late[t]] -= seconds[t]
+            busy[~late[t]] = 0.0
         rest += float(seconds[t] - least[t])
         if rest > limit:
             return None
@@ -147,7 +157,12 @@ def candidates(workers: int, max_delay: int, mus: Iterable[float] = MUS) -> list
 
 
 def ranking(
-    times: np.ndarray, slope: float, among: Iterable[Scheme], jobs: int | None = None, families: bool = True
+    times: np.ndarray,
+    slope: float,
+    among: Iterable[Scheme],
+    jobs: int | None = None,
+    families: bool = True,
+    carry: bool = True,
 ) -> list[tuple[float, Scheme]]:
     """(seconds of the whole record, scheme) for the best of each family, the fastest first, or for the best of all only.
     Arguments as of `fit`."""
@@ -168,7 +183,7 @@ def ranking(
         so_far = best[family][0] if family in best else math.inf
         if bound(scheme) >= so_far:
             continue
-        run = _run(scheme, times, slope, so_far / tail(scheme))
+        run = _run(scheme, times, slope, so_far / tail(scheme), carry)
         if run is not None and run.total * tail(scheme) < so_far:
             best[family] = (run.total * tail(scheme), scheme)
     return sorted(best.values(), key=lambda item: item[0])
@@ -181,6 +196,7 @@ def fit(
     jobs: int | None = None,
     among: Iterable[Scheme] | None = None,
     show: bool = True,
+    carry: bool = True,
 ) -> Scheme:
     """The scheme that would have been fastest on a record, sized for its workers.
 
@@ -191,6 +207,7 @@ def fit(
         jobs: how many jobs will be run; the T rounds at the end are then counted.
         among: what is tried; `candidates(workers, max_delay)` by default.
         show: print the best of each family.
+        carry: as in `replay`; False where late workers do not stay late, such as serverless functions.
     Raises:
         ValueError: the record is too short or not positive, or max_delay is negative.
     """
@@ -201,7 +218,8 @@ def fit(
     if max_delay < 0:
         raise ValueError(f"fit: max_delay must be >= 0, got {max_delay}; it is the number of models less one")
     tried = [scheme.sized(workers) for scheme in (among or candidates(workers, max_delay))]
-    ranked = ranking(times, slope, [scheme for scheme in tried if scheme.delay <= max_delay], jobs)
+    fitting = [scheme for scheme in tried if scheme.delay <= max_delay]
+    ranked = ranking(times, slope, fitting, jobs, carry=carry)
     if show:
         print(f"{'scheme':<44} {'load':>7} {'T':>3} {'s/round':>9} {'of best':>8}")
         for total, scheme in ranked:

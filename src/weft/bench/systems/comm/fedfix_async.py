@@ -1,7 +1,12 @@
 """FedFix: aggregation by the clock with unbiased weights, against FedAvg, asynchronous FedAvg, FedBuff and others.
 
 Quadratic clients show the fixed points, which are known exactly; digits on twenty clients of unlike data and speed show time to a
-loss, rest and accuracy (workload: `bench/unlike_clients.py`). Time is virtual, so that nothing depends on this machine.
+loss, rest and accuracy (workload: `bench/unlike_clients.py`). Time is virtual, so that nothing depends on this machine. A rate
+counts as tuned if it is the first to the loss and training then stays there: the next best takes its place where it does not.
+
+Rest is the largest over the mean loss of the last quarter, as our card has it, and no scheme that still learns has much of it:
+an exponential drawn through FedFix(0.5)'s loss, which halves in those 20 seconds, has 1.2 to 1.4 by itself. `over_trend` is the
+largest loss over that exponential.
 """
 
 from __future__ import annotations
@@ -100,12 +105,24 @@ SYSTEM = System(
 
 
 def run(seed: int) -> Iterator[Row]:
+    import math
     import statistics
     import sys
 
     import torch
 
-    from weft.bench.unlike_clients import Scheme, by_speed, digits, long_run_mean, speeds, train, tune
+    from weft.bench.unlike_clients import (
+        GRID,
+        TARGET,
+        Problem,
+        Scheme,
+        by_speed,
+        digits,
+        long_run_mean,
+        speeds,
+        train,
+        tune,
+    )
     from weft.comm.rules.arrivals import Equal, Polynomial
     from weft.comm.waits import All, Any, Clock, Count, First
 
@@ -147,7 +164,7 @@ def run(seed: int) -> Iterator[Row]:
         Scheme("drop the slowest tenth", First(18), Equal(1 / 18)),
     ]
 
-    def whole(scheme: Scheme, rate: float, problems: list, name: str, seconds: float) -> Row:
+    def whole(scheme: Scheme, rate: float, problems: list[Problem], name: str, seconds: float) -> Row:
         runs = [train(problem, scheme, rate, 80.0) for problem in problems]
         return Row(
             name,
@@ -155,24 +172,23 @@ def run(seed: int) -> Iterator[Row]:
             seconds_to_loss_1=seconds,
             final_loss=min(statistics.median(run.loss for run in runs), 1e9),
             unrest=min(statistics.median(run.unrest for run in runs), 1e9),
+            over_trend=min(statistics.median(run.over_trend for run in runs), 1e9),
             accuracy=statistics.median(run.accuracy for run in runs),
         )
 
-    found: dict[str, tuple[float, float]] = {}
+    rates: dict[str, float] = {}
     for scheme in schemes:
-        found[scheme.name] = rate, seconds = tune(draws, scheme)
-        say(f"{scheme.name}: rate {rate:g}, {seconds:.2f} s to the loss")
-    for scheme in schemes:
-        rate, seconds = found[scheme.name]
-        yield whole(
-            scheme,
-            rate,
-            draws[:3] if scheme.name.startswith(("FedAvg", "FedFix")) else draws[:1],
-            scheme.name,
-            min(seconds, 1e9),
-        )
-    rate = found["FedAvg"][0]
-    yield whole(asynchronous, rate, draws[:1], "asynchronous, unbiased @ FedAvg's rate", 1e9)
+        grid = list(GRID)
+        while True:
+            rates[scheme.name], seconds = tune(draws, scheme, grid)
+            say(f"{scheme.name}: rate {rates[scheme.name]:g}, {seconds:.2f} s to the loss")
+            some = draws[:3] if scheme.name.startswith(("FedAvg", "FedFix")) else draws[:1]
+            row = whole(scheme, rates[scheme.name], some, scheme.name, min(seconds, 1e9))
+            grid.remove(rates[scheme.name])
+            if row.values["final_loss"] < TARGET or not grid or math.isinf(seconds):
+                break
+        yield row
+    yield whole(asynchronous, rates["FedAvg"], draws[:1], "asynchronous, unbiased @ FedAvg's rate", 1e9)
 
     say("equal speeds")
     equal = [digits(5 * seed + draw, spread=0.0) for draw in range(5)]

@@ -1,11 +1,15 @@
 """Flag aggregation under eight attacks, against ByzFL's own rules on the same batches.
 
 15 workers, f = 1, 2, 3 of them faulty, train a 64-64-10 net on the 1,797 digits for 100 steps (fewer than the 200 to 250 that our
-card asks for, to end in minutes), each with its own momentum of 0.9 and its own data (Dirichlet 0.5; two attacks also with equal
-shares). Rows are settings, columns the rules' mean test accuracy
-over three seeds; `*_error` is the standard error. Every rule that takes f is told the truth; Flag takes none. Rules called
-`byzfl_*` are ByzFL's code, the others weft's, which ByzFL has not. `norm_equalised_mean` is the ablation: Flag's scale without
-its subspace; `nnm_flag` is Flag after nearest-neighbour mixing.
+card asks for, to end in minutes; without faults 200), each with its own momentum of 0.9 and its own data (Dirichlet 0.5; two
+attacks also with equal shares). Rows are settings, columns the rules' mean test accuracy over three seeds; `*_error` is the
+standard error. Every rule that takes f is told the truth; Flag takes none. Rules called `byzfl_*` are ByzFL's code, the others
+weft's, which ByzFL has not. `norm_equalised_mean` is the ablation: Flag's scale without its subspace; `nnm_flag` is Flag after
+nearest-neighbour mixing.
+
+Where it loses: a subspace of 8 dimensions holds 8 of 15 unlike gradients and cuts from the others what is theirs alone, with or
+without an attack, and it has room for three liars. Multi-Krum and NNM, which know f, stay ahead for that reason, at 200 steps
+too (random x 100, f = 3: 91.1 against 95.5 %; label flip: 91.8 against 95.5 %).
 """
 
 from __future__ import annotations

@@ -3,13 +3,20 @@
 Replays (256 workers, 480 jobs) show all four settings, those where M-SGC wins (short bursts, costly load) and those where it
 loses; parameters come from a separate record. GC by repetition decodes from one worker of each group, far more late sets than
 the any-s that the paper compares with: M-SGC beats cyclic GC clearly and that kind barely. For real: 8 worker processes, two
-of them made late by a competing load, four networks on digits. Baselines are waiting for all, as DDP does, and dropping the
-slowest, whose loss is shown.
+of them made late by a competing load, four networks on digits, in two settings:
+
+    light load, long bursts      a message costs 0.6 ms however few images it covers, all 1 797 cost 2 ms, and M-SGC sends
+                                 W - 1 + B a round where GC sends one; a burst lasts some ten rounds, and with four models B is
+                                 at most 2. GC is made for that. M-SGC waits in each burst: its claim is not met there.
+    costly load, short bursts    with the third replay's lateness M-SGC beats GC(2), which computes three times as much. With
+                                 eight workers on two cores waiting for all is cheaper still, and `fit` says so.
+
+Baselines are waiting for all, as DDP does, and dropping the slowest, whose loss is shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from weft.bench.system import Claim, Results, Row, System, ratio, value
 
@@ -23,10 +30,17 @@ def worst_fit(results: Results) -> float:
     return max(results[f"{row}, ours", "fit_against_hindsight"] for row in PAPER)
 
 
-def m_sgc(results: Results) -> float:
+LIGHT, COSTLY = "real, light load, long bursts", "real, costly load, short bursts"
+
+
+def m_sgc(setting: str) -> Callable[[Results], float]:
     """M-SGC / GC wall time, over what it may be: 1, or 0.9 where the measured slope is at least 20."""
-    allowed = 0.9 if results["real, M-SGC", "measured_slope"] >= 20 else 1.0
-    return ratio("wall_seconds", "real, M-SGC", "real, GC")(results) / allowed
+
+    def over(results: Results) -> float:
+        allowed = 0.9 if results[f"{setting}: M-SGC", "measured_slope"] >= 20 else 1.0
+        return ratio("wall_seconds", f"{setting}: M-SGC", f"{setting}: GC")(results) / allowed
+
+    return over
 
 
 SYSTEM = System(
@@ -53,12 +67,17 @@ SYSTEM = System(
     ),
     claims=(
         Claim(
-            "real: wall seconds, wait for all / GC",
-            ratio("wall_seconds", "real, uncoded, wait for all", "real, GC"),
+            f"{LIGHT}: wall seconds, wait for all / GC",
+            ratio("wall_seconds", f"{LIGHT}: uncoded, wait for all", f"{LIGHT}: GC"),
             at_least=1.4,
         ),
-        Claim(
-            "real: wall seconds, M-SGC / GC, over 1 (0.9 where the measured slope is 20 or more)", m_sgc, at_most=1.0
+        *(
+            Claim(
+                f"{setting}: wall seconds, M-SGC / GC, over 1 (0.9 where the measured slope is 20 or more)",
+                m_sgc(setting),
+                at_most=1.0,
+            )
+            for setting in (LIGHT, COSTLY)
         ),
         Claim("replays: fit / best in hindsight, the worst of four", worst_fit, at_most=1.03),
         *(

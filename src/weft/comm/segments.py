@@ -1,0 +1,267 @@
+"""Routes by segments: segment r of every tensor goes to rank r, which combines what all ranks say of it.
+
+    ScatterBucket    the owner encodes its result again and sends it to all: Partial -> Replicate      topology ScatterGather
+    ShardBucket      the owner keeps it: Partial -> Shard, half of that                                `Exchange.reduce_scatter`
+
+A tensor is cut along one dim into n pieces, which need not be equally long; each is a tensor of its own to the codec. In
+
+    outer x length x inner,    outer and inner the products of the dims before and after the one that is cut          `Cut`
+
+piece r is the block of positions bounds[r] .. bounds[r + 1] of `length`. An all-to-all with rows of unlike length moves
+(n-1)/n of a message per rank, where an all-reduce moves 2 (n-1)/n and an all-gather n - 1. (gloo's reduce-scatter is an
+all-reduce inside, and NCCL's could not add codes.)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weft.comm.codec import Codec, Setting, Spec
+from weft.comm.codecs.plain import Cast
+from weft.comm.memory import Memory, NoMemory
+from weft.comm.packing import HEADER, Packing
+from weft.comm.routes import PLAIN, CombiningBucket, Item, finite
+from weft.comm.topology import Ring, ScatterGather
+
+__all__ = ["Cut", "ScatterBucket", "ShardBucket"]
+
+LOSSLESS = {torch.float16: Cast("float16"), torch.bfloat16: Cast("bfloat16")}  # for gradients of that type
+
+
+@final
+@dataclass(frozen=True)
+class Cut:
+    """How one tensor is cut; see the header.
+
+    >>> cut = Cut.of((2, 3), 1, 2)                  # columns 0, 1 | column 2
+    >>> cut.piece(torch.arange(6), 0).tolist(), cut.piece(torch.arange(6), 1).tolist()
+    ([0, 1, 3, 4], [2, 5])
+    >>> cut.whole(torch.tensor([0, 1]), 1).tolist()
+    [2, 5]
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dim: int, ranks: int) -> Cut:
+        """As `torch.tensor_split` cuts: the first length % n pieces are one longer."""
+        dim %= len(shape)
+        short, longer = divmod(shape[dim], ranks)
+        return cls(shape, dim, tuple(r * short + min(r, longer) for r in range(ranks + 1)))
+
+    @classmethod
+    def flat(cls, numel: int, ranks: int) -> Cut:
+        return cls((numel,), 0, tuple(numel * r // ranks for r in range(ranks + 1)))
+
+    @property
+    def inner(self) -> int:
+        return math.prod(self.shape[self.dim + 1 :])
+
+    def length(self, rank: int) -> int:
+        return self.bounds[rank + 1] - self.bounds[rank]
+
+    def piece_shape(self, rank: int) -> tuple[int, ...]:
+        return (*self.shape[: self.dim], self.length(rank), *self.shape[self.dim + 1 :])
+
+    def piece(self, flat: Tensor, rank: int) -> Tensor:
+        """Piece `rank` of a flat tensor, flat; a view where it is contiguous."""
+        return flat.view(self.shape).narrow(self.dim, self.bounds[rank], self.length(rank)).reshape(-1)
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The flat tensor of all pieces."""
+        shaped = [piece.view(self.piece_shape(rank)) for rank, piece in enumerate(pieces)]
+        return torch.cat(shaped, self.dim).view(-1)
+
+    def whole(self, where: Tensor, rank: int) -> Tensor:
+        """Positions in the flat tensor of positions in flat piece `rank`."""
+        row = max(self.length(rank) * self.inner, 1)
+        skipped = self.shape[self.dim] * self.inner - row
+        return where + where // row * skipped + self.bounds[rank] * self.inner
+
+
+class SegmentBucket(CombiningBucket):
+    """What both have in common: pieces are coded one by one, and an all-to-all brings each to its owner."""
+
+    def cut(self, item: Item) -> Cut:
+        raise NotImplementedError
+
+    def coded(self, item: Item, spec: Spec) -> tuple[Codec, Spec, Setting]:
+        return (item.codec if spec.numel else PLAIN, spec, item.setting)
+
+    def encode(self) -> None:
+        self.scattered = self.items
+        self.encode_pieces()
+
+    def encode_pieces(self) -> None:
+        exchange, n = self.exchange, self.ranks
+        self.cuts = [self.cut(item) for item in self.scattered]
+        self.pieces = [
+            [self.coded(item, _piece(item, cut, r)) for item, cut in zip(self.scattered, self.cuts, strict=True)]
+            for r in range(n)
+        ]
+        self.combined = self.pieces[self.own]
+        packings = [Packing(piece) for piece in self.pieces]
+        self.sizes = [packing.nbytes for packing in packings]
+        self.send = exchange.wired.buffer((*self.key, *self.words, "scatter"), sum(self.sizes), self.device)
+        found = exchange.wired.buffer((*self.key, *self.words, "found"), n * self.sizes[self.own], self.device)
+        self.found = found.view(n, -1)
+        rows = self.send.split(self.sizes)
+        views = [packing.views(row) for row, packing in zip(rows, packings, strict=True)]
+        for number, (item, cut) in enumerate(zip(self.scattered, self.cuts, strict=True)):
+            began = time.thread_time()
+            values, places, nbytes = [], [], 0
+            for r in range(n):
+                codec, spec, setting = self.pieces[r][number]
+                state = exchange.inner(item.state, spec.name, spec.name)
+                message = codec.encode(cut.piece(item.y, r), spec, state, setting, self.step)
+                for view, part in zip(views[r][number], message, strict=True):
+                    view.copy_(part.view(view.shape))
+                if spec.numel:
+                    sent, where = codec.sent(views[r][number], spec, setting)  # of the copy: the memory changes y
+                    values.append(sent)
+                    places.append(where)
+                else:
+                    values.append(item.y[:0])
+                    places.append(None)
+                nbytes += codec.nbytes(spec, setting) if r != self.own else 0
+            if item.selected:
+                sparse = [cut.whole(where, r) for r, where in enumerate(places) if where is not None]
+                if sparse:
+                    self.take_note(item, torch.cat(values), torch.cat(sparse))
+                else:
+                    self.take_note(item, cut.joined(values), None)
+            exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
+            self.count(item, nbytes)
+        self.bad |= self.overflowed(views)
+        for row in rows:
+            row[:HEADER].view(torch.int64)[0] = self.step << 1 | self.bad
+        self.rows = [packings[self.own].views(row) for row in self.found]
+
+    def count(self, item: Item, nbytes: int) -> None:
+        """Add to the report; `nbytes` go from here to the owners."""
+        raise NotImplementedError
+
+    def overflowed(self, views: list[list[tuple[Tensor, ...]]]) -> bool:
+        return False
+
+    def up(self) -> Iterator[dist.Work]:
+        own = [self.sizes[self.own]] * self.ranks
+        yield dist.all_to_all_single(self.found.view(-1), self.send, own, self.sizes, group=self.group, async_op=True)
+        self.broken = self.check(self.found[:, :HEADER].contiguous().view(torch.int64).flatten().tolist())
+
+    def agree_on_gram(self) -> Iterator[dist.Work]:
+        """The inner products of whole tensors are the sums of those of their pieces."""
+        assert self.exchange.gram is not None
+        yield dist.all_reduce(self.exchange.gram, group=self.group, async_op=True)
+
+
+@final
+class ScatterBucket(SegmentBucket):
+    """Segment r of every flat tensor goes to rank r, and comes back combined."""
+
+    def cut(self, item: Item) -> Cut:
+        return Cut.flat(item.spec.numel, self.ranks)
+
+    def count(self, item: Item, nbytes: int) -> None:
+        self.exchange.count(item.spec.name, item.codec.nbytes(item.spec, item.setting))
+
+    def down(self) -> Iterator[dist.Work]:
+        exchange, topology, n = self.exchange, self.exchange.topology, self.ranks
+        assert isinstance(topology, ScatterGather)
+        legs = [[_leg(topology.down, *part) for part in piece] for piece in self.pieces]
+        packings = [Packing(leg) for leg in legs]
+        width = max(packing.nbytes for packing in packings)
+        send = exchange.wired.buffer((*self.key, "owned"), width, self.device)
+        found = exchange.wired.buffer((*self.key, "gathered"), n * width, self.device)
+        views = packings[self.own].views(send[: packings[self.own].nbytes])
+        send[:HEADER].view(torch.int64)[0] = self.step << 1 | self.poisoned
+        memory: Memory = topology.memory or NoMemory()
+        for number, (down, spec, leg) in enumerate(legs[self.own]):
+            if not self.poisoned:
+                exchange.recode(self.step, spec, self.mix(number), down, leg, memory, views[number], "owner")
+        yield dist.all_gather_single(found, send, group=self.group, async_op=True)
+        gathered = [found.view(n, -1)[r][: packing.nbytes] for r, packing in enumerate(packings)]
+        self.check([int(row[:HEADER].view(torch.int64)[0]) for row in gathered])
+        if self.poisoned:
+            return
+        messages = [packing.views(row) for row, packing in zip(gathered, packings, strict=True)]
+        for number, (item, cut) in enumerate(zip(self.items, self.cuts, strict=True)):
+            mean = cut.joined([
+                codec.decode(messages[r][number], spec, setting)
+                for r, (codec, spec, setting) in enumerate(leg[number] for leg in legs)
+            ])  # fmt: skip
+            exchange.look(item.deliver(mean, exchange.memory), self.step)
+
+
+@final
+class ShardBucket(SegmentBucket):
+    """Piece r of every tensor goes to rank r, and stays there: `results` holds this rank's, by name, when it is done.
+
+    Tensors that a memory delivers whole with a state of its own (`Memory.dense`) are all-reduced, then cut.
+
+    Args:
+        dims: the dimension to cut, per item.
+    """
+
+    def __init__(self, *args: Any, dims: Sequence[int]):
+        super().__init__(*args, words=tuple(f"shard {dim}" for dim in dims))
+        self.shards = {
+            item.spec.name: Cut.of(item.spec.shape, dim, self.ranks) for item, dim in zip(self.items, dims, strict=True)
+        }
+        self.results: dict[str, Tensor] = {}
+
+    def cut(self, item: Item) -> Cut:
+        return self.shards[item.spec.name]
+
+    def encode(self) -> None:
+        stateful = type(self.exchange.memory).dense is not Memory.dense
+        self.reduced = [item for item in self.items if stateful and not item.selected]
+        self.scattered = [item for item in self.items if not (stateful and not item.selected)]
+        self.encode_pieces()
+
+    def coded(self, item: Item, spec: Spec) -> tuple[Codec, Spec, Setting]:
+        if item.selected:
+            return super().coded(item, spec)
+        return (LOSSLESS.get(spec.dtype, PLAIN), spec, None)
+
+    def count(self, item: Item, nbytes: int) -> None:
+        self.exchange.tally(item.spec.name).nbytes += nbytes
+
+    def overflowed(self, views: list[list[tuple[Tensor, ...]]]) -> bool:
+        """Where a ring would deliver what is not finite (float16), its sender says so."""
+        ring = isinstance(self.exchange.topology, Ring)
+        return ring and not all(finite(view) for row in views for message in row for view in message)
+
+    def down(self) -> Iterator[dist.Work]:
+        yield from self.reduce_whole(self.reduced)
+        for item in self.items:
+            cut = self.cut(item)
+            self.results[item.spec.name] = piece = item.out.new_empty(cut.piece_shape(self.own))
+            if item in self.reduced:
+                piece.copy_(cut.piece(item.out, self.own).view(piece.shape))
+            elif not self.poisoned:
+                piece.copy_(self.mix(self.scattered.index(item)).view(piece.shape))
+            if self.poisoned:
+                piece.fill_(math.nan)
+
+
+def _piece(item: Item, cut: Cut, rank: int) -> Spec:
+    block = ", ".join([":"] * cut.dim + [f"{cut.bounds[rank]}:{cut.bounds[rank + 1]}"])
+    return Spec(f"{item.spec.name}[{block}]", cut.piece_shape(rank), item.spec.dtype)
+
+
+def _leg(down: Codec | None, codec: Codec, spec: Spec, setting: Setting) -> tuple[Codec, Spec, Setting]:
+    """How the owner of a piece codes its result."""
+    if setting is None or not spec.numel:
+        return PLAIN, spec, setting
+    return (codec, spec, setting) if down is None else (down, spec, down.default(spec))

@@ -1,0 +1,124 @@
+"""`weft.run(..., exchange="auto")`: a code where the plan's prediction says that it pays, all-reduce anywhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.runtime.plans import HandPlan, batch, plan_of, tiny
+from tests.runtime.test_equal import engine_of
+
+import weft
+from weft.cluster import Cluster, Level, Link
+from weft.cluster.costs import all_reduce
+from weft.comm import Cast, ErrorFeedback, Exchange, Spec, TopK, auto
+from weft.runtime import checkpoint
+from weft.runtime.choice import Choice, link_of
+from weft.runtime.engine import Job
+
+SPECS = [Spec("w", (1000, 1000)), Spec("b", (1000,))]
+
+
+def cluster_of(link: Link, processes: int = 2) -> Cluster:
+    ranks = tuple(range(processes))
+    return Cluster(Cluster.local(processes=processes).devices, (Level("net", (ranks,), (link,)),))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_link_of_a_cluster_costs_what_its_all_reduce_does(processes):
+    found = link_of(cluster_of(Link(1e-4, 1e8), processes))
+    ring = 2 * (processes - 1) * found.latency + 2 * (processes - 1) / processes * (1 << 24) / found.bandwidth
+    assert ring == pytest.approx(
+        all_reduce(cluster_of(Link(1e-4, 1e8), processes), range(processes), 1 << 24), rel=1e-3
+    )
+
+
+def choice(link: Link, seconds: float, communication: float, exposed: float, **options: object) -> Choice:
+    return Choice(auto(**options), link, seconds, communication, exposed)  # type: ignore[arg-type]
+
+
+def test_by_prediction_it_is_never_slower_than_plain():
+    """Over links from 1 Mbit/s to 100 Gbit/s and from nothing to all of the wire hidden."""
+    chosen = set()
+    for bandwidth in (1e5, 1e6, 1e7, 1e8, 1e9, 1e10):
+        for latency in (1e-6, 1e-2):
+            wire = 2 * latency + 4e6 / bandwidth
+            for exposed in (0.0, 0.3 * wire, wire):
+                which = choice(Link(latency, bandwidth), 0.05 + exposed, wire, exposed)
+                predicted = which.predict(SPECS, 2, 3)
+                name = which.auto.choose(predicted)
+                assert predicted["plain"] == 0.05 + exposed and predicted[name] <= predicted["plain"]
+                assert exposed > 0 or name == "plain"  # nothing to save
+                chosen.add(name)
+    assert "plain" in chosen and len(chosen) > 1
+
+
+SLOW, FAST = (Link(1e-4, 1e3), 10.0, 9.0, 9.0), (Link(1e-7, 1e11), 1e-3, 1e-7, 1e-7)
+
+
+def codes() -> dict[str, Exchange]:
+    return {"half": Exchange(Cast("bfloat16")), "top-k": Exchange(TopK(0.05), ErrorFeedback())}
+
+
+def chosen(plan: HandPlan, setting: tuple[Link, float, float, float]) -> tuple[str, bool]:
+    which = choice(*setting, candidates=codes)
+    engine = engine_of(plan, tiny(), exchange=which)
+    engine.step([Job(batch())])
+    found = engine.coded.name if engine.coded is not None else "plain"
+    if engine.coded is not None:
+        engine.coded.exchange.close()
+    return found, engine.coded is None
+
+
+def test_the_same_choice_on_every_process(pool):
+    plain = plan_of(tiny(), batch(), (2,), 0)
+    assert pool(2).run(chosen, plain, SLOW) == [("top-k", False)] * 2
+    assert pool(2).run(chosen, plain, FAST) == [("plain", True)] * 2
+    assert pool(2).run(chosen, plan_of(tiny(), batch(), (2,), 3), SLOW) == [("plain", True)] * 2  # ZeRO's have no code
+
+
+def saved_and_resumed(plan: HandPlan, path: Path) -> tuple[bool, str]:
+    """Chosen and saved over a slow link; resumed where the prediction says plain: the memories are not lost."""
+    found = []
+    engine = engine_of(plan, tiny(), exchange=choice(*SLOW, candidates=codes))
+    for number in range(4):
+        if number == 2:
+            checkpoint.save(engine, path, {})
+        engine.step([Job(batch(seed=number))])
+    found.append({name: engine.whole(name).clone() for name in engine.names})
+    assert engine.coded is not None
+    engine.coded.exchange.close()
+    engine = engine_of(plan, tiny(seed=3), exchange=choice(*FAST, candidates=codes))
+    assert engine.coded is None
+    remark = checkpoint.load(engine, path)["remark"]
+    for number in range(2, 4):
+        engine.step([Job(batch(seed=number))])
+    assert engine.coded is not None and engine.coded.name == "top-k"
+    engine.coded.exchange.close()
+    return all(torch.equal(engine.whole(name), value) for name, value in found[0].items()), remark
+
+
+def test_a_resumed_run_takes_what_the_first_one_chose(pool, tmp_path):
+    assert pool(2).run(saved_and_resumed, plan_of(tiny(), batch(), (2,), 0), tmp_path / "c") == [(True, "")] * 2
+
+
+def test_from_a_plan_and_bad_values():
+    model, example = torch.nn.Linear(8, 4), (torch.randn(4, 8), torch.randn(4, 4))
+    loss = torch.nn.functional.mse_loss
+    plan = weft.Plan.manual(model, example, loss=loss, cluster=cluster_of(Link(1e-3, 1e6)), strategy="dp")
+    which = Choice.of(auto(), plan)
+    assert which.seconds == plan.prediction.seconds and which.link.bandwidth == pytest.approx(1e6, rel=1e-3)
+    assert which.fitting(Exchange(Cast("bfloat16")).options) == "bfloat16" and which.fitting("codec of mine") == ""
+    with pytest.raises(ValueError, match="'auto' or None"), weft.run(plan, model, exchange="fast"):
+        pass
+
+
+@pytest.mark.slow
+def test_in_processes_that_weft_starts():
+    model, example = torch.nn.Linear(8, 4), (torch.randn(4, 8), torch.randn(4, 4))
+    loss = torch.nn.functional.mse_loss
+    plan = weft.Plan.manual(model, example, loss=loss, cluster=weft.Cluster.local(processes=2), strategy="dp")
+    with weft.run(plan, model, torch.optim.SGD, loss=loss, exchange="auto") as trainer:
+        trainer.step(example)
+        assert trainer.exchange == "plain"  # 144 bytes of gradients
