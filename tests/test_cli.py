@@ -256,7 +256,7 @@ def test_memory_says_what_a_step_holds(deep, capsys):
 
 
 def test_memory_fits_a_step_into_a_budget(deep, capsys):
-    from weft.memory.plan.memory_plan import MemoryPlan
+    from weft.memory.planning.memory_plan import MemoryPlan
 
     assert main(["memory", deep, "--json"]) == 0
     free = json.loads(capsys.readouterr().out)

@@ -66,7 +66,7 @@ def lazily(
 
     Args:
         package: its full name.
-        home: public name -> the module of the package that has it, such as "plan.check".
+        home: public name -> the module of the package that has it, such as "planning.check".
         modules: modules and packages inside it that are public themselves.
     """
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weft.cli import inputs
 
 if TYPE_CHECKING:
-    from weft.memory.plan.memory_plan import MemoryPlan
+    from weft.memory.planning.memory_plan import MemoryPlan
     from weft.memory.record import Trace
 
 __all__ = ["add"]
@@ -74,7 +74,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from weft.memory.plan.planning import frontier, plan
+    from weft.memory.planning.choose import frontier, plan
     from weft.memory.tracing import show, table, trace
 
     check(arguments)
@@ -130,7 +130,7 @@ def _tier(rate: str | None) -> Any:
     if rate is None:
         return None
     from weft.cluster.units import quantity
-    from weft.memory.plan.check import Tier
+    from weft.memory.planning.check import Tier
 
     try:
         return Tier(quantity(rate, "bytes per second"))
@@ -143,7 +143,7 @@ def _tier(rate: str | None) -> Any:
 
 def in_words(traced: Trace, planned: MemoryPlan) -> str:
     """The step, and the plan if there is a budget."""
-    from weft.memory.plan.memory_plan import size
+    from weft.memory.planning.memory_plan import size
     from weft.memory.tracing import by_category, peak_operator
 
     held = by_category(traced, peak_operator(traced))
@@ -161,7 +161,7 @@ def in_words(traced: Trace, planned: MemoryPlan) -> str:
 
 def costs_of(plans: list[MemoryPlan]) -> str:
     """A line for each of some budgets, the largest first."""
-    from weft.memory.plan.memory_plan import size
+    from weft.memory.planning.memory_plan import size
 
     rows = [
         f"  {size(p.budget):>10}  {100 * p.overhead:6.1f} % slower  {p.checked.repeated:5d} operators again"

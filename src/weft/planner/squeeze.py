@@ -23,9 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weft.graph.graph import Ref
-from weft.memory import least as least_of
-from weft.memory import plan as fitted
-from weft.memory.plan.memory_plan import MemoryPlan, Part
+from weft.memory.planning.memory_plan import MemoryPlan, Part
 from weft.memory.record import Op, Trace, Value
 from weft.placement.assignment import Assignment
 from weft.planner.buckets import Bucket, buckets_of
@@ -121,6 +119,8 @@ def squeeze(pricing: Pricing, assignment: Assignment, prediction: Prediction) ->
     Raises:
         BudgetError: a class cannot be made to fit.
     """
+    from weft.memory import plan as fitted  # not before a plan needs it: most do not
+
     plans: dict[int, MemoryPlan] = {}
     repeats: dict[tuple[str, int], NDArray[np.float64]] = {}
     memory = list(prediction.memory)
@@ -139,8 +139,10 @@ def squeeze(pricing: Pricing, assignment: Assignment, prediction: Prediction) ->
 
 def least_bytes(pricing: Pricing, assignment: Assignment, prediction: Prediction) -> list[int]:
     """The least bytes known to do on each class of devices, whatever is computed again."""
+    from weft.memory import least
+
     story = Story(pricing, assignment)
-    return [least_of(step_trace(story, place)[0]) for place in range(len(prediction.memory))]
+    return [least(step_trace(story, place)[0]) for place in range(len(prediction.memory))]
 
 
 def _at_most(use: MemoryUse, peak: int) -> MemoryUse:

@@ -12,7 +12,7 @@ from torch import nn
 
 from weft.memory.compiled.emit import from_state, keep_state, promptly, write_joint
 from weft.memory.compiled.joint import Joint, read_joint
-from weft.memory.plan.check import check
+from weft.memory.planning.check import check
 from weft.memory.private import compiling
 from weft.memory.record import CATEGORIES, Trace
 from weft.memory.schedule import Action, Schedule

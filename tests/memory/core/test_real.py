@@ -9,7 +9,7 @@ from tests.memory.models import make
 
 from weft.errors import BudgetError
 from weft.memory.core import POLICIES, simulate
-from weft.memory.plan.check import check
+from weft.memory.planning.check import check
 from weft.memory.record import Trace
 from weft.memory.tracing.tracer import trace
 

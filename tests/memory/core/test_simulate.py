@@ -9,7 +9,7 @@ from tests.memory.core.synthetic import Draft, chain, scramble, transformer
 
 from weft.errors import BudgetError
 from weft.memory.core import MOVE_RATE, POLICIES, simulate
-from weft.memory.plan.check import check
+from weft.memory.planning.check import check
 from weft.memory.record import Trace
 
 TRACES = {

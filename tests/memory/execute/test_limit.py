@@ -225,7 +225,7 @@ def test_with_a_trace_it_is_refused_before_anything_runs():
 
 
 def test_a_plan_is_replayed_from_the_first_step():
-    from weft.memory.plan.planning import plan
+    from weft.memory.planning.choose import plan
     from weft.memory.tracing.tracer import trace
 
     made = make("gpt")

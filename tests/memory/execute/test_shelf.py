@@ -10,8 +10,8 @@ from tests.memory.models import make, run, snapshot
 from weft.graph import call
 from weft.memory.execute.limit import limit
 from weft.memory.execute.shelf import Shelf
-from weft.memory.plan.check import Tier, check
-from weft.memory.plan.memory_plan import MemoryPlan
+from weft.memory.planning.check import Tier, check
+from weft.memory.planning.memory_plan import MemoryPlan
 from weft.memory.private import bytes_of, storage_of
 from weft.memory.schedule import Action, Schedule
 from weft.memory.tracing.tracer import trace

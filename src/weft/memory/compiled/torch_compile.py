@@ -30,8 +30,8 @@ from weft.memory.compiled.emit import promptly, write_joint
 from weft.memory.compiled.fused import Watch, compile_fused
 from weft.memory.compiled.joint import Joint, read_joint
 from weft.memory.compiled.price import device_of, price_graph
-from weft.memory.plan.check import check
-from weft.memory.plan.planning import plan
+from weft.memory.planning.check import check
+from weft.memory.planning.choose import plan
 from weft.memory.private import compiling
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule

@@ -31,8 +31,8 @@ from weft.memory.execute.replay import Deviation, Replay
 from weft.memory.execute.sizes import Sizes
 from weft.memory.execute.takeover import take_over
 from weft.memory.execute.tape import Tape
-from weft.memory.plan.check import check
-from weft.memory.plan.memory_plan import MemoryPlan
+from weft.memory.planning.check import check
+from weft.memory.planning.memory_plan import MemoryPlan
 from weft.memory.private import QuickMode, hide_from_compiler, is_innermost, problem, require
 from weft.memory.record import Trace
 
@@ -423,7 +423,7 @@ class Limit:
 
 def _planned(trace: Trace, budget: int, addresses: bool) -> MemoryPlan:
     """The best plan for a step; where addresses do not matter, that of the pager if no other is found."""
-    from weft.memory.plan.planning import plan  # here: it loads scipy
+    from weft.memory.planning.choose import plan  # here: it loads scipy
 
     try:
         return plan(trace, budget)

@@ -14,7 +14,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from weft.memory.plan.check import check
+from weft.memory.planning.check import check
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
 from weft.memory.tracing.moments import (

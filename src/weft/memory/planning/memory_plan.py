@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-from weft.memory.plan.check import Checked, Tier, check
+from weft.memory.planning.check import Checked, Tier, check
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 
@@ -83,7 +83,7 @@ class MemoryPlan:
     @cached_property
     def least(self) -> int:
         """The least budget, in bytes, for which `plan` finds a way. Found when asked for: takes about as long as a plan."""
-        from weft.memory.plan.planning import least  # planning makes plans, and so imports this module
+        from weft.memory.planning.choose import least  # planning makes plans, and so imports this module
 
         return least(self.trace, self.tier)
 

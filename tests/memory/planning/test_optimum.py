@@ -3,11 +3,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from tests.memory.plan.traces import chain, eager, random_step
+from tests.memory.planning.traces import chain, eager, random_step
 
 from weft.errors import BudgetError
-from weft.memory.plan.check import check
-from weft.memory.plan.optimum import _schedule, optimum
+from weft.memory.planning.check import check
+from weft.memory.planning.optimum import _schedule, optimum
 from weft.memory.schedule import Action, Schedule
 
 

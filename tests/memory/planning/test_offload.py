@@ -3,13 +3,13 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.memory.plan.traces import Builder, random_step, transformer
+from tests.memory.planning.traces import Builder, random_step, transformer
 
-from weft.memory.plan.check import Tier, check
-from weft.memory.plan.improve import Gaps, descend, fill
-from weft.memory.plan.offload import Offload, _Link
-from weft.memory.plan.retention import Retention
-from weft.memory.plan.shape import Shape
+from weft.memory.planning.check import Tier, check
+from weft.memory.planning.improve import Gaps, descend, fill
+from weft.memory.planning.offload import Offload, _Link
+from weft.memory.planning.retention import Retention
+from weft.memory.planning.shape import Shape
 
 
 def one_long_gap(middle: int = 5):

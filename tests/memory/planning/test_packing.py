@@ -5,13 +5,13 @@ import random
 
 import numpy as np
 import pytest
-from tests.memory.plan.test_retention import moves
-from tests.memory.plan.traces import chain, eager, random_step
+from tests.memory.planning.test_retention import moves
+from tests.memory.planning.traces import chain, eager, random_step
 
-from weft.memory.plan.check import check
-from weft.memory.plan.packing import Boxes, boxes, first_fit, inside, load, outside_bytes, pack, place
-from weft.memory.plan.retention import Retention
-from weft.memory.plan.shape import Shape
+from weft.memory.planning.check import check
+from weft.memory.planning.packing import Boxes, boxes, first_fit, inside, load, outside_bytes, pack, place
+from weft.memory.planning.retention import Retention
+from weft.memory.planning.shape import Shape
 
 
 def some_boxes(seed: int, count: int, times: int = 12) -> Boxes:

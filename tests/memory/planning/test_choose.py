@@ -3,14 +3,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.memory.plan.traces import Builder, chain, random_step, transformer
+from tests.memory.planning.traces import Builder, chain, random_step, transformer
 
 from weft.errors import BudgetError
 from weft.memory.core.policy import POLICIES
 from weft.memory.core.simulate import simulate
-from weft.memory.plan.check import Tier, check
-from weft.memory.plan.memory_plan import MemoryPlan, size
-from weft.memory.plan.planning import frontier, least, plan
+from weft.memory.planning.check import Tier, check
+from weft.memory.planning.choose import frontier, least, plan
+from weft.memory.planning.memory_plan import MemoryPlan, size
 
 UNIT = 64 * 1024
 

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.memory.plan.traces import Builder, chain, eager, random_step
+from tests.memory.planning.traces import Builder, chain, eager, random_step
 
-from weft.memory.plan.check import Tier, check
+from weft.memory.planning.check import Tier, check
 from weft.memory.schedule import Action, Schedule
 
 

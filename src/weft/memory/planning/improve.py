@@ -26,9 +26,9 @@ from typing import final
 
 import numpy as np
 
-from weft.memory.plan.ranges import most_between
-from weft.memory.plan.retention import Retention
-from weft.memory.plan.shape import Shape
+from weft.memory.planning.ranges import most_between
+from weft.memory.planning.retention import Retention
+from weft.memory.planning.shape import Shape
 
 __all__ = ["Gaps", "descend", "fill", "search", "smallest", "step_down"]
 

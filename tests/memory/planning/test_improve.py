@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import pytest
-from tests.memory.plan.test_retention import copied, state
-from tests.memory.plan.traces import chain, random_step, transformer
+from tests.memory.planning.test_retention import copied, state
+from tests.memory.planning.traces import chain, random_step, transformer
 
 from weft.errors import BudgetError
-from weft.memory.plan.check import check
-from weft.memory.plan.improve import Gaps, descend, fill, search, smallest
-from weft.memory.plan.optimum import optimum
-from weft.memory.plan.retention import Retention
-from weft.memory.plan.shape import Shape
+from weft.memory.planning.check import check
+from weft.memory.planning.improve import Gaps, descend, fill, search, smallest
+from weft.memory.planning.optimum import optimum
+from weft.memory.planning.retention import Retention
+from weft.memory.planning.shape import Shape
 
 
 def floor(shape: Shape) -> int:

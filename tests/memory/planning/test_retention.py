@@ -4,11 +4,11 @@ import random
 
 import numpy as np
 import pytest
-from tests.memory.plan.traces import chain, eager, random_step
+from tests.memory.planning.traces import chain, eager, random_step
 
-from weft.memory.plan.check import Tier, check
-from weft.memory.plan.retention import Retention, Trip
-from weft.memory.plan.shape import Shape
+from weft.memory.planning.check import Tier, check
+from weft.memory.planning.retention import Retention, Trip
+from weft.memory.planning.shape import Shape
 
 
 def state(plan: Retention):

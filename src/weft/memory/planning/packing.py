@@ -19,7 +19,7 @@ from typing import final
 
 import numpy as np
 
-from weft.memory.plan.ranges import most_between
+from weft.memory.planning.ranges import most_between
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 

@@ -2,7 +2,7 @@
 
 Method     a budget below what a single operator needs is refused at once; a step that fits as it is, is left as it is;
            otherwise every start that fits (greedy descents, simulated policies, the smallest plan known) is a candidate, the
-           cheapest is improved (`weft.memory.plan.improve`), gets addresses (`packing`) and is judged (`check`). The optimum
+           cheapest is improved (`weft.memory.planning.improve`), gets addresses (`packing`) and is judged (`check`). The optimum
            of very small steps and, with a lower tier, plans that send values there (`offload`) are candidates as well.
 Guarantee  what is returned has passed `check` and needs at most the budget, arena included. The search is a heuristic and is
            bounded by counted work, not by a clock: the same trace and budget give the same plan on every machine.
@@ -20,14 +20,14 @@ from weft.cluster.units import quantity
 from weft.errors import BudgetError
 from weft.memory.core.policy import POLICIES
 from weft.memory.core.simulate import simulate
-from weft.memory.plan import improve
-from weft.memory.plan.check import Tier, check
-from weft.memory.plan.memory_plan import MemoryPlan
-from weft.memory.plan.offload import Offload
-from weft.memory.plan.optimum import optimum
-from weft.memory.plan.packing import place
-from weft.memory.plan.retention import Retention
-from weft.memory.plan.shape import Shape
+from weft.memory.planning import improve
+from weft.memory.planning.check import Tier, check
+from weft.memory.planning.memory_plan import MemoryPlan
+from weft.memory.planning.offload import Offload
+from weft.memory.planning.optimum import optimum
+from weft.memory.planning.packing import place
+from weft.memory.planning.retention import Retention
+from weft.memory.planning.shape import Shape
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
 from weft.names import pick

@@ -10,7 +10,7 @@ from typing import final
 
 import numpy as np
 
-from weft.memory.plan.packing import inside, outside_bytes
+from weft.memory.planning.packing import inside, outside_bytes
 from weft.memory.record import Trace
 
 __all__ = ["Shape"]

@@ -24,8 +24,8 @@ from typing import final
 
 import numpy as np
 
-from weft.memory.plan.check import Tier
-from weft.memory.plan.retention import Retention, Trip
+from weft.memory.planning.check import Tier
+from weft.memory.planning.retention import Retention, Trip
 
 __all__ = ["Offload"]
 

@@ -29,7 +29,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from weft.memory.plan.shape import Shape
+from weft.memory.planning.shape import Shape
 from weft.memory.schedule import Action, Schedule
 
 __all__ = ["Retention", "Shape", "Trip"]
