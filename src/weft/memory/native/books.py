@@ -76,17 +76,26 @@ def declare(library: ctypes.PyDLL, functions: dict[str, tuple[object, list[objec
     return library
 
 
-@cache
-def allocator() -> ctypes.PyDLL:
-    """The CPU allocator's library, its functions declared. Not put in place yet: `ledger` does that.
+def declared(name: str, functions: dict[str, tuple[object, list[object]]]) -> ctypes.PyDLL:
+    """An allocator's library, its functions declared.
 
     Raises:
-        NativeUnavailable: it cannot be built or loaded.
+        NativeUnavailable: it cannot be built or loaded, or is of another version.
     """
-    library = declare(load("allocator"), ALLOCATOR)
+    library = declare(load(name), functions)
     if library.weft_version() != VERSION:
         raise NativeUnavailable(f"the built library has version {library.weft_version()}, this weft needs {VERSION}")
     return library
+
+
+@cache
+def allocator() -> ctypes.PyDLL:
+    """The CPU allocator's library. Not put in place yet: `ledger` does that.
+
+    Raises:
+        NativeUnavailable: see `declared`.
+    """
+    return declared("allocator", ALLOCATOR)
 
 
 @final

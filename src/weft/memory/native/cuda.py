@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 
 from weft.memory.native.arena import Arena
-from weft.memory.native.books import CONTROL, VERSION, Ledger, declare
-from weft.memory.native.build import NativeUnavailable, build, load
+from weft.memory.native.books import CONTROL, Ledger, declared
+from weft.memory.native.build import NativeUnavailable, build
 
 __all__ = ["arena", "install", "installed", "library"]
 
@@ -41,15 +41,12 @@ FUNCTIONS: dict[str, tuple[object, list[object]]] = {  # in cuda.cpp
 
 @cache
 def library() -> ctypes.PyDLL:
-    """The allocator's library, its functions declared; it has no driver yet.
+    """The allocator's library; it has no driver yet.
 
     Raises:
-        NativeUnavailable: it cannot be built or loaded.
+        NativeUnavailable: see `declared`.
     """
-    found = declare(load("cuda"), FUNCTIONS)
-    if found.weft_version() != VERSION:
-        raise NativeUnavailable(f"the built library has version {found.weft_version()}, this weft needs {VERSION}")
-    return found
+    return declared("cuda", FUNCTIONS)
 
 
 _installed: list[Ledger] = []
