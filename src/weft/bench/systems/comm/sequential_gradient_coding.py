@@ -8,15 +8,16 @@ of them made late by a competing load, four networks on digits, in two settings:
     light load, long bursts      a message costs 0.6 ms however few images it covers, all 1 797 cost 2 ms, and M-SGC sends
                                  W - 1 + B a round where GC sends one; a burst lasts some ten rounds, and with four models B is
                                  at most 2. GC is made for that. M-SGC waits in each burst: its claim is not met there.
-    costly load, short bursts    with the third replay's lateness M-SGC beats GC(2), which computes three times as much. With
-                                 eight workers on two cores waiting for all is cheaper still, and `fit` says so.
+    costly load, short bursts    with the third replay's lateness M-SGC takes less time than GC(2), which computes three times
+                                 as much, but `fit` chose lambda = 0 for it: no code at all. With eight workers on two cores
+                                 waiting for all is cheaper still. So these rows carry no claim.
 
 Baselines are waiting for all, as DDP does, and dropping the slowest, whose loss is shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from weft.bench.system import Claim, Results, Row, System, ratio, value
 
@@ -30,17 +31,13 @@ def worst_fit(results: Results) -> float:
     return max(results[f"{row}, ours", "fit_against_hindsight"] for row in PAPER)
 
 
-LIGHT, COSTLY = "real, light load, long bursts", "real, costly load, short bursts"
+LIGHT = "real, light load, long bursts"
 
 
-def m_sgc(setting: str) -> Callable[[Results], float]:
+def m_sgc(results: Results) -> float:
     """M-SGC / GC wall time, over what it may be: 1, or 0.9 where the measured slope is at least 20."""
-
-    def over(results: Results) -> float:
-        allowed = 0.9 if results[f"{setting}: M-SGC", "measured_slope"] >= 20 else 1.0
-        return ratio("wall_seconds", f"{setting}: M-SGC", f"{setting}: GC")(results) / allowed
-
-    return over
+    allowed = 0.9 if results[f"{LIGHT}: M-SGC", "measured_slope"] >= 20 else 1.0
+    return ratio("wall_seconds", f"{LIGHT}: M-SGC", f"{LIGHT}: GC")(results) / allowed
 
 
 SYSTEM = System(
@@ -71,13 +68,10 @@ SYSTEM = System(
             ratio("wall_seconds", f"{LIGHT}: uncoded, wait for all", f"{LIGHT}: GC"),
             at_least=1.4,
         ),
-        *(
-            Claim(
-                f"{setting}: wall seconds, M-SGC / GC, over 1 (0.9 where the measured slope is 20 or more)",
-                m_sgc(setting),
-                at_most=1.0,
-            )
-            for setting in (LIGHT, COSTLY)
+        Claim(
+            f"{LIGHT}: wall seconds, M-SGC / GC, over 1 (0.9 where the measured slope is 20 or more)",
+            m_sgc,
+            at_most=1.0,
         ),
         Claim("replays: fit / best in hindsight, the worst of four", worst_fit, at_most=1.03),
         *(
