@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -18,7 +19,7 @@ SYSTEM = System(
 
 @pytest.fixture
 def record():
-    return run_system(SYSTEM, lambda seed: [Row("m", x=0.5)]).to_record()
+    return run_system(SYSTEM, lambda seed: [Row("m", x=0.5, never=math.inf)]).to_record()
 
 
 def test_round_trip(record, tmp_path):
@@ -32,6 +33,7 @@ def test_round_trip(record, tmp_path):
 
 def test_a_missed_measure_is_recorded_as_null(record):
     assert [(c["value"], c["met"]) for c in record["claims"]] == [(0.5, True), (None, False)]
+    assert record["rows"] == [{"method": "m", "x": 0.5, "never": None}]
     json.dumps(record, allow_nan=False)
 
 

@@ -6,6 +6,7 @@ the table for people                `render`
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Outcome:
         return all(claim.met for claim in self.claims)
 
     def to_record(self) -> dict[str, Any]:
-        """The JSON value that `benchmarks/` keeps."""
+        """The JSON value that `benchmarks/` keeps. What was not measured, or not reached (infinite seconds), is null."""
         return {
             "system": self.system.name,
             "paper": self.system.paper,
@@ -56,12 +57,16 @@ class Outcome:
             "versions": record.versions(),
             "seeds": list(self.seeds),
             "seconds": round(self.seconds, 1),
-            "rows": [row.to_dict() for row in self.results.rows],
+            "rows": [{key: _finite(value) for key, value in row.to_dict().items()} for row in self.results.rows],
             "claims": [
-                {"text": c.text, "bound": c.bound, "value": None if c.number != c.number else c.number, "met": c.met}
-                for c in self.claims
+                {"text": c.text, "bound": c.bound, "value": _finite(c.number), "met": c.met} for c in self.claims
             ],
         }
+
+
+def _finite(value: Any) -> Any:
+    """None for NaN and infinities, which are no JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def judge(system: System, results: Results) -> tuple[Judged, ...]:
