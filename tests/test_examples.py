@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-LONG = ("checkpoint_reshard.py", "huggingface.py", "manual_plan.py")  # 10 s and more each
+LONG = (  # 10 s and more each
+    "checkpoint_reshard.py",
+    "comm_layerwise.py",
+    "comm_stragglers.py",
+    "huggingface.py",
+    "manual_plan.py",
+    "unlike_devices.py",
+)
 
 
 @pytest.mark.parametrize(

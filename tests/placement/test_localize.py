@@ -142,7 +142,7 @@ def test_random_legal_plans_equal_one_device(build, mesh):
         assert_equals_one_device(assignment, graph, model, batch)
 
 
-@pytest.mark.parametrize("build", [attention, convolutional])
+@pytest.mark.parametrize("build", [pytest.param(attention, marks=pytest.mark.slow), convolutional])
 def test_three_mesh_axes_equal_one_device(build):
     torch.manual_seed(0)
     model, batch = build()

@@ -278,6 +278,7 @@ def test_sizes_that_are_none(budget, options, says):
         backend(budget, **options)
 
 
+@pytest.mark.slow
 def test_it_says_what_was_decided():
     fixed, peak = bytes_of("gpt")
     engine = backend(f"{int(0.8 * peak)}")
