@@ -4,9 +4,9 @@ Two gloo processes in network namespaces of their own, joined by a cable with a 
 limit (the honest negative: there the codec costs more than the bytes). The model is a byte-level transformer of 6.5 million
 parameters on tinyshakespeare; batches are small (4 windows of 64 bytes a rank for the times, 2 for the training) so that all ends
 in minutes. Quality: the same steps, seeds and learning rates for every method, 300 steps; a residual network of 3 blocks on 4,000
-lossless images of CIFAR-10 (1,000 of them held out), 16 epochs of 93 steps, mean of three seeds. Both are short for the method: an
-entry waits about 1/ratio steps until it is sent. That explains part of the residual network's loss of accuracy, not all: three
-times as many steps left 3.4 points, also to a DGC written by brute force. The rest is open.
+lossless images of CIFAR-10 (1,000 of them held out), 16 epochs of 93 steps, mean of three seeds. Both are short for the method:
+an entry waits about 1/ratio steps until it is sent. That explains part of the residual network's loss of accuracy, not all: with
+three times as many steps 3.4 points were left. A DGC written by brute force loses as much. The rest is open.
 """
 
 from __future__ import annotations
