@@ -105,9 +105,8 @@ class LinearCodec(Codec):
     """A codec whose messages are averaged on the wire by all-reduce, in one or several rounds."""
 
     num_rounds: int = 1  # for predictions of cost
-    elementwise: bool = (
-        False  # one round, in which every entry goes by itself: a piece's message is the message's piece
-    )
+    # One round, in which every entry goes by itself: a piece's message is the message's piece.
+    elementwise: bool = False
 
     @abc.abstractmethod
     def rounds(

@@ -314,9 +314,7 @@ class Handle:
         """
         memory, core = self.exchange.memory, self.exchange.core
         momentum: float = memory.momentum  # type: ignore[attr-defined]
-        scale = float(
-            getattr(optimizer, "grad_scale", None) or 1.0
-        )  # of a fused optimizer, which divides gradients by it
+        scale = float(getattr(optimizer, "grad_scale", None) or 1.0)  # a fused optimizer divides gradients by it
         for group in optimizer.param_groups:
             decay, sign = group["weight_decay"], -scale if group.get("maximize") else scale
             for parameter in group["params"]:

@@ -234,21 +234,11 @@ class CombiningBucket(Bucket):
     `encode` sets `combined`, `up` sets `rows` and `broken`; `down` delivers what `mix` makes of them.
     """
 
-    def __init__(
-        self,
-        exchange: Core,
-        items: list[Item],
-        step: int,
-        last: bool,
-        done: Callable[[BaseException | None], None],
-        words: tuple[str, ...] = (),
-    ):
-        super().__init__(exchange, items, step, last, done, words)
-        self.combined: list[tuple[Codec, Spec, Setting]] = []  # how the tensors are coded that this rank combines
-        self.rows: list[list[tuple[Tensor, ...]]] = []  # every rank's messages for them; none where nothing is combined
-        self.broken: list[bool] = []  # whose gradients are not finite
-        self.poisoned = False  # so that the step changes nothing
-        self._row: list[float] | None = None
+    combined: Sequence[tuple[Codec, Spec, Setting]] = ()  # how the tensors are coded that this rank combines
+    rows: Sequence[list[tuple[Tensor, ...]]] = ()  # every rank's messages for them; none where nothing is combined
+    broken: Sequence[bool] = ()  # whose gradients are not finite
+    poisoned = False  # so that the step changes nothing
+    _row: list[float] | None = None
 
     def run(self) -> Iterator[dist.Work]:
         exchange = self.exchange
