@@ -61,9 +61,11 @@ def test_skipped_blocks_say_why():
 
 
 def test_the_numbers_are_those_of_the_records():
-    from weft.bench.report import numbers, readme_with
+    from weft.bench.report import numbers, readme_with, systems_page
 
-    assert readme_with(README, numbers(ROOT / "benchmarks")) == README, "run: make docs"
+    folder = ROOT / "benchmarks"
+    assert readme_with(README, numbers(folder)) == README, "run: make docs"
+    assert systems_page(folder) == (ROOT / "docs" / "systems.md").read_text(), "run: make docs"
 
 
 def test_local_links_lead_somewhere():

@@ -2,7 +2,8 @@
 
     python -m weft.bench.report     (or `make docs`)
 
-No number in README is typed by hand: it stands between two marks, and a test compares it with the records.
+README has a line per system and what is missed, docs/systems.md every claim. No number is typed by hand: a test compares both
+with the records.
 """
 
 from __future__ import annotations
@@ -21,32 +22,63 @@ BEGIN, END = "<!-- numbers: begin (make docs) -->", "<!-- numbers: end -->"
 
 
 def numbers(folder: Path) -> str:
-    """Markdown: for every system its newest record's claims, each with bound, measured value and verdict, and the machine."""
-    parts = []
+    """Markdown: a line per system, with its first claim, and under it each claim that its newest record misses."""
+    lines = [
+        "| system | claims met | the first of them | bound | measured |",
+        "| --- | --: | --- | --: | --: |",
+    ]
+    missed = []
     for system in every_system():
-        records = find_records(folder, system.name) if folder.is_dir() else []
-        if records:
-            parts.append(_table(system, records[0]))
-    return "\n\n".join(parts) if parts else "No results are recorded yet: `make bench` measures them."
+        if record := _newest(folder, system):
+            claims = record["claims"]
+            first = claims[0]
+            lines.append(
+                f"| [{system.name}](docs/systems.md#{system.name}) | {sum(c['met'] for c in claims)} of {len(claims)} "
+                f"| {first['text']} | {first['bound']} | {_measured(first)} |"
+            )
+            missed += [
+                f"- {system.name}: {claim['text']}: {_measured(claim)}, bound {claim['bound']}"
+                for claim in claims
+                if not claim["met"]
+            ]
+    if len(lines) == 2:
+        return "No results are recorded yet: `make bench` measures them."
+    return "\n".join([*lines, "", "Missed so far:", "", *missed] if missed else lines)
 
 
-def _table(system: System, record: dict[str, Any]) -> str:
+def _newest(folder: Path, system: System) -> dict[str, Any] | None:
+    records = find_records(folder, system.name) if folder.is_dir() else []
+    return records[0] if records else None
+
+
+def _measured(claim: dict[str, Any]) -> str:
+    return "not measured" if claim["value"] is None else f"{claim['value']:.3g}"
+
+
+def _setting(record: dict[str, Any]) -> str:
+    """Where and when a record was made."""
     machine, versions = record["machine"], record["versions"]
     processor = " ".join(machine["processor"].replace("(R)", "").replace("(TM)", "").split())
     setting = f"{processor}, {machine['cores']} cores, {round(machine['memory'] / 2**30)} GiB"
     setting += f", {len(machine['accelerators'])} × {machine['accelerators'][0]}" if machine["accelerators"] else ""
     count = len(record["seeds"])
-    lines = [
-        f"**{system.name}** ({system.title}, [{system.paper}]({link(system.paper)}))  ",
-        f"{setting}; torch {versions['torch']}, {record['date']}, {count} seed{'s' if count > 1 else ''}",
+    return f"{setting}; torch {versions['torch']}, {record['date']}, {count} seed{'s' if count > 1 else ''}"
+
+
+def _claims(system: System, record: dict[str, Any] | None) -> list[str]:
+    """Markdown: the claims of a system, with what was measured if there is a record."""
+    if record is None:
+        return ["| claim | bound |", "| --- | --: |", *(f"| {claim.text} | {claim.bound} |" for claim in system.claims)]
+    return [
+        f"Measured on {_setting(record)}:",
         "",
         "| claim | bound | measured | |",
         "| --- | --: | --: | --- |",
+        *(
+            f"| {claim['text']} | {claim['bound']} | {_measured(claim)} | {'met' if claim['met'] else '**missed**'} |"
+            for claim in record["claims"]
+        ),
     ]
-    for claim in record["claims"]:
-        number = "not measured" if claim["value"] is None else f"{claim['value']:.3g}"
-        lines.append(f"| {claim['text']} | {claim['bound']} | {number} | {'met' if claim['met'] else '**missed**'} |")
-    return "\n".join(lines)
 
 
 def link(paper: str) -> str:
@@ -68,13 +100,14 @@ def readme_with(readme: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
-def systems_page() -> str:
-    """docs/systems.md: the catalogue, one section per system."""
+def systems_page(folder: Path) -> str:
+    """docs/systems.md: the catalogue, one section per system, with the numbers of its newest record in the folder."""
     lines = [
         "# The published systems in weft",
         "",
         "Written by `make docs` from the catalogue (`weft.bench.CATALOGUE`); do not edit. `weft systems` prints the same, and",
-        "`weft bench NAME` measures a system's claims on your machine.",
+        "`weft bench NAME` measures a system's claims on your machine: side by side in one run, each method taking",
+        "turns step by step in the same processes. Ratios are of medians.",
     ]
     for system in every_system():
         lines += [
@@ -90,9 +123,7 @@ def systems_page() -> str:
             f"**Measured against** {', '.join(system.baselines)}; about {system.minutes:g} minutes. "
             f"**Proved by** {', '.join(f'[{test}](../{test})' for test in system.tests)}.",
             "",
-            "| claim | bound |",
-            "| --- | --: |",
-            *(f"| {claim.text} | {claim.bound} |" for claim in system.claims),
+            *_claims(system, _newest(folder, system)),
         ]
     return "\n".join(lines) + "\n"
 
@@ -104,8 +135,9 @@ def main(root: Path | None = None) -> int:
     if not readme.is_file():
         print(f"weft: no README.md in {root}; run this in the repository", file=sys.stderr)
         return 2
-    readme.write_text(readme_with(readme.read_text(), numbers(root / "benchmarks")))
-    (root / "docs" / "systems.md").write_text(systems_page())
+    folder = root / "benchmarks"
+    readme.write_text(readme_with(readme.read_text(), numbers(folder)))
+    (root / "docs" / "systems.md").write_text(systems_page(folder))
     print("wrote README.md and docs/systems.md")
     return 0
 
