@@ -115,6 +115,7 @@ def test_plain_values_are_part_of_the_program():
         ({1: X}, None, "keys must be strings"),
         ((X,), F.mse_loss, "inputs and a target"),
         ((X, Y), lambda out, y: out, "loss: must return a scalar tensor"),
+        ((X, Y), lambda out: out.sum(), r"loss: must take \(output, target\).*got one of \(out\)"),
         (X, None, "without loss= the output must be a scalar"),
     ],
 )

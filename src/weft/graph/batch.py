@@ -89,8 +89,10 @@ def call(
     With `scalar=False` a model without a loss may also return its first tensor, whatever its shape.
 
     Raises:
-        ValueError: there is no scalar to minimise, or the batch is an empty list.
+        ValueError: there is no scalar to minimise, the loss does not take two arguments, or the batch is an empty list.
     """
+    if loss is not None:
+        _check_loss(loss)
     if isinstance(batch, Mapping):
         batch = dict(batch)
         output = model(**(batch if loss is None else _accepted(model, batch)))
@@ -106,6 +108,21 @@ def call(
         output = model(batch)
         value = output if loss is None else loss(output, batch)
     return _scalar_of(value, loss is not None, scalar)
+
+
+def _check_loss(loss: Callable[..., Any]) -> None:
+    """Said before the model runs: the error of the call itself would look like one of the model's."""
+    try:
+        signature = inspect.signature(loss)
+    except ValueError:  # a builtin without one
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"loss: must take (output, target) or, for a dict batch, (output, batch), got one of {signature}: {error}. "
+            "Leave loss out if the model returns its loss"
+        ) from None
 
 
 def _accepted(model: Callable[..., Any], batch: dict[str, Any]) -> dict[str, Any]:

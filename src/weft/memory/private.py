@@ -7,7 +7,8 @@
     shaped       a tensor over a storage, from its geometry
     QuickMode    a dispatch mode without dynamo's wrapper; `direct` calls an operator below it
     compiling    torch's ahead-of-time autograd: `Compiling`, and `inductor`, loaded when first asked for
-    tracing      `sequence_number`, `backward_node`, `in_backward`: which autograd node a call belongs to; `FakeTensorMode`
+    tracing      `sequence_number`, `backward_node`, `in_backward`: which autograd node a call belongs to
+    fakes        `FakeTensorMode`, and `unlogged`, without what torch logs of calls that fakes may not do
 
 What was measured on torch 2.13: `UntypedStorage` objects are kept alive by their StorageImpl, with their `__dict__` and weak
 references, so an attribute set on one is found through any tensor over the same bytes, and a weak reference dies with the
@@ -22,6 +23,7 @@ Fallback   where swapping is missing, `SWAPS` is False and `empty_out` / `fill` 
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +76,7 @@ __all__ = [
     "storage_of",
     "swap",
     "tie_of",
+    "unlogged",
 ]
 
 storage_of: Callable[[Tensor], torch.UntypedStorage] = torch.Tensor.untyped_storage
@@ -252,6 +255,17 @@ except (AttributeError, ImportError) as error:
     raise ImportError(
         f"weft.memory cannot trace with torch {torch.__version__}: {error}; it works with torch 2.13"
     ) from error
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Without torch's log of what fake tensors may not do: it is told otherwise, by an error, a note or a real run."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
 def sequence_number() -> int:

@@ -471,3 +471,15 @@ def test_collectives(pool):
     found = pool(2).run(_all_reduce)
     expected = chain(chain(torch.full((64, 64), 1.0), 3) + chain(torch.full((64, 64), 2.0), 3), 5)
     assert found == [float(expected.sum())] * 2
+
+
+def test_an_operator_that_fake_tensors_refuse_runs_and_nothing_is_said(caplog):
+    experts, x = torch.randn(3, 16, 32), torch.randn(64, 16, requires_grad=True)
+    ends = torch.tensor([16, 40, 64], dtype=torch.int32)
+
+    def step():
+        y = F.grouped_mm(chain(x), experts, offs=ends)  # of float32 there is a kernel, and no fake one
+        return torch.autograd.grad(chain(y).sum(), x)
+
+    under(40 * KIB, step)
+    assert not caplog.records

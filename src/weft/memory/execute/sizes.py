@@ -16,7 +16,7 @@ from torch import Tensor
 
 from weft.memory.execute.calls import flat
 from weft.memory.execute.facts import Facts
-from weft.memory.private import FakeTensorMode, storage_of
+from weft.memory.private import FakeTensorMode, storage_of, unlogged
 
 __all__ = ["SETTLED", "Size", "Sizes"]
 
@@ -65,7 +65,7 @@ class Sizes:
 def foresee(facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Bytes of each storage that a call would make, from a run on fake tensors; None if only a real run can tell."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
             stand_ins: dict[int, Tensor] = {}  # by storage, so that an output in an argument's bytes is seen
             fakes = [_fake(value, stand_ins) for value in args]
             named = {name: _fake(value, stand_ins) for name, value in kwargs.items()}

@@ -11,7 +11,6 @@ Costs: measured operator by operator where the device is at hand, else from rate
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from weft.cluster.device import Device
 from weft.cluster.library import device as library_device
 from weft.graph.batch import call, flatten_batch
+from weft.memory.private import unlogged
 from weft.memory.record import Trace
 from weft.memory.tracing.costs import CostTable, clock, gauge, measure_operators
 from weft.memory.tracing.fakes import AsCuda, AsKernels, Fakes, at_once, emulates_cuda
@@ -71,7 +71,7 @@ def trace(
     problem: Exception | None = None
     if fake is not False:
         try:
-            with _quiet():
+            with unlogged():
                 return _fake(step, where, costs)
         except (
             Exception
@@ -247,17 +247,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch logs what a fake tensor may not do; that is said by the error, or by a note in the trace."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was
 
 
 def _first_line(error: Exception) -> str:
