@@ -296,3 +296,9 @@ def test_bad_settings_are_named_too(name, setting):
         codec.message(spec, setting)
     with pytest.raises(ValueError, match=r"must be .*got"):
         codec.encode(torch.ones(16), spec, state(), setting, 0)
+
+
+def test_a_cast_takes_torchs_types():
+    assert Cast(torch.bfloat16) == Cast("bfloat16")
+    with pytest.raises(ValueError, match=r"must be one of \['bfloat16', 'float16'\], got torch.int8"):
+        Cast(torch.int8)

@@ -61,25 +61,31 @@ class Cast(LinearCodec):
     float32's whole range. Relative rounding error at most 2^-11 and 2^-8 of an entry in range. Sums are made in that type too.
 
     Attributes:
-        dtype: "float16" or "bfloat16".
+        dtype: "float16" or "bfloat16", by name or as torch's; kept by name.
     """
 
-    dtype: str = "float16"
+    dtype: str | torch.dtype = "float16"
 
     elementwise = True
 
     def __post_init__(self) -> None:
-        if self.dtype not in WIDTHS:
+        name = str(self.dtype).removeprefix("torch.")
+        if name not in WIDTHS:
             raise ValueError(f"Cast: dtype must be one of {sorted(WIDTHS)}, got {self.dtype!r}")
+        object.__setattr__(self, "dtype", name)
+
+    @property
+    def _type(self) -> torch.dtype:
+        return WIDTHS[str(self.dtype)]
 
     def default(self, spec: Spec) -> Setting:
         return 16
 
     def message(self, spec: Spec, setting: Setting) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        return (((spec.numel,), WIDTHS[self.dtype]),)
+        return (((spec.numel,), self._type),)
 
     def encode(self, x: Tensor, spec: Spec, state: State, setting: Setting, step: int) -> tuple[Tensor, ...]:
-        return (x.to(WIDTHS[self.dtype]),)
+        return (x.to(self._type),)
 
     def decode(self, message: Sequence[Tensor], spec: Spec, setting: Setting) -> Tensor:
         return message[0].float()
@@ -87,8 +93,8 @@ class Cast(LinearCodec):
     def rounds(
         self, x: Tensor, spec: Spec, state: State, setting: Setting, step: int
     ) -> Generator[Tensor, Tensor, Tensor]:
-        mean = yield x.to(WIDTHS[self.dtype])
+        mean = yield x.to(self._type)
         return mean.float()
 
     def own(self, x: Tensor, mean: Tensor, spec: Spec, state: State, setting: Setting) -> tuple[Tensor, Tensor | None]:
-        return x.to(WIDTHS[self.dtype]).float(), None
+        return x.to(self._type).float(), None
