@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from tests.cluster.test_costs import clusters
 
-from weft.cluster import DEVICES, KINDS, LINKS, Cluster, ClusterError
+from weft.cluster import DEVICES, KINDS, LINKS, Cluster, ClusterError, Tier
 from weft.cluster.units import quantity
 
 LAB = """\
 name: lab
 kinds:
-  edge-core: {like: cpu-core, memory: 2 GiB, rates: {matmul: {flops: 20 GFLOP/s}}}
+  edge-core: {like: cpu-core, memory: 2 GiB, rates: {matmul: {flops: 20 GFLOP/s}}, offload: {to: disk, type: pcie3, latency: 0}}
   asic:
     memory: 16e9
     overlap: 0.5
@@ -24,7 +24,7 @@ kinds:
       default: {flops: {float32: 1 TFLOP/s, bfloat16: 8e12}, bandwidth: 100 GB/s, overhead: 2 us}
 devices:
   - {device: A100-80GB, count: 4, host: alpha}
-  - {device: V100-16GB, count: 2, host: beta}
+  - {device: V100-16GB, count: 2, host: beta, offload: {to: host, type: pcie3, latency: 50 us, capacity: 64 GiB}}
   - device: edge-core
     name: edge
     host: edge
@@ -65,6 +65,12 @@ def test_what_a_file_means(lab):
     assert edge.rate("norm") == cluster.subset([6])[0].rate("norm")
     assert asic.memory == 16_000_000_000 and asic.rate("conv").flops_of("bfloat16") == 8e12
     assert asic.rate("conv").overhead == 2e-6
+    assert cluster[4].offload == cluster[5].offload == Tier(LINKS["pcie3"].bandwidth, 50 * 1e-6, 64 << 30, "host")
+    assert (
+        edge.offload == Tier(LINKS["pcie3"].bandwidth, name="disk")
+        and asic.offload is None
+        and not cluster[4].same_as(DEVICES["V100-16GB"])
+    )
 
 
 def test_round_trips(lab, tmp_path):
@@ -132,6 +138,11 @@ MISTAKES = [
     ("link: pcie4", "link: pcie4, latency: 1", 25, "give either link: NAME or latency and bandwidth"),
     ("bfloat16: 8e12", "bloat16: 8e12", 8, "flops has no 'bloat16'; did you mean bfloat16"),
     ("shared: true", "shared: 3", 22, "shared must be true or false, got 3"),
+    ("to: disk", "to: tape", 3, "to must be host or disk, got 'tape'"),
+    ("to: disk", "to: host", 3, "the host's memory is that of a cpu-core itself; offload to: disk"),
+    ("to: disk, ", "", 3, "to is missing (host or disk)"),
+    ("capacity: 64 GiB", "capacity: 0", 11, "capacity must be > 0 bytes, got 0"),
+    ("capacity: 64 GiB", "shared: true", 11, "offload has no 'shared'"),
 ]
 
 
@@ -213,8 +224,12 @@ def test_the_documentation_holds():
     import yaml
 
     text = (Path(__file__).resolve().parents[2] / "docs" / "cluster-file.md").read_text(encoding="utf-8")
-    first, kinds, pairs = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    first, kinds, tiers, pairs = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
     assert len(Cluster.from_dict(first)) == 6
+    below = [device.offload for device in Cluster.from_dict(tiers)]
+    assert below == [Tier(LINKS["pcie4"].bandwidth, LINKS["pcie4"].latency, 200 << 30, "host")] * 4 + [
+        Tier(5e8, 100 * 1e-6, name="disk")
+    ]
     devices = [{"device": "edge-core", "host": "edge"}, {"device": "asic", "host": "alpha"}, *["T4"] * 4]
     whole = {**kinds, **pairs, "devices": devices, "levels": [{"link": "ethernet-10g"}]}
     assert Cluster.from_dict(whole).link(0, 1).latency == 1e-3

@@ -2,6 +2,7 @@
 
     Device, Rate      how fast one device runs each kind of operator (a roofline), and its memory
     Link              latency and bandwidth between two devices
+    Tier              memory below a device, for activations that wait: its host's, a disk
     Cluster, Level    devices and levels of links; from a file, from the library, or measured
     costs             seconds of point-to-point messages and collectives over unlike links (a module)
     DEVICES, LINKS    named devices and links with the sources of their figures
@@ -17,7 +18,7 @@ or a solver until something is measured.
 """
 
 from weft.cluster import costs
-from weft.cluster.device import KINDS, ClusterError, Device, Link, Rate
+from weft.cluster.device import KINDS, ClusterError, Device, Link, Rate, Tier
 from weft.cluster.library import DEVICES, LINKS
 from weft.cluster.profiler import ProfileError, ProfileReport, profile
 from weft.cluster.topology import Cluster, Level
@@ -34,6 +35,7 @@ __all__ = [
     "ProfileError",
     "ProfileReport",
     "Rate",
+    "Tier",
     "costs",
     "profile",
 ]

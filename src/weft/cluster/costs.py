@@ -35,9 +35,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, gcd, log2
 
+from weft.cluster.device import Link
 from weft.cluster.topology import Cluster
 
-__all__ = ["ALGORITHMS", "all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter", "send"]
+__all__ = ["ALGORITHMS", "all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter", "ring_link", "send"]
 
 Ranks = tuple[int, ...]
 
@@ -69,6 +70,20 @@ def all_reduce(
     0.0066
     """
     return _cost(cluster, "all_reduce", ranks, nbytes, None, concurrent, algorithm)
+
+
+def ring_link(cluster: Cluster, ranks: Sequence[int] | None = None, nbytes: float = 1 << 24) -> Link:
+    """The link on which a ring of some devices (None: all) costs what an all-reduce costs on the cluster, at 8 and at `nbytes`
+    bytes: those of a model, not of a message.
+
+    >>> link = ring_link(Cluster.local(processes=2))                                            # doctest: +SKIP
+    """
+    members = tuple(ranks) if ranks is not None else tuple(range(len(cluster)))
+    n = len(members)
+    if n == 1:
+        return Link(0.0, 1e12)
+    small, large = all_reduce(cluster, members, 8), all_reduce(cluster, members, nbytes)
+    return Link(small / (2 * (n - 1)), 2 * (n - 1) / n * (nbytes - 8) / max(large - small, 1e-12))
 
 
 def all_gather(

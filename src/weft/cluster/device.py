@@ -1,8 +1,8 @@
-"""What one device computes and how fast, and what one link carries.
+"""What one device computes and how fast, what one link carries, and what memory there is below a device.
 
 Problem    seconds that a device spends on an operator of known FLOPs and bytes; seconds that a link spends on a message.
 Method     roofline per operator kind:  seconds = calls * overhead + max(flops / rate, nbytes / bandwidth)      `Device.seconds`
-           alpha-beta per link:         seconds = latency + nbytes / bandwidth                                  `Link.seconds`
+           alpha-beta per link:         seconds = latency + nbytes / bandwidth                    `Link.seconds`, `Tier.seconds`
 Source     Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009; Hockney, "The communication challenge for MPP",
            Parallel Computing 20(3), 1994 (alpha-beta).
 
@@ -18,11 +18,12 @@ from typing import Any
 
 from weft.errors import WeftError
 
-__all__ = ["KINDS", "SELF_LINK", "ClusterError", "Device", "Link", "Rate"]
+__all__ = ["KINDS", "SELF_LINK", "TIERS", "ClusterError", "Device", "Link", "Rate", "Tier"]
 
 # Operator kinds with a rate of their own: those of `weft.graph` that cost something, and the optimizer's update.
 KINDS = ("matmul", "conv", "attention", "norm", "elementwise", "gather", "recurrent", "optimizer")
 FREE = frozenset({"view", "none"})  # kinds that move and compute nothing
+TIERS = ("host", "disk")  # what may be below a device
 
 
 class ClusterError(WeftError, ValueError):
@@ -70,6 +71,40 @@ class Rate:
         return min(self.flops.values()) if found is None else found
 
 
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A lower tier that activations can be copied to: the host's memory, a disk.
+
+    Attributes:
+        bandwidth: bytes per second that one device gets over the link to it, > 0; copies there and back share the link.
+        latency: seconds that each copy costs besides, >= 0.
+        capacity: bytes that one device may put there, > 0; `math.inf` is allowed.
+        name: for people ("host", "disk").
+    """
+
+    bandwidth: float
+    latency: float = 0.0
+    capacity: float = math.inf
+    name: str = "host"
+
+    def __post_init__(self) -> None:
+        for what, value, unit in (
+            ("bandwidth", self.bandwidth, "bytes per second"),
+            ("capacity", self.capacity, "bytes"),
+        ):
+            if isinstance(value, bool) or not value > 0:
+                raise ClusterError("", f"{what} must be > 0 {unit}, got {value}")
+        _not_negative("latency", self.latency, "seconds")
+
+    def seconds(self, nbytes: float) -> float:
+        """Seconds to copy `nbytes` one way.
+
+        >>> Tier(bandwidth=1e9, latency=1e-4).seconds(1_000_000)
+        0.0011
+        """
+        return self.latency + nbytes / self.bandwidth
+
+
 @dataclass(frozen=True)
 class Device:
     """One device: an accelerator, or a share of a machine's cores.
@@ -85,6 +120,8 @@ class Device:
         host: machine the device sits in; the default topology groups by it.
         overlap: fraction of communication, in [0, 1], that can hide behind computing. 1 where copy engines do the
             work (GPUs); less where the same cores compute and communicate.
+        offload: the tier below it that activations may wait in, named one of `TIERS`; None if there is none. What lies below a
+            CPU is a disk: the host's memory is its own.
     """
 
     name: str
@@ -93,6 +130,7 @@ class Device:
     rates: Mapping[str, Rate]
     host: str = "localhost"
     overlap: float = 1.0
+    offload: Tier | None = None
     _seconds: dict[tuple[str, str], tuple[float, float, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -104,13 +142,20 @@ class Device:
         object.__setattr__(self, "memory", int(self.memory))
         if not 0.0 <= self.overlap <= 1.0:
             raise ClusterError("", f"overlap must be in [0, 1], got {self.overlap}")
+        if self.offload is not None and self.offload.name not in TIERS:
+            raise ClusterError("", f"to must be {' or '.join(TIERS)}, got {self.offload.name!r}")
+        if self.offload is not None and self.offload.name == "host" and self.kind.startswith("cpu"):
+            raise ClusterError(
+                "", f"the host's memory is that of a {self.kind} itself; offload to: disk, or not at all"
+            )
         if "default" not in self.rates and "elementwise" not in self.rates:
             raise ClusterError(
                 "", "rates must have an entry 'elementwise' or 'default', which kinds without one fall back on"
             )
 
     def __hash__(self) -> int:
-        return hash((self.name, self.kind, self.memory, self.host, self.overlap, tuple(sorted(self.rates))))
+        rates = tuple(sorted(self.rates))
+        return hash((self.name, self.kind, self.memory, self.host, self.overlap, self.offload, rates))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seconds": {}}
@@ -144,9 +189,8 @@ class Device:
 
     def same_as(self, other: Device) -> bool:
         """Whether the two are interchangeable: equal in all but their name and host."""
-        return (self.kind, self.memory, self.overlap) == (other.kind, other.memory, other.overlap) and dict(
-            self.rates
-        ) == dict(other.rates)
+        mine = (self.kind, self.memory, self.overlap, self.offload, dict(self.rates))
+        return mine == (other.kind, other.memory, other.overlap, other.offload, dict(other.rates))
 
 
 @dataclass(frozen=True)

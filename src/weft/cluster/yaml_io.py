@@ -9,6 +9,7 @@ a dictionary the second pass is the same and names the path instead. Writing giv
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from weft.cluster.device import KINDS, ClusterError, Device, Link, Rate
+from weft.cluster.device import KINDS, TIERS, ClusterError, Device, Link, Rate, Tier
 from weft.cluster.library import DEVICES, LINKS
 from weft.cluster.topology import Cluster, Level
 from weft.cluster.units import quantity
@@ -27,13 +28,14 @@ __all__ = ["from_dict", "load", "save", "to_dict"]
 Path_ = tuple[Hashable, ...]
 
 TOP = ("name", "kinds", "devices", "levels", "links")
-KIND = ("like", "kind", "memory", "rates", "overlap")
-DEVICE = ("device", "name", "host", "count", "memory", "rates", "overlap")
+KIND = ("like", "kind", "memory", "rates", "overlap", "offload")
+DEVICE = ("device", "name", "host", "count", "memory", "rates", "overlap", "offload")
 RATE = ("flops", "bandwidth", "overhead")
 LEVEL = ("name", "by", "groups", "link", "links")
 GROUP = ("devices", "link")
 LINK = ("type", "latency", "bandwidth", "shared")
 PAIR = ("between", "link", *LINK)
+OFFLOAD = ("to", "type", "latency", "bandwidth", "capacity")
 DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 
 
@@ -168,7 +170,9 @@ def _kind(name: str, entry: Any, path: Path_, known: Mapping[str, Device], sourc
         rates = _rates(entry["rates"], (*path, "rates"), {}, source)
         with source.at((*path, "rates")):
             base = replace(base, rates=rates)
-    return replace(_changed(base, entry, path, source), kind=str(entry.get("kind", name)))
+    base = _changed(base, entry, path, source)
+    with source.at((*path, "offload")):  # the only figure that depends on the kind
+        return replace(base, kind=str(entry.get("kind", name)))
 
 
 def _changed(base: Device, entry: Mapping[str, Any], path: Path_, source: Source) -> Device:
@@ -180,10 +184,23 @@ def _changed(base: Device, entry: Mapping[str, Any], path: Path_, source: Source
         changes["overlap"] = _number(entry["overlap"], (*path, "overlap"), "a plain number", source)
     if "rates" in entry:
         changes["rates"] = _rates(entry["rates"], (*path, "rates"), base.rates, source)
+    if "offload" in entry:
+        changes["offload"] = _tier(entry["offload"], (*path, "offload"), source)
     for key, value in changes.items():
         with source.at((*path, key)):
             base = replace(base, **{key: value})
     return base
+
+
+def _tier(entry: Any, path: Path_, source: Source) -> Tier | None:
+    """The tier below a device; None takes away what the kind has."""
+    if entry is None:
+        return None
+    entry = _mapping(entry, path, OFFLOAD, source, "offload")
+    to = _needed(entry, "to", path, source, f" ({' or '.join(TIERS)})")
+    link = _link({key: value for key, value in entry.items() if key in LINK}, path, source)
+    capacity = _number(entry["capacity"], (*path, "capacity"), "bytes", source) if "capacity" in entry else math.inf
+    return _at_first_bad(source, path, lambda: Tier(link.bandwidth, link.latency, capacity, str(to)))  # type: ignore[no-any-return]
 
 
 def _rates(entry: Any, path: Path_, base: Mapping[str, Rate], source: Source) -> dict[str, Rate]:
@@ -422,7 +439,13 @@ def _kind_dict(name: str, device: Device) -> dict[str, Any]:
         k: {"flops": dict(rate.flops), "bandwidth": rate.bandwidth, "overhead": rate.overhead}
         for k, rate in device.rates.items()
     }
-    return {**kind, "memory": device.memory, "overlap": device.overlap, "rates": rates}
+    offload = {} if device.offload is None else {"offload": _tier_dict(device.offload)}
+    return {**kind, "memory": device.memory, "overlap": device.overlap, "rates": rates, **offload}
+
+
+def _tier_dict(tier: Tier) -> dict[str, Any]:
+    capacity = {"capacity": tier.capacity} if tier.capacity < math.inf else {}
+    return {"to": tier.name, "latency": tier.latency, "bandwidth": tier.bandwidth, **capacity}
 
 
 def _level_dict(level: Level) -> dict[str, Any]:

@@ -4,11 +4,12 @@
     a step     forward, backward and update of all micro-batches, buckets brought in line    `Keeper.step`
     measured   the most bytes so far, by `weft.memory.meter`                                  `Keeper.peak`
 
-Only operators of this process are repeated. What another process takes part in runs once: the result of a collective stays until
-its last reader, what one is given stays where it is while it lives, and the order on the wire is that of the program. So
-processes need not agree on what they repeat, and a run within bytes gives the bits of one without.
+Only operators of this process are repeated, and only their results wait in the tier below, if the plan has one. What another
+process takes part in runs once: the result of a collective stays until its last reader, what one is given stays where it is
+while it lives, and the order on the wire is that of the program. So processes need not agree on what they repeat or move, and
+a run within bytes gives the bits of one without.
 ZeRO-3's whole copies come and go as `store` says (`Bucket.lend`): they count while they are there, and what is made from them is
-kept rather than made again, since they may have gone by then.
+kept (or moved) rather than made again, since they may have gone by then.
 
 What an operator takes and gives back while it runs (the workspace of a convolution) is not known before it has run. Where the
 native library counts, its first run is capped by what is free, and begins anew, after room has been made, if it asks for more
@@ -27,6 +28,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from weft.cluster import Tier
 from weft.errors import BudgetError
 from weft.memory.execute.limit import Limit, limit
 from weft.memory.meters import Meter, meter
@@ -58,6 +60,7 @@ class Keeper:
         rank: for errors.
         budget: bytes; None for no limit.
         measure: count the most bytes so far. Always on within a budget, if the device can be measured exactly.
+        tier: where activations may wait besides.
     """
 
     def __init__(
@@ -68,12 +71,13 @@ class Keeper:
         rank: int,
         budget: int | None = None,
         measure: bool = False,
+        tier: Tier | None = None,
     ):
         self.rank, self.budget = rank, budget
         self._kept = Kept(store, buffers)
         self._limit: Limit | None = None
         if budget is not None:
-            self._limit = limit(max(1, budget - ASIDE), model=self._kept, device=device, by_hand=True)
+            self._limit = limit(max(1, budget - ASIDE), model=self._kept, device=device, by_hand=True, tier=tier)
             for bucket in store.buckets:
                 bucket.lend = self._limit.lend
         self._meter: Meter | None = None

@@ -55,8 +55,8 @@ def assert_same(one: Run, other: Run) -> None:
     assert not different, different
 
 
-def peak_of(name: str) -> int:
-    """Most bytes that a step of a model takes when nothing is dropped."""
+def kept_and_peak_of(name: str) -> tuple[int, int]:
+    """Bytes between two steps, and the most that a step takes when nothing is dropped."""
     made = make(name)
     manager = limit("1 GiB", model=made.model, replay=False)
     with manager:
@@ -65,4 +65,11 @@ def peak_of(name: str) -> int:
             opt.zero_grad()
             call(made.model, made.batch, made.loss).backward()
             opt.step()
-        return manager._executor.core.arena.most
+        opt.zero_grad()
+        arena = manager._executor.core.arena
+        return arena.used, arena.most
+
+
+def peak_of(name: str) -> int:
+    """Most bytes that a step of a model takes when nothing is dropped."""
+    return kept_and_peak_of(name)[1]

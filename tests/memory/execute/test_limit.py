@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.memory.execute.loops import assert_same, peak_of, train
+from tests.memory.execute.loops import assert_same, kept_and_peak_of, peak_of, train
 from tests.memory.models import MODELS, make, run, snapshot
 from torch import nn
 
@@ -66,12 +66,13 @@ def test_bit_equal_on_every_backend(backend, name, replay):
 @pytest.mark.parametrize("backend", ["count", "native"])
 @pytest.mark.parametrize("name", MODELS)
 def test_grid_of_twenty_budgets(name, backend):
+    """From what is there between steps to the peak. The update's own temporaries are no small part of that in small models."""
     usable(backend)
-    eager, peak, fitted = train(make(name)), peak_of(name), 0
+    eager, (kept, peak), fitted = train(make(name)), kept_and_peak_of(name), 0
     for twentieth in range(1, 21):
-        made = make(name)
+        made, budget = make(name), kept + (peak - kept) * twentieth // 20
         try:
-            found = train(made, within=limit(peak * twentieth // 20, model=made.model, backend=backend))
+            found = train(made, within=limit(budget, model=made.model, backend=backend))
         except BudgetError:
             continue
         fitted += 1
@@ -293,3 +294,36 @@ def test_torch_checkpoint_inside():
         found = step()
         assert limited._executor.core.evictions
     assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True))
+
+
+def test_room_for_an_optimizers_state_is_kept_from_the_start():
+    """256 KiB each of parameters, gradients and two moments: a budget without room for all is refused before the update."""
+    x, begun = torch.randn(4, 256), []
+
+    def loop(budget, told):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(256, 256, bias=False)
+        opt = torch.optim.AdamW(model.parameters())
+        torch.optim.lr_scheduler.StepLR(opt, 1)  # wraps `opt.step`
+        begun.clear()
+        opt.register_step_pre_hook(lambda *args: begun.append("update"))
+        with limit(budget, model=model, optimizer=opt if told else None, replay=False) as manager:
+            assert not opt.state and not begun, "asking changes nothing"
+            for _ in range(3):
+                begun.append("step")
+                opt.zero_grad()
+                model(x).square().mean().backward()
+                opt.step()
+        return model.weight, manager
+
+    with pytest.raises(BudgetError, match="state that AdamW will make"):
+        loop("700 KiB", True)
+    assert begun == []
+    with pytest.raises(BudgetError):
+        loop("900 KiB", True)
+    assert begun == ["step"]
+    with pytest.raises(BudgetError):
+        loop("900 KiB", False)
+    assert begun == ["step", "update"]
+    (told, within), (plain, _) = loop("2 MiB", True), loop("2 MiB", False)
+    assert torch.equal(told, plain) and within._reserved is None

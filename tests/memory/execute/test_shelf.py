@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 import torch
 from tests.memory.execute.loops import assert_same, train
@@ -33,6 +36,24 @@ def test_round_trip(nbytes):
     assert torch.equal(bytes_of(shelf.load("y")), x + 1) and torch.equal(bytes_of(shelf.load("z")), x + 2)
     shelf.clear()
     assert "y" not in shelf
+
+
+def test_copies_run_besides(monkeypatch):
+    """A copy is asked for and goes on in the thread; the next one waits its turn, whoever needs one waits for it."""
+    may, write = threading.Event(), os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda *arguments: may.wait(30) and write(*arguments))
+    shelf, x = Shelf(CPU), torch.randint(0, 256, (5000,), dtype=torch.uint8)
+    shelf.save("x", storage_of(x))
+    shelf.save("y", storage_of(x + 1))
+    shelf.fetch("x")  # behind the two
+    assert "x" in shelf and shelf.nbytes == 10_000 and set(shelf._leaving) == {"x", "y"} and not may.is_set()
+    threading.Timer(0.05, may.set).start()
+    shelf.saved("x")
+    assert may.is_set() and torch.equal(bytes_of(shelf.load("x")), x)
+    x.zero_()  # it is away, and the other one as well
+    assert not torch.equal(bytes_of(shelf.load("x")), x) and shelf.load("y").nbytes() == 5000
+    shelf.clear()
+    assert not shelf.nbytes
 
 
 def offloading(trace, most=12):

@@ -123,6 +123,17 @@ def test_smallest_needs_little_more_than_one_operator():
         assert floor(shape) <= smallest(shape, 1, floor(shape), 300_000).peaks().max() <= 1.4 * floor(shape)
 
 
+def test_what_was_given_up_and_taken_back_may_be_given_up_again():
+    trace = transformer(2)
+    plan = Retention(Shape(trace))
+    gaps, mark = Gaps(plan, 1), plan.mark()
+    assert descend(plan, gaps, int(0.7 * trace.peak), patience=12)
+    given = [n for n, gap in enumerate(gaps.items) if not plan.is_kept(*gap)]
+    plan.undo(mark)
+    gaps.update()
+    assert given and all(gaps.cost[n] < float("inf") for n in given)
+
+
 def test_a_copy_goes_its_own_way():
     trace = chain(5)
     plan = Retention(Shape(trace))

@@ -10,6 +10,7 @@ from tests.memory.planning.traces import chain, eager, random_step
 
 from weft.memory.planning.check import check
 from weft.memory.planning.packing import Boxes, boxes, first_fit, inside, load, outside_bytes, pack, place
+from weft.memory.planning.ranges import most_between
 from weft.memory.planning.retention import Retention
 from weft.memory.planning.shape import Shape
 
@@ -49,7 +50,18 @@ def lowest_free(found: Boxes, order):
 def test_first_fit_takes_the_lowest_free_address(seed):
     found = some_boxes(seed, 10)
     order = random.Random(seed).sample(range(10), 10)
-    assert first_fit(found, order).tolist() == lowest_free(found, order)
+    addresses = first_fit(found, order)
+    assert addresses.tolist() == lowest_free(found, order)
+    top = int((addresses + found.nbytes).max())
+    assert first_fit(found, order, top) is not None and first_fit(found, order, top - 1) is None
+
+
+def test_most_of_ranges_empty_ones_included():
+    levels = np.random.default_rng(0).integers(1, 100, 9)
+    first, end = np.array([(a, b) for a in range(10) for b in range(10)]).T
+    expected = [max(levels[a:b], default=0) for a, b in zip(first, end, strict=True)]
+    assert most_between(levels, first, end).tolist() == expected
+    assert len(most_between(levels, first[:0], end[:0])) == 0
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -101,6 +101,23 @@ def test_trips_to_the_lower_tier_mix_with_all_other_moves(seed):
             assert state(plan) == before
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_keeping_that_entails_too_much_is_undone_whole(seed):
+    trace = random_step(seed, ops=30)
+    plan, draw = Retention(Shape(trace)), random.Random(seed)
+    for _ in range(12):
+        moves(plan, draw)
+    before, mark = copied(plan), plan.mark()
+    for v, stage in plan.rebuilt():
+        if plan.shape.keepable(v, plan.before(v, stage), stage):
+            whole = plan.keep(v, stage, most=2)
+            if whole:
+                judged(trace, plan)
+            plan.undo(mark)
+            assert state(plan) == before
+    judged(trace, plan)
+
+
 def test_a_new_plan_keeps_what_is_needed_and_no_longer():
     trace = chain(4)
     plan = Retention(Shape(trace))

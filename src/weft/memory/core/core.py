@@ -28,7 +28,7 @@ from typing import Any, final
 from weft.errors import BudgetError
 from weft.memory.core.arena import Arena, Space
 from weft.memory.core.blocks import BY_ORDER, Block, Gone, Step, found, lost, missing_steps, overwritten, rebuildable
-from weft.memory.core.machine import Machine
+from weft.memory.core.machine import Lower, Machine
 from weft.memory.core.policy import POLICIES, Policy, drop_greedily
 from weft.names import pick
 
@@ -59,6 +59,7 @@ class Core:
         scored: blocks that were scored. evictions, repeats: blocks dropped to make room, steps run again.
         repeated_seconds: what those cost. moved_bytes: pushed together.
         fragmentation: mean over searches of the share of the arena that is still free when room has been made.
+        lower: of the machine, if there is a lower tier.
     """
 
     __slots__ = (
@@ -75,6 +76,7 @@ class Core:
         "candidates",
         "clock",
         "evictions",
+        "lower",
         "machine",
         "moved_bytes",
         "moves",
@@ -99,6 +101,7 @@ class Core:
         self.policy = pick(policy, POLICIES, "policy") if isinstance(policy, str) else policy
         self.arena = self.policy.space(budget, align, small) if arena is None else arena
         self.budget, self.machine, self.moves = budget, machine, moves
+        self.lower: Lower | None = None
         self.clock = 0.0
         self.searches = self.candidates = self.scored = self.evictions = self.repeats = self.moved_bytes = 0
         self.repeated_seconds = self._free_sum = 0.0
@@ -295,14 +298,23 @@ class Core:
             BudgetError: it cannot be made again, and what was made from it and dropped does not fit.
         """
         block.alive = False
+        doomed = block in self._doomed
+        self._doomed.discard(block)
         if not block.resident:
             self._no_longer_missed(block)
         elif not block.pins:
-            self._part_with(block)
+            if not doomed:
+                self._part_with(block)
             self.arena.remove(block)
             block.resident = False
             if block.read and block.step is not None:
                 lost(block.step)
+
+    def doom(self, block: Block) -> None:
+        """The bytes of `block` are gone already; `release` will follow. Nothing that was dropped is made from it (the caller has
+        held it as long as something was), and what would be is not dropped any more."""
+        self._leaves_lost = True
+        self._doomed.add(block)
 
     def rescue(self, blocks: Iterable[Block]) -> None:
         """Blocks are about to be overwritten or given back. If they cannot be made again, whatever somebody refers to, is not
@@ -371,7 +383,8 @@ class Core:
 
     def evict(self, block: Block) -> bool:
         """Drop a block to make room (policies call this). False if its recipe cannot be followed any more; then it stays."""
-        if not self._recoverable(block):
+        sent = self.lower is not None and block.alive and self.lower(block)
+        if not sent and not self._recoverable(block):
             block.evictable = False
             return False
         self.evictions += 1
@@ -398,6 +411,7 @@ class Core:
             (self.moves and self._slide(block) and self.arena.put(block))
             or self.policy.make_room(self, block)
             or (self.moves and drop_greedily(self, False, lambda: self.fits(block)))
+            or (self.lower is not None and self._send(block))
         ):
             self._free_sum += self.arena.free
             return
@@ -408,6 +422,12 @@ class Core:
             f"{self.machine.describe(step, block)} needs {block.nbytes:,} bytes; {self.arena.free:,} are free, and {stuck:,} "
             "belong to what it uses or to what cannot be made again",
         )
+
+    def _send(self, block: Block) -> bool:
+        """What cannot be made again goes to the lower tier, the largest first, until `block` fits."""
+        stuck = [b for b in self.lower.blocks() if b.resident and not b.evictable and not b.pins]
+        largest_first = sorted(stuck, key=lambda b: -b.room)
+        return any(self.lower(other) and self.evict(other) and self.fits(block) for other in largest_first)
 
     def _slide(self, block: Block) -> bool:
         """Push blocks together if enough bytes are free for `block` but not in one place."""

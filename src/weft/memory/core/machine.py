@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from weft.memory.core.blocks import Block, Step
 
-__all__ = ["Machine"]
+__all__ = ["Lower", "Machine"]
 
 
 class Machine(Protocol):
@@ -28,3 +29,13 @@ class Machine(Protocol):
 
     def describe(self, step: Step | None, block: Block) -> str:
         """Who needs `block`, for errors: "aten.addmm in h.3.mlp"."""
+
+
+class Lower(Protocol):
+    """What the core asks of whoever can copy blocks to a lower tier."""
+
+    def __call__(self, block: Block) -> bool:
+        """Copy a block that somebody refers to there, and make loading it its recipe; False if it would rather not."""
+
+    def blocks(self) -> Iterable[Block]:
+        """All that somebody refers to."""

@@ -72,11 +72,12 @@ class Call:
         drawn: what to put back before it draws again; None if it does not draw.
         device: of its tensors.
         keep: storages that have no recipe and that this one needs: held as long as somebody may want to repeat this.
+        soft: it leans on others, too, that have no recipe: held only while it would have to be repeated (`leaves`).
         over, made: (old, new) of what it wrote and the blocks of its fresh outputs; replay's own, online has a `Step` for that.
         places: for each of the call's outputs in fresh storages, in order: position among its flat results.
     """
 
-    __slots__ = ("args", "device", "drawn", "facts", "keep", "kwargs", "looks", "made", "over", "places")
+    __slots__ = ("args", "device", "drawn", "facts", "keep", "kwargs", "looks", "made", "over", "places", "soft")
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class Call:
         looks: Sequence[Look],
         device: torch.device,
         keep: Sequence[torch.UntypedStorage] | None = None,
+        soft: bool = False,
     ):
         self.facts = facts
         self.args = args
@@ -94,6 +96,7 @@ class Call:
         self.device = device
         self.drawn: Drawn | None = None
         self.keep = keep
+        self.soft = soft
         self.places: Sequence[int] = ()
         self.over: Sequence[tuple[Block, Block]] = ()
         self.made: Sequence[Block] = ()

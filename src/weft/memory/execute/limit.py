@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from weft.cluster.device import Tier
 from weft.cluster.units import quantity
 from weft.errors import BudgetError
 from weft.memory import native
-from weft.memory.core import simulate
+from weft.memory.core import Block, simulate
+from weft.memory.execute.away import Sender
 from weft.memory.execute.backends import Backend, Copy, Count, Native, Owner
 from weft.memory.execute.facts import Facts, facts_of
 from weft.memory.execute.guards import Guards
@@ -35,6 +37,7 @@ from weft.memory.planning.check import check
 from weft.memory.planning.memory_plan import MemoryPlan
 from weft.memory.private import QuickMode, hide_from_compiler, is_innermost, problem, require
 from weft.memory.record import Trace
+from weft.memory.tracing.state import state_to_come
 
 __all__ = ["Limit", "limit"]
 
@@ -49,12 +52,14 @@ def limit(
     budget: Any,
     *,
     model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     trace: Trace | None = None,
     backend: str = "auto",
     policy: str | None = None,
     device: torch.device | str | None = None,
     replay: bool = True,
     by_hand: bool = False,
+    tier: Tier | None = None,
 ) -> Limit:
     """A context in which the bytes of tensors stay within a budget; the code inside it does not change.
 
@@ -62,6 +67,8 @@ def limit(
         budget: bytes, or text with a unit ("6GiB"), or a `MemoryPlan`. It covers everything on the device that the code inside
             touches: parameters, gradients, optimizer state, inputs, activations, workspace.
         model: its parameters, gradients and buffers count from the start; without, each counts when it is first used.
+        optimizer: room for the state that its first step will make is kept from the start: a budget that is too small for it is
+            refused before that step, not by it.
         trace: of a step of this loop: it is planned before anything runs, so that a budget that is too small is refused at
             once.
         backend: where bytes lie: "count" (torch's allocator, which may place them anywhere), "copy" (an arena in plain Python),
@@ -71,6 +78,8 @@ def limit(
         device: whose bytes; by default the model's, else the CPU.
         replay: False to stay online.
         by_hand: steps end only where `Limit.step()` says so, whatever optimizers do.
+        tier: where activations may wait that are not made again: pinned memory of an accelerator's host, a temporary file of a
+            CPU's process (in `TMPDIR`). Its figures decide what is cheaper.
     Raises:
         ValueError: the budget is not a positive number of bytes, or there is no such backend or policy.
         BudgetError: (with `trace`) no plan fits; `least` is what would do.
@@ -78,7 +87,9 @@ def limit(
     if device is None:
         first = next(model.parameters(), None) if model is not None else None
         device = first.device if first is not None else torch.device("cpu")
-    return Limit(budget, model, trace, backend, policy, torch.device(device), replay, by_hand)
+    found = Limit(budget, model, trace, backend, policy, torch.device(device), replay, by_hand, tier)
+    found.optimizer = optimizer
+    return found
 
 
 @final
@@ -86,16 +97,18 @@ class Limit:
     """See `limit`. May be entered again after it was left, not inside itself.
 
     Attributes:
-        budget: in bytes. device: whose bytes.
+        budget: in bytes. device: whose bytes. optimizer: whose state has room from the start.
         steps: that have ended. notes: what a user should know, in sentences.
     """
 
     def __init__(
         self, budget: Any, model: nn.Module | None, trace: Trace | None, backend: str, policy: str | None,
-        device: torch.device, replay: bool, by_hand: bool = False,
+        device: torch.device, replay: bool, by_hand: bool = False, tier: Tier | None = None,
     ):  # fmt: skip
         require()
-        self.model, self.device = model, device
+        self.model, self.device, self.tier = model, device, tier
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._reserved: Block | None = None  # for the state that it is to make
         self._backend_name, self._policy, self._may_replay, self._by_hand = backend, policy, replay, by_hand
         self._cycle: list[MemoryPlan] = []  # steps that follow each other
         if isinstance(budget, MemoryPlan):
@@ -107,7 +120,7 @@ class Limit:
                 raise ValueError(f"limit: the budget must be a positive number of bytes, got {budget!r}")
             self.budget = int(nbytes)
             if trace is not None:
-                self._cycle = [_planned(trace, self.budget, backend in ("copy", "native"))]
+                self._cycle = [_planned(trace, self.budget, backend in ("copy", "native"), tier)]
         if backend not in BACKENDS:
             raise ValueError(f"limit: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if backend != "count" and problem() and backend != "auto":
@@ -154,7 +167,20 @@ class Limit:
         self._ended, self._watched, self._owner = False, set(), Owner()
         self._executor = self._first_executor()
         self._adopt_model()
+        self._reserve()
         self._listen()
+
+    def _reserve(self) -> None:
+        """Keep room for what the optimizer's first step will make and keep.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        if self.optimizer is not None and isinstance(self._executor, Online):
+            nbytes = state_to_come(self.optimizer)
+            name = f"the state that {type(self.optimizer).__name__} will make"
+            self._reserved = self._executor.core.adopt(nbytes, name, inside=True)
+            self._reserved.payload = None  # it has no bytes
 
     def _listen(self) -> None:
         """Operators, optimizers and ways to tensors' bytes come to us from now on."""
@@ -253,6 +279,8 @@ class Limit:
         policy = self._policy or ("coop" if backend.addresses else "pager")
         online = Online(self.budget, policy, backend, self.device, self._owner, self._gauge, self._sizes)
         online.watch = self._watch
+        if self.tier is not None:
+            online.core.lower = Sender(online, self.tier)
         return online
 
     def _first_executor(self) -> Online | Replay:
@@ -367,7 +395,8 @@ class Limit:
 
     def _plan(self, traces: Sequence[Trace]) -> None:
         try:
-            planned = [_planned(trace, self.budget, self._backend_name in ("copy", "native")) for trace in traces]
+            addresses = self._backend_name in ("copy", "native")
+            planned = [_planned(trace, self.budget, addresses, self.tier) for trace in traces]
         except BudgetError as error:
             self._note(f"no plan was found though the step runs ({error.what}); it stays online")
             self._may_replay = False
@@ -402,6 +431,9 @@ class Limit:
         self._ended = False
         if any(callable(value) for value in (*args, *kwargs.values())):
             return  # a closure: forward and backward run inside of it
+        if self._reserved is not None and optimizer is self.optimizer:
+            self._executor.core.release(self._reserved)
+            self._reserved = None
         self._at(lambda executor: executor.optimizing(True))
         if isinstance(self._executor, Replay) and is_innermost(self._mode) and self._executor.skip_optimizer():
             self._mode.__exit__(None, None, None)
@@ -421,12 +453,12 @@ class Limit:
             self._mode.__enter__()
 
 
-def _planned(trace: Trace, budget: int, addresses: bool) -> MemoryPlan:
+def _planned(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> MemoryPlan:
     """The best plan for a step; where addresses do not matter, that of the pager if no other is found."""
     from weft.memory.planning.choose import plan  # here: it loads scipy
 
     try:
-        return plan(trace, budget)
+        return plan(trace, budget, tier=tier)
     except BudgetError:
         if addresses:
             raise

@@ -10,7 +10,8 @@ First runs Outputs are foreseen (`sizes`), the workspace is not. So an operator 
            place (it might be half done; elementwise or a plain copy nearly always, it takes none), and collectives.
 
 A block's recipe is a `Step` of the core with a `Call` as payload; neither holds a tensor, so that bytes die when the user's last
-reference dies. Exception: what a recipe reads and nothing can make again (a batch, a parameter) lives as long as the recipe.
+reference dies. Exceptions: parameters and inputs that a recipe reads live as long as the recipe; what the program has made and
+nothing can make again lives as long as something that is gone would be made from it (`Leaves`).
 
 Without recipe (they stay until they die, or are overwritten): what was there before, finished gradients, what the optimizer
 makes, results of collectives, everything whose address is known outside (`numpy()`).
@@ -32,6 +33,7 @@ from weft.memory.core import Block, Core, Step
 from weft.memory.execute.backends import Backend, Count, Hold, Owner, tie
 from weft.memory.execute.calls import Call, flat, geometry_of
 from weft.memory.execute.facts import Facts
+from weft.memory.execute.leaves import Leaves, is_soft
 from weft.memory.execute.random_state import about_to_draw, state_nbytes
 from weft.memory.execute.sizes import SETTLED, Size, Sizes
 from weft.memory.execute.tape import Tape
@@ -85,8 +87,9 @@ class Online:
         self.effects = False
         self.watch: Callable[[Tensor], None] = lambda leaf: None
         self.tape: Tape | None = None
+        self.leaves = Leaves(self._holds)
         self._gone: list[Block] = []  # died while the core was at work
-        self._busy = False
+        self._busy = self._clearing = False
         self._dropped: dict[Block, None] = {}  # not there, but a storage of the user's shows them
         self._single = device.type == "cpu"  # there are no tensors on other devices, or they do not matter
         self._clock = time.thread_time if device.type == "cpu" else time.perf_counter
@@ -115,25 +118,42 @@ class Online:
     def died(self, hold: Hold) -> None:
         """The last tensor over a storage is gone, and its bytes with it."""
         block = hold.block
+        if block.read and block.resident and is_soft(block):
+            self.core.doom(block)
         block.payload = None
         if block.step is None:
-            block.read = False  # no recipe needs it: that would have kept it alive
+            block.read = False  # nothing that is gone needs it: that would have kept it alive
         if self._dropped:
             self._dropped.pop(block, None)
+            self.leaves.died(block)
         if self.tape is not None:
-            self.tape.died(hold, self._busy)
+            self.tape.died(hold, self._busy and not self._clearing)
+        if hold.exposed:
+            self.core.unpin(block)
         if self._busy:
             self._gone.append(block)
         else:
             self.core.release(block)
-        if hold.exposed:
-            self.core.unpin(block)
+            if self.leaves.loose:
+                self._clear()
 
     def _clear(self) -> None:
-        """Tell the core of what died while it was at work."""
-        self._busy = False
-        while self._gone:
-            self.core.release(self._gone.pop())
+        """Tell the core of what died while it was at work, and let go of what need not be held any longer."""
+        gone, loose = self._gone, self.leaves.loose
+        self._busy = self._clearing = True  # who dies by that waits for its turn
+        try:
+            while gone or loose:
+                if gone:
+                    self.core.release(gone.pop())
+                else:
+                    loose.pop()
+        finally:
+            self._busy = self._clearing = False
+
+    def _holds(self, hold: Hold) -> None:
+        """A storage is held from now on, for what is gone."""
+        if self.tape is not None:
+            self.tape.keeps(hold)
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
@@ -192,19 +212,26 @@ class Online:
             if len(overwrites) < len(written):
                 repeatable = False
         keep: list[torch.UntypedStorage] | None = None
+        soft = False
         if repeatable:
             for block in reads:
-                if block.step is None or not block.step.repeatable:
-                    hold = reads[block]
-                    if hold.kind == "gradient" or hold.lent:
-                        repeatable = False
-                        break
-                    storage = hold()
-                    if keep is None:
-                        keep = [storage]
-                    else:
-                        keep.append(storage)
-        call = Call(facts, plain, plain_kwargs, looks, self.device, keep)
+                maker = block.step
+                if maker is not None:
+                    soft = soft or maker.payload.soft
+                    continue
+                hold = reads[block]
+                if hold.kind == "gradient" or hold.lent:
+                    repeatable = False
+                    break
+                if hold.kind == "activation":
+                    soft = True
+                    continue
+                storage = hold()
+                if keep is None:
+                    keep = [storage]
+                else:
+                    keep.append(storage)
+        call = Call(facts, plain, plain_kwargs, looks, self.device, keep, soft)
         if size.fresh is not None:
             for nbytes in size.fresh:
                 makes.append((nbytes, facts.dense))
@@ -234,7 +261,12 @@ class Online:
                 for old, position in overwrites:
                     hold, block = old.payload, step.makes[position]
                     block.payload, old.payload, hold.block = hold, None, block
+                    if old in self.leaves.wants:
+                        self.leaves.lost(old)
             fresh = self._bind(step, call, size, len(overwrites), result)
+            if repeatable and not step.repeatable:
+                for made in step.makes:
+                    core.settle(made)
             if unforeseen:
                 lain = sum(block.nbytes for block in fresh)
                 step.workspace = max(0, taken - lain)
@@ -246,17 +278,13 @@ class Online:
             raise
         core.end(step, size.seconds)
         if self.tape is not None:
-            if keep is not None:
-                for hold in reads.values():
-                    if hold.block.step is None:
-                        self.tape.keeps(hold)
             self.tape.ran(
                 facts, list(reads.values()), written, [block.payload for block in fresh], workspace=step.workspace,
                 seconds=size.seconds, repeatable=not facts.effect, random=random, effects=self.effects,
                 has_outputs=bool(flat(result)),
             )  # fmt: skip
         self._busy = False
-        if self._gone:
+        if self._gone or self.leaves.loose:
             self._clear()
         return result
 
@@ -474,6 +502,8 @@ class Online:
     def drop(self, block: Block) -> None:
         if type(block.payload) is Hold:
             self._dropped[block] = None
+            if is_soft(block):
+                self.leaves.gone(block)
         self.backend.drop(block)
 
     def place(self, block: Block) -> None:
@@ -496,6 +526,7 @@ class Online:
         if block is not None:
             self._dropped.pop(block, None)
             self.backend.back(block, storage)
+            self.leaves.back(block)
 
     def move(self, block: Block, old_offset: int) -> None:
         self.backend.move(block, old_offset)
@@ -508,7 +539,9 @@ class Online:
 
     def describe(self, step: Step | None, block: Block) -> str:
         call = (step or block.step).payload if step is not None or block.step is not None else None
-        return repr(call) if call is not None else "a tensor that came from outside"
+        if call is not None:
+            return repr(call)
+        return block.payload if isinstance(block.payload, str) else "a tensor that came from outside"
 
     # -- what the user does besides calling operators -----------------------------------------------------------------
 
@@ -595,22 +628,26 @@ class Online:
             self._clear()
 
     def rest(self) -> None:
-        """Between two steps: everything that is alive is there when this returns, and needs no recipe."""
-        for block in list(self._dropped):
-            self._at_work(lambda block=block: self.core.ensure(block))
-        for hold in self.owner.holds.values():
-            if hold.block.step is not None:
-                self.core.settle(hold.block)
+        """Between two steps: everything that is alive is there when this returns, and needs no recipe.
+
+        Raises:
+            BudgetError: that does not fit.
+        """
+        for hold in list(self.owner.holds.values()):
+            block = hold.block
+            if block.step is not None and block.alive:  # it may have been held for one that is back
+                self._at_work(lambda block=block: self.core.settle(block))
 
     def hand_over(self) -> None:
-        """Between two steps: everything that is alive is there when this returns, and somebody else executes from now on."""
-        for block in list(self._dropped):
-            self._at_work(lambda block=block: self.core.ensure(block))
+        """Between two steps: everything that is alive is there when this returns, and somebody else executes from now on.
+
+        Raises:
+            BudgetError: that does not fit.
+        """
+        self.rest()
         for hold in self.owner.holds.values():
-            hold.block.step = None  # what lives on needs no recipe any more
             self._leave(hold)
-        self.backend.close()
-        del self.core  # it and its machine know each other: apart, they and all that recipes keep are freed at once
+        self._end()
 
     def _leave(self, hold: Hold) -> None:
         storage = hold()
@@ -634,7 +671,7 @@ class Online:
         readers = Counter(read for step in steps for read in step.reads)
         with below():
             for step in sorted(steps, key=BY_ORDER):
-                if all(read.payload is not None for read in step.reads):
+                if all(read.resident and read.payload is not None for read in step.reads):
                     self._rebuild(step, readers)
         gone = [block for block in wanted if not block.resident]
         for block in gone:  # a tensor without bytes must never be left behind: reading it would end the process
@@ -649,8 +686,12 @@ class Online:
         for hold in self.owner.holds.values():
             self._leave(hold)
         self.owner.holds.clear()
+        self._end()
+
+    def _end(self) -> None:
         self.backend.close()
-        del self.core
+        self.leaves.clear()
+        del self.core, self.leaves  # they know their machine: apart, they and all that recipes keep are freed at once
 
     def _rebuild(self, step: Step, readers: Counter[Block]) -> None:
         """One step of `hand_back`: its outputs that are not there come to lie in torch's own memory."""

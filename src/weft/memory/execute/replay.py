@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -121,7 +122,14 @@ class Replay:
         bound = {v for j in remember for v in (*trace.ops[j].reads, *trace.ops[j].makes)}
         bound.update(a.index for a in self.schedule.actions if a.kind in ("drop", "move", "save", "load"))
         waiting: list[Callable[[], None]] = []
+        coming: dict[int, Action] = {}  # value -> the load that has begun, and is complete before its first reader runs
         for action in self.schedule.actions:
+            if action.kind == "load" and not self.backend.addresses:
+                waiting.append(partial(self._fetch, action.index))
+                coming[action.index] = action
+                continue
+            wanted = trace.ops[action.index].reads if action.kind in ("run", "again") else (action.index,)
+            waiting += [self._doing(coming.pop(v)) for v in wanted if v in coming]
             if action.kind != "run":
                 waiting.append(self._doing(action))
                 continue
@@ -135,7 +143,7 @@ class Replay:
             )  # fmt: skip
             row.before, waiting = waiting, []
             rows.append(row)
-        self.after = waiting
+        self.after = waiting + [self._doing(action) for action in coming.values()]
         return rows
 
     def _never_read_again(self) -> tuple[set[int], set[int]]:
@@ -452,6 +460,7 @@ class Replay:
         block = self.blocks[v]
         if block is None or not block.resident:
             return
+        self.shelf.saved(block)
         if type(block.payload) is Hold:
             if block.payload.exposed:
                 return  # somebody has its address
@@ -501,6 +510,11 @@ class Replay:
         block = self.blocks[v]
         if block is not None and block.resident:
             self.shelf.save(block, shown(block))
+
+    def _fetch(self, v: int) -> None:
+        block = self.blocks[v]
+        if block in self.shelf and block.alive:
+            self.shelf.fetch(block)
 
     def _load(self, v: int, offset: int, last: bool) -> None:
         block = self.blocks[v]

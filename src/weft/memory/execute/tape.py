@@ -115,7 +115,7 @@ class Tape:
         if number is None:
             return
         draft = self._values[number]
-        draft.category = hold.kind
+        draft.category = _kind(hold)
         if running:
             self._pending.append(number)
         else:
@@ -137,7 +137,7 @@ class Tape:
         end, kinds = len(self._rows), {}
         for draft in self._values:
             if draft.dies == -2:
-                draft.dies, draft.category = end, draft.hold.kind
+                draft.dies, draft.category = end, _kind(draft.hold)
             if draft.category == "activation" and draft.born < 0:
                 draft.category = "input"
             if draft.category != "activation":
@@ -157,3 +157,8 @@ class Tape:
             for facts, phase, reads, makes, overwrites, workspace, seconds, repeatable, random in self._rows
         )  # fmt: skip
         return Trace(ops, values, device, model, measured=True)
+
+
+def _kind(hold: Hold) -> Category:
+    """What a storage is to a plan: an activation whose address is known outside stays where it is, like an input."""
+    return "input" if hold.exposed and hold.kind == "activation" else hold.kind

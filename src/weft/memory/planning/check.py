@@ -18,39 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from weft.cluster.device import Tier
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 
 __all__ = ["Checked", "Tier", "check"]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Tier:
-    """A lower tier that activations can be copied to: host memory, a disk.
-
-    Attributes:
-        bandwidth: bytes per second over the link to it, > 0; copies there and back share the link.
-        latency: seconds that each copy costs besides, >= 0.
-        capacity: bytes that it holds, > 0.
-        name: for people ("host", "disk").
-    """
-
-    bandwidth: float
-    latency: float = 0.0
-    capacity: float = float("inf")
-    name: str = "host"
-
-    def __post_init__(self) -> None:
-        if not (self.bandwidth > 0 and self.latency >= 0 and self.capacity > 0):
-            raise ValueError(
-                "Tier: bandwidth (bytes per second) and capacity (bytes) must be > 0 and latency (seconds) >= 0, got "
-                f"bandwidth {self.bandwidth}, latency {self.latency}, capacity {self.capacity}"
-            )
-
-    def seconds(self, nbytes: int) -> float:
-        """Seconds to copy `nbytes` one way."""
-        return self.latency + nbytes / self.bandwidth
 
 
 @final

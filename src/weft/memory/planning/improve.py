@@ -33,6 +33,8 @@ from weft.memory.planning.shape import Shape
 __all__ = ["Gaps", "descend", "fill", "search", "smallest", "step_down"]
 
 INF = float("inf")
+LONG = 1250  # operators from which on the least budget is looked for in one way only
+ENTAILED = 1000  # changes that keeping one value may entail where it is only tried
 
 
 @final
@@ -238,12 +240,12 @@ def _least_harm(
 
 def fill(plan: Retention, budget: int) -> None:
     """Keep again what was given up, wherever there is room and it saves time. The plan is within `budget` before and after."""
-    shape, saved = plan.shape, True
+    shape, saved, vain = plan.shape, True, set()  # vain: gaps kept in vain
     while saved:
         saved = False
         gaps = [(v, plan.before(v, stage), stage) for v, stage in plan.rebuilt()]
         plan.work += len(gaps) // 4
-        gaps = [gap for gap in gaps if shape.keepable(*gap)]
+        gaps = [gap for gap in gaps if gap not in vain and shape.keepable(*gap)]
         if not gaps:
             return
         values, starts, stops = np.array(gaps).T
@@ -252,7 +254,10 @@ def fill(plan: Retention, budget: int) -> None:
         effort = np.array([shape.effort[shape.recipe[v]] for v in values.tolist()])
         worth = effort[fits] / np.maximum(size[fits] * (stops[fits] - starts[fits]), 1)
         for n in fits[np.argsort(-worth, kind="stable")].tolist():
-            saved |= _keep_if_better(plan, gaps[n][0], gaps[n][2], budget)
+            if _keep_if_better(plan, gaps[n][0], gaps[n][2], budget):
+                saved = True
+            else:
+                vain.add(gaps[n])
 
 
 def _keep_if_better(plan: Retention, v: int, stage: int, budget: int) -> bool:
@@ -264,8 +269,7 @@ def _keep_if_better(plan: Retention, v: int, stage: int, budget: int) -> bool:
     if plan.peaks()[start + 1 : stage].max(initial=0) + plan.shape.bytes[v] > budget:
         return False
     mark, seconds = plan.mark(), plan.seconds
-    plan.keep(v, stage)
-    if plan.seconds < seconds - 1e-12 and plan.peaks().max() <= budget:
+    if plan.keep(v, stage, ENTAILED) and plan.seconds < seconds - 1e-12 and plan.peaks().max() <= budget:
         return True
     plan.undo(mark)
     return False
@@ -370,6 +374,7 @@ def step_down(plan: Retention, gaps: Gaps, floor: int, work: float, *, partly: b
             plan.forget()
         else:
             plan.undo(mark)
+            plan.fresh.clear()  # what was given up in vain is not given up again: the next descent goes another way
         if not fits:
             factor = math.sqrt(factor)
             power = 1.0 - power if partly else power
@@ -384,4 +389,6 @@ def smallest(shape: Shape, grain: int, floor: int, work: int) -> Retention:
         if step_down(plan, Gaps(plan, grain), floor, work // 2, partly=partly):
             return plan
         found.append(plan)
+        if shape.end > LONG and plan.work >= work // 2:
+            break  # it was cut short, and the other way would not come farther
     return min(found, key=lambda plan: (int(plan.peaks().max()), plan.seconds))

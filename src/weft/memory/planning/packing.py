@@ -117,8 +117,8 @@ def load(found: Boxes) -> int:
     return int(_crowd(found).max()) if len(found.nbytes) else 0
 
 
-def first_fit(found: Boxes, order: Sequence[int]) -> np.ndarray:
-    """Addresses when each box in turn takes the lowest that is free during its whole time."""
+def first_fit(found: Boxes, order: Sequence[int], most: int = 2**62) -> np.ndarray | None:
+    """Addresses when each box in turn takes the lowest that is free during its whole time; None if one would end above `most`."""
     count = len(order)
     table = np.empty((4, count), np.int64)  # of the boxes that have a place, by address: first, last, low, high
     result = np.zeros(len(found.nbytes), np.int64)
@@ -137,6 +137,8 @@ def first_fit(found: Boxes, order: Sequence[int]) -> np.ndarray:
                 at = int(tops[-1])
             elif fits:
                 at = int(tops[fits - 1])
+        if at + nbytes > most:
+            return None
         result[box] = at
         place = int(low.searchsorted(at, "right"))
         table[:, place + 1 : n + 1] = table[:, place:n]
@@ -174,10 +176,9 @@ def pack(found: Boxes, enough: int = 0, tries: int = 24) -> tuple[np.ndarray, in
             pull = draw.random(count) ** (attempt % 4) if attempt % 4 else 1e-9
             rank = np.arange(1, count + 1) * np.where(squeaks, pull, 1.0)
             trial = order[np.argsort(rank, kind="stable")]
-        addresses = first_fit(found, trial.tolist())
-        high = height(found, addresses)
-        if high < top or (attempt >= len(orders) and high == top):
-            best, order, top = addresses, trial, high
+        addresses = first_fit(found, trial.tolist(), top if attempt >= len(orders) else top - 1)
+        if addresses is not None:
+            best, order, top = addresses, trial, height(found, addresses)
         if top <= enough:
             break
     return best, top

@@ -73,6 +73,7 @@ class Retention:
         self.again: list[dict[int, int]] = [
             {} for _ in range(shape.end + 1)
         ]  # per stage: operator -> values wanted of it
+        self.busy: set[int] = set()  # stages that repeat anything
         self.fresh: list[tuple[int, int, int]] = []  # gaps kept since someone emptied this list: (value, from, until)
         self.trips: dict[int, Trip] = {}  # per value
         self.loads: list[list[int]] = [
@@ -99,7 +100,7 @@ class Retention:
         new.stages = [stages.copy() for stages in self.stages]
         new.reasons = [reasons.copy() for reasons in self.reasons]
         new.kept, new.stays = [stops.copy() for stops in self.kept], [starts.copy() for starts in self.stays]
-        new.again = [wanted.copy() for wanted in self.again]
+        new.again, new.busy = [wanted.copy() for wanted in self.again], self.busy.copy()
         new.trips, new.loads = self.trips.copy(), [values.copy() for values in self.loads]
         new.fresh, new._journal, new._dirty = [], [], set()
         return new
@@ -121,11 +122,11 @@ class Retention:
 
     def rebuilt(self) -> list[tuple[int, int]]:
         """All (value, stage) where a demanded value is rebuilt and might be kept for instead, by stage."""
-        made, reasons, kept = self.shape.made, self.reasons, self.kept
+        made, reasons, kept, again = self.shape.made, self.reasons, self.kept, self.again
         return [
             (v, stage)
-            for stage, ops in enumerate(self.again)
-            for op in ops
+            for stage in sorted(self.busy)
+            for op in again[stage]
             for v in made[op]
             if stage in reasons[v] and stage not in kept[v] and v not in self.trips
         ]
@@ -238,10 +239,14 @@ class Retention:
         self._release(v, self.before(v, stop), stop)
         self._follow([(True, v, stop)])
 
-    def keep(self, v: int, stop: int) -> None:
-        """Keep `v` until its demand at `stop`, where it was rebuilt; the gap must be keepable."""
+    def keep(self, v: int, stop: int, most: float = float("inf")) -> bool:
+        """Keep `v` until its demand at `stop`, where it was rebuilt; the gap must be keepable.
+
+        Returns:
+            False if that entails more than `most` changes: then it is half done, and has to be undone.
+        """
         self._hold(v, self.before(v, stop), stop)
-        self._follow([(False, v, stop)])
+        return self._follow([(False, v, stop)], most)
 
     def send(self, v: int, trip: Trip) -> None:
         """Let `v`, kept in the gap from `trip.start` to `trip.stop`, go to the lower tier meanwhile. One trip per value."""
@@ -291,10 +296,13 @@ class Retention:
             self.trips[v] = trip
             insort(self.loads[trip.back], v)
 
-    def _follow(self, todo: list[tuple[bool, int, int]]) -> None:
-        """Begin (True) or cease (False) to rebuild values at stages, and everything that this entails."""
-        shape = self.shape
+    def _follow(self, todo: list[tuple[bool, int, int]], most: float = float("inf")) -> bool:
+        """Begin (True) or cease (False) to rebuild values at stages, and all that this entails, unless that is too much."""
+        shape, end = self.shape, self.work + most
         while todo:
+            if self.work >= end:
+                self._dirty.clear()
+                return False
             begin, v, stage = todo.pop()
             self.work += 1
             op, wanted = shape.recipe[v], self.again[stage]
@@ -309,6 +317,7 @@ class Retention:
         for stage in sorted(self._dirty):
             self._stage(stage)
         self._dirty.clear()
+        return True
 
     def _demand(self, u: int, stage: int, todo: list[tuple[bool, int, int]]) -> None:
         """One more reader of `u` at `stage`."""
@@ -421,8 +430,11 @@ class Retention:
             self.seconds -= self.shape.effort[op]
         if count:
             wanted[op] = count
+            self.busy.add(stage)
         else:
             wanted.pop(op, None)
+            if not wanted:
+                self.busy.discard(stage)
 
     def undo(self, mark: int) -> None:
         """Take back everything since `mark`."""
@@ -438,6 +450,7 @@ class Retention:
                 self.kept[a].add(c)
                 self.stays[a].add(b)
                 self.base[b + 1 : c + 1] += self.shape.bytes[a]
+                self.fresh.append((a, b, c))
             elif kind == 2:
                 self._set_reason(a, b, c)
             elif kind == 3:

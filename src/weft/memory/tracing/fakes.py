@@ -105,6 +105,7 @@ class Fakes:
     def optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """A copy of an optimizer that updates the fake parameters, without state."""
         twin = copy.copy(optimizer)
+        vars(twin).pop("step", None)  # a learning-rate scheduler's wrapper, which would step the original
         twin.param_groups = [
             {**group, "params": [self.of(p) for p in group["params"]]} for group in optimizer.param_groups
         ]
