@@ -78,6 +78,33 @@ def test_ratio_one_is_momentum_sgd(pool, nesterov, decay):
         assert torch.allclose(ours, plain, atol=1e-5)
 
 
+def channels_last(ours):
+    """Two steps of plain momentum SGD, three with the momentum in the memory, two more without; the weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).to(memory_format=torch.channels_last)
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    handle, g = None, torch.Generator().manual_seed(dist.get_rank())
+    for step in range(7):
+        if ours and step == 2:
+            handle = attach(ddp, dgc(1.0, momentum=0.9), optimizer)
+        if handle is not None and step == 5:
+            handle.remove()
+        optimizer.zero_grad()
+        ddp(torch.randn(5, 3, 8, 8, generator=g)).square().mean().backward()
+        optimizer.step()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def channels_last_both_ways():
+    return channels_last(True), channels_last(False)
+
+
+def test_momentum_moves_in_the_order_in_which_buckets_hold_a_weight(pool):
+    for ours, plain in pool(2).run(channels_last_both_ways):
+        assert torch.allclose(ours, plain, atol=1e-5)
+
+
 def by_the_card(steps, ratios, nesterov, clip, decay, lr=0.02, m=0.9):
     """DGC of two workers, written out in one process with a full sort; the final weights. `ratios`: ten steps each."""
     torch.manual_seed(0)

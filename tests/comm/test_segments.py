@@ -55,6 +55,17 @@ def test_a_cut_is_that_of_tensor_split_and_loses_no_position(ranks):
             assert torch.equal(found.joined(pieces), flat)
 
 
+def test_boxes_may_cut_several_dims():
+    flat, boxes = torch.arange(4 * 3 * 2), [((a, b), (0, 3), (c, c + 1)) for a, b in ((0, 1), (1, 4)) for c in (0, 1)]
+    found = Cut((4, 3, 2), tuple(boxes))
+    for rank, box in enumerate(boxes):
+        expected = flat.view(4, 3, 2)[tuple(slice(*ends) for ends in box)]
+        assert found.name(rank) == f"[{box[0][0]}:{box[0][1]}, :, {box[2][0]}:{box[2][1]}]"
+        assert torch.equal(found.window(flat, rank), expected)
+        assert torch.equal(found.whole(torch.arange(expected.numel()), rank), expected.reshape(-1))
+    assert torch.equal(found.joined([found.piece(flat, rank) for rank in range(4)]), flat)
+
+
 # ---- what is sent as it is
 
 

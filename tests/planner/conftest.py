@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from weft.cluster import Cluster, Device, Level, Link, Rate
+from weft.cluster import Cluster, Device, Level, Link, Rate, Tier
 from weft.graph import Graph, capture
 from weft.nn import GPT, GPTOptions
 
@@ -32,9 +34,10 @@ def deep_graph() -> Graph:
 
 def plain_cluster(
     devices: int, *, flops: float = 1e9, bandwidth: float = 1e9, overhead: float = 0.0, link: float = 1e8, overlap: float = 1.0,
-    latency: float = 0.0, memory: int = 1 << 30,
+    latency: float = 0.0, memory: int = 1 << 30, offload: Tier | None = None,
 ) -> Cluster:  # fmt: skip
     """Equal devices that run everything at one rate, joined by equal links."""
     rate = Rate({"float32": flops}, bandwidth, overhead)
-    made = tuple(Device(f"d{i}", "plain", memory, {"default": rate}, overlap=overlap) for i in range(devices))
+    one = Device("d", "plain", memory, {"default": rate}, overlap=overlap, offload=offload)
+    made = tuple(replace(one, name=f"d{i}") for i in range(devices))
     return Cluster(made, (Level("net", (tuple(range(devices)),), (Link(latency, link),)),))

@@ -247,7 +247,7 @@ def test_small_helpers():
     for wrong in ("6 apples", "-1GiB", 0, [1]):
         with pytest.raises(ValueError, match="memory"):
             memory_limits(wrong, cluster)
-    assert json.loads(Plan.manual(capture(gpt(1), tokens()), cluster=cluster).to_json())["format"] == 2
+    assert json.loads(Plan.manual(capture(gpt(1), tokens()), cluster=cluster).to_json())["format"] == 3
 
 
 def test_operators_are_priced_for_the_devices_of_the_cluster():

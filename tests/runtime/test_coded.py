@@ -31,12 +31,23 @@ from weft.runtime.engine import Engine, Job
 
 PLAIN = partial(torch.optim.SGD, lr=0.05)
 HEAVY = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+DECAYING = partial(PLAIN, weight_decay=0.1)  # beside a momentum in the memory the decay has one of its own
 
 EXCHANGES: dict[str, Any] = {  # name -> (exchange, the optimizer beside it, the optimizer of plain all-reduce)
     "identity": (Exchange, PLAIN, PLAIN),
     "everything by top-k": (lambda: Exchange(TopK(0.999999), ErrorFeedback()), PLAIN, PLAIN),
     "scattered": (lambda: Exchange(Identity(), topology=ScatterGather()), PLAIN, PLAIN),
     "momentum in the memory": (lambda: Exchange(TopK(1.0), MomentumCorrection(0.9)), PLAIN, HEAVY),
+    "and weight decay beside it": (
+        lambda: Exchange(TopK(1.0), MomentumCorrection(0.9)),
+        DECAYING,
+        partial(HEAVY, weight_decay=0.1),
+    ),
+    "the same by Nesterov": (
+        lambda: Exchange(TopK(1.0), MomentumCorrection(0.9, nesterov=True)),
+        DECAYING,
+        partial(HEAVY, weight_decay=0.1, nesterov=True),
+    ),
 }
 
 
@@ -119,7 +130,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(pool):
 @pytest.mark.parametrize(
     ("strategy", "optimizer", "make", "says"),
     [
-        ("zero-1", PLAIN, Exchange, "data-parallel plan"),
+        ("tp", PLAIN, Exchange, "data parallelism or ZeRO over all devices"),
         ("dp", HEAVY, partial(Exchange, TopK(0.1), MomentumCorrection(0.9)), "applied twice"),
         ("dp", torch.optim.AdamW, partial(Exchange, TopK(0.1), MomentumCorrection(0.9)), "normalise"),
     ],
@@ -144,7 +155,7 @@ KEEPERS: dict[str, Any] = {
 
 
 def run_of(plan: HandPlan, make: Any, seed: int = 0) -> Engine:
-    return engine_of(plan, tiny(seed=seed), PLAIN, exchange=None if make is None else make())
+    return engine_of(plan, tiny(seed=seed), DECAYING, exchange=None if make is None else make())
 
 
 def steps_of(engine: Engine, first: int, last: int) -> dict[str, torch.Tensor]:

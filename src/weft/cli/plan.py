@@ -51,6 +51,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "fastest)",
     )
     command.add_argument(
+        "--no-offload",
+        action="store_true",
+        help="move no activation to the host memory or disk that the cluster file names below a device (default: where only that "
+        "makes a plan fit, or the fastest)",
+    )
+    command.add_argument(
         "--mesh", metavar="SHAPE", help="arrange the devices so, as 8 or 2x4 (default: the best found)"
     )
     command.add_argument(
@@ -91,6 +97,8 @@ def find(arguments: argparse.Namespace, job: inputs.Job) -> Any:
         options["mesh"] = inputs.parse_mesh(arguments.mesh)
     if arguments.no_recompute:
         options["recompute"] = False
+    if arguments.no_offload:
+        options["offload"] = False
     if arguments.allow_replicated:
         options["allow_replicated"] = True
     if arguments.strategy:

@@ -34,7 +34,7 @@ from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
 from weft.comm.topology import AllGather, Peer, Ring
 
-__all__ = ["Auto", "Trial", "auto", "codec_seconds", "exposed", "measure_link", "wire_seconds"]
+__all__ = ["Auto", "Trial", "auto", "codec_seconds", "exposed", "measure_link", "tried", "wire_seconds"]
 
 PROBES = (1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes of all-reduces that measure a link
 ENOUGH = 0.05  # seconds that such an all-reduce should take: shorter ones pass in the burst of a token bucket
@@ -133,45 +133,43 @@ def exposed(codec: float, wire: float, trial: Trial) -> float:
     return codec + max(wire / trial.buckets, wire - trial.window)
 
 
-def wire_seconds(exchange: Exchange, specs: Sequence[Spec], ranks: int, link: Link, buckets: int) -> float:
+def wire_seconds(
+    exchange: Exchange, specs: Sequence[Spec], ranks: int, link: Link, buckets: int, scatter: bool = False
+) -> float:
     """Seconds on the wire for all tensors of a step: bytes as one message, latencies once per bucket and round."""
-    coded, whole, rounds = 0.0, 0.0, 1
-    for spec in specs:
-        setting = exchange.codec.default(spec) if exchange.select(spec) else None
-        if setting is None or exchange.codec.bypass(spec, setting):
-            whole += spec.numel * spec.dtype.itemsize
-        else:
-            coded += exchange.codec.nbytes(spec, setting)
-    if isinstance(exchange.codec, LinearCodec):
-        rounds = exchange.codec.num_rounds
-    latency = link.latency * rounds * buckets
-    seconds = exchange.topology.cost(coded, ranks, latency, link.bandwidth)
-    return seconds + (Ring().cost(whole, ranks, 0.0, link.bandwidth) if whole else 0.0)
+    hops, nbytes = exchange.wire(specs, ranks, scatter)
+    return hops * link.latency * buckets + nbytes / link.bandwidth
 
 
 def codec_seconds(exchange: Exchange, specs: Sequence[Spec], ranks: int) -> float:
-    """CPU seconds a step of memory, encoding, decoding and combining, by trying them on random tensors of the given shapes."""
+    """CPU seconds a step of memory, encoding, decoding and combining; see `tried`."""
+    return tried(exchange, specs, ranks)[0]
+
+
+def tried(exchange: Exchange, specs: Sequence[Spec], ranks: int) -> tuple[float, float]:
+    """Codec and memory on random tensors of the given shapes: CPU seconds a step on this machine, bytes kept between steps."""
     chosen = [spec for spec in specs if exchange.select(spec)]
     total = sum(spec.numel for spec in chosen)
-    tried, size = [], 0
+    some, size = [], 0
     for spec in sorted(chosen, key=lambda spec: -spec.numel):
-        if not tried or size + spec.numel <= SAMPLED:
-            tried.append(spec)
+        if not some or size + spec.numel <= SAMPLED:
+            some.append(spec)
             size += spec.numel
-    if not tried:
-        return 0.0
+    if not some:
+        return 0.0, 0.0
     generator = torch.Generator().manual_seed(0)
-    states: dict[str, State] = {spec.name: {"seed": 0, "shared_seed": 0} for spec in tried}
+    states: dict[str, State] = {spec.name: {"seed": 0, "shared_seed": 0} for spec in some}
     found = []
     for step in range(3):
         seconds = 0.0
-        for spec in tried:
+        for spec in some:
             x = torch.randn(spec.numel, generator=generator)
             began = time.thread_time()
             _one(exchange, spec, x, states[spec.name], step, ranks)
             seconds += time.thread_time() - began
         found.append(seconds)
-    return min(found[1:]) * total / size
+    kept = sum(value.nbytes for state in states.values() for value in state.values() if isinstance(value, torch.Tensor))
+    return min(found[1:]) * total / size, kept * total / size
 
 
 def _one(exchange: Exchange, spec: Spec, x: torch.Tensor, state: State, step: int, ranks: int) -> None:

@@ -73,6 +73,7 @@ class Core:
         self._undo: list[tuple[State, dict[str, Any]]] = []
         self._poisoned = False
         self.gram: Tensor | None = None  # of the step's messages as far as they have come
+        self.gram_of_pieces: Tensor | None = None  # of those that went to this rank alone
         self.held: list[CombiningBucket] = []  # whose results wait for it
         self._row: Tensor | None = None
 
@@ -93,7 +94,7 @@ class Core:
             self.step = bucket.step
             self._undo.clear()
             self.held.clear()
-            self._poisoned, self.gram, self._row, self.delivered = False, None, None, 0.0
+            self._poisoned, self.gram, self.gram_of_pieces, self._row, self.delivered = False, None, None, None, 0.0
             if self.decides(bucket.step):
                 self._decide(bucket.step)
         for item in bucket.items:
@@ -195,8 +196,12 @@ class Core:
 
     # ---- combining over the whole model
 
-    def add_gram(self, part: Tensor) -> None:
-        self.gram = part if self.gram is None else self.gram + part
+    def add_gram(self, part: Tensor, of_all: bool) -> None:
+        """`of_all`: every rank has the same part."""
+        if of_all:
+            self.gram = part if self.gram is None else self.gram + part
+        else:
+            self.gram_of_pieces = part if self.gram_of_pieces is None else self.gram_of_pieces + part
 
     def hold(self, bucket: CombiningBucket) -> None:
         """Keep a bucket's messages until the step's last bucket has come."""

@@ -35,6 +35,7 @@ from weft.comm.automatic import Auto, Trial, measure_link
 from weft.comm.codec import Spec
 from weft.comm.core import LOOK_EVERY
 from weft.comm.exchange import Exchange
+from weft.comm.memories.momentum_correction import carry_decay
 from weft.comm.memory import Memory
 from weft.errors import PeerLost
 
@@ -307,13 +308,8 @@ class Handle:
         self._carry_decay(optimizer)
 
     def _carry_decay(self, optimizer: Any) -> None:
-        """Add to the gradients what momentum makes of the weight decay of earlier steps; the optimizer adds this step's.
-
-        b <- m b + decay w is the decay's part of momentum SGD's buffer, the same on every rank as the weights are. Without it
-        the decay would be 1/(1 - m) times too weak beside velocities.
-        """
+        """Weight decay has a momentum of its own, see `carry_decay`."""
         memory, core = self.exchange.memory, self.exchange.core
-        momentum: float = memory.momentum  # type: ignore[attr-defined]
         scale = float(getattr(optimizer, "grad_scale", None) or 1.0)  # a fused optimizer divides gradients by it
         for group in optimizer.param_groups:
             decay, sign = group["weight_decay"], -scale if group.get("maximize") else scale
@@ -324,10 +320,9 @@ class Handle:
                 last = core.states.get(name, {}).get(DECAY)
                 if last is None and not decay:
                     continue
-                before = torch.zeros(parameter.numel(), device=parameter.device) if last is None else last * momentum
-                now = core.state(name)[DECAY] = before.add(parameter.detach().reshape(-1), alpha=decay)
-                more = now * momentum if memory.nesterov else before  # type: ignore[attr-defined]
-                parameter.grad.add_(more.view(parameter.shape), alpha=sign)
+                now = torch.zeros(parameter.numel(), device=parameter.device) if last is None else last.clone()
+                carry_decay(memory, parameter.grad, parameter.detach(), _shaped(now, parameter), decay, sign)
+                core.state(name)[DECAY] = now
 
     def _look_for_clipping(self) -> None:
         """Warn where velocities are made shorter between the exchange and the optimizer: their norm is not a gradient's."""
@@ -358,7 +353,9 @@ class Handle:
                 buffer = optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
                 name = self._parameters.get(id(parameter))
                 if buffer is not None and name is not None and memory.buffer not in core.state(name):
-                    core.state(name)[memory.buffer] = buffer.detach().reshape(-1).float() * _unit(memory, group)
+                    held = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
+                    _shaped(held, parameter).copy_(buffer)
+                    core.state(name)[memory.buffer] = held.mul_(_unit(memory, group))
 
     def _give_momentum_back(self) -> None:
         memory, optimizer = self.exchange.memory, self.optimizer
@@ -378,7 +375,7 @@ class Handle:
                 dist.all_reduce(mean, group=core.wired.group)
                 if decayed is not None:
                     mean.add_(decayed)
-                optimizer.state[parameter]["momentum_buffer"] = mean.view(parameter.shape).to(parameter.dtype)
+                optimizer.state[parameter]["momentum_buffer"] = _shaped(mean, parameter).to(parameter.dtype)
 
     def remove(self) -> None:
         """Restore plain DDP and the optimizer's momentum; every rank calls this at the same time, between steps.
@@ -392,6 +389,20 @@ class Handle:
             self._pre.remove()
         self._switch.handle = None
         self.exchange.close()
+
+
+def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
+    """A state (numel,) seen with the parameter's shape.
+
+    States have the order of DDP's buckets: that of the parameter in memory (channels last, say) where it lies there without
+    gaps, else that of its indices.
+    """
+    width = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size > 1 and stride != width:
+            return flat.view(parameter.shape)
+        width *= size
+    return flat.as_strided(parameter.shape, parameter.stride())
 
 
 def _unit(memory: Memory, group: dict[str, Any]) -> float:

@@ -30,7 +30,7 @@ from weft.comm.memory import Memory, NoMemory
 from weft.comm.report import Report, TensorReport
 from weft.comm.routes import Bucket, GatherBucket, Item, RingBucket, StarBucket
 from weft.comm.rules.mean import Mean
-from weft.comm.segments import ScatterBucket, ShardBucket
+from weft.comm.segments import Cut, ScatterBucket, ShardBucket
 from weft.comm.topology import AllGather, Gossip, Peer, Ring, ScatterGather, Star, Topology, choose
 from weft.comm.wait import Wait
 from weft.comm.wired import Wired
@@ -210,7 +210,12 @@ class Exchange:
         return self._core
 
     def submit(
-        self, named: Sequence[tuple[Spec, Tensor]], step: int, last: bool, done: Callable[[BaseException | None], None]
+        self,
+        named: Sequence[tuple[Spec, Tensor]],
+        step: int,
+        last: bool,
+        done: Callable[[BaseException | None], None],
+        cuts: Sequence[Cut] = (),
     ) -> None:
         """Exchange flat tensors in place; `done(error or None)` is called from the exchange thread. All ranks submit alike.
 
@@ -219,10 +224,16 @@ class Exchange:
             step: counted from 0, the same on all ranks.
             last: nothing else belongs to this step.
             done: called once. After an error the tensors' values are undefined.
+            cuts: of each tensor, if rank r wants nothing but piece r; what then stands beside it is undefined.
         """
         core = self.core
         items = [Item(spec, flat, core.state(spec.name)) for spec, flat in named]
-        core.wired.submit(ROUTES[type(self.topology)](core, items, step, last, done))
+        bucket: Bucket
+        if cuts and self.scatters:
+            bucket = ShardBucket(core, items, step, last, done, cuts=cuts)
+        else:
+            bucket = ROUTES[type(self.topology)](core, items, step, last, done)
+        core.wired.submit(bucket)
 
     def reduce(self, named: Mapping[str, Tensor], step: int) -> torch.futures.Future[dict[str, Tensor]]:
         """Exchange tensors by name, as one step; boxing Partial -> Replicate.
@@ -271,32 +282,19 @@ class Exchange:
             if not -tensor.dim() <= dim < tensor.dim():
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} has no dimension {dim} to cut")
             dims.append(dim % tensor.dim())
-        core = self.core
+        ranks, own = self.core.wired.ranks, self.core.wired.own
         future: torch.futures.Future[dict[str, Tensor]] = torch.futures.Future()
-        if not self.scatters:
-            ranks, own = core.wired.ranks, core.wired.own
-
-            def cut(found: torch.futures.Future[dict[str, Tensor]]) -> None:
-                try:
-                    whole = found.wait()
-                except Exception as error:
-                    future.set_exception(error)
-                else:
-                    pairs = zip(whole.items(), dims, strict=True)
-                    future.set_result({name: x.tensor_split(ranks, dim)[own].clone() for (name, x), dim in pairs})
-
-            self.reduce(named, step).add_done_callback(cut)
-            return future
+        pairs = _flat(named)
+        cuts = [Cut.of(spec.shape, dim, ranks) for (spec, _), dim in zip(pairs, dims, strict=True)]
 
         def done(error: BaseException | None) -> None:
             if error is None:
-                future.set_result(bucket.results)
+                mine = zip(pairs, cuts, strict=True)
+                future.set_result({spec.name: cut.window(flat, own).clone() for (spec, flat), cut in mine})
             else:
                 future.set_exception(error)  # type: ignore[arg-type]
 
-        items = [Item(spec, flat, core.state(spec.name)) for spec, flat in _flat(named)]
-        bucket = ShardBucket(core, items, step, True, done, dims=dims)
-        core.wired.submit(bucket)
+        self.submit(pairs, step, True, done, cuts)
         return future
 
     @property
@@ -352,24 +350,47 @@ class Exchange:
             )
         return Report(tensors, steps, core.skipped, self._waited / steps if steps else 0.0)
 
-    def cost(self, spec: Spec, link: Link, ranks: int | None = None) -> float:
+    def wire(self, specs: Sequence[Spec], ranks: int, scatter: bool = False) -> tuple[int, float]:
+        """(latencies one after the other, bytes that the busiest rank sends) for tensors that travel as one message.
+
+        `scatter`: each rank wants a piece of each, see `reduce_scatter`.
+        """
+        pieces = scatter and self.scatters
+        coded = whole = 0.0
+        for spec in specs:
+            setting = self._setting(spec)
+            if setting is None:
+                whole += spec.numel * spec.dtype.itemsize
+            else:
+                piece = Spec(spec.name, (-(-spec.numel // ranks),), spec.dtype)
+                coded += ranks * self.codec.nbytes(piece, setting) if pieces else self.codec.nbytes(spec, setting)
+        if pieces:
+            stateful = type(self.memory).dense is not Memory.dense
+            reduced = whole if stateful else 0.0
+            return ranks - 1, (ranks - 1) / ranks * (coded + whole - reduced) + Ring().wire(reduced, ranks)
+        rounds = self.codec.num_rounds if coded and isinstance(self.codec, LinearCodec) else 1
+        topology = self.topology if coded else Ring()
+        return topology.hops(ranks) * rounds, topology.wire(coded, ranks) + Ring().wire(whole, ranks)
+
+    def cost(self, spec: Spec, link: Link, ranks: int | None = None, scatter: bool = False) -> float:
         """Predicted seconds to exchange one tensor over links like `link`: messages, and codec seconds as far as measured.
 
         Args:
             spec: the tensor.
             link: latency alpha in seconds, bandwidth beta in bytes per second.
             ranks: how many; None for those of the group.
+            scatter: each rank wants a piece of it (`reduce_scatter`).
         """
-        n = ranks if ranks is not None else self.core.wired.ranks
-        core = self._core
-        tally = None if core is None else core.tallies.get(spec.name)
-        codec_seconds = tally.codec_seconds / tally.steps if tally is not None and tally.steps else 0.0
-        setting = core.setting(spec) if core is not None else (self.codec.default(spec) if self.select(spec) else None)
-        if setting is None:
-            return Ring().cost(spec.numel * spec.dtype.itemsize, n, link.latency, link.bandwidth)
-        rounds = self.codec.num_rounds if isinstance(self.codec, LinearCodec) else 1
-        wire = self.topology.cost(self.codec.nbytes(spec, setting), n, link.latency * rounds, link.bandwidth)
-        return codec_seconds + wire
+        hops, nbytes = self.wire([spec], ranks if ranks is not None else self.core.wired.ranks, scatter)
+        coded = self._setting(spec) is not None
+        return (self._seconds(spec, None) if coded else 0.0) + hops * link.latency + nbytes / link.bandwidth
+
+    def _setting(self, spec: Spec) -> Any:
+        """In force now, or the one to begin with; None for a tensor that goes as it is."""
+        if self._core is not None:
+            return self._core.setting(spec)
+        setting = self.codec.default(spec) if self.select(spec) else None
+        return None if setting is None or self.codec.bypass(spec, setting) else setting
 
     def _seconds(self, spec: Spec, setting: Any) -> float:
         """Codec seconds of one tensor, measured so far; what a controller is told that budgets time."""

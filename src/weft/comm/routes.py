@@ -126,6 +126,11 @@ class Bucket(Job):
     def encode(self) -> None:
         raise NotImplementedError
 
+    @property
+    def noted(self) -> bool:
+        """Whether anybody asks what was sent of a tensor: a memory, or the report."""
+        return not isinstance(self.exchange.memory, NoMemory) or self.exchange.measures(self.step)
+
     def take_note(self, item: Item, sent: Tensor, where: Tensor | None) -> None:
         """Tell the memory, and now and then the report, what of item.y was sent."""
         if self.exchange.measures(self.step):
@@ -215,7 +220,7 @@ class RingBucket(Bucket):
             return answer
         except StopIteration as stop:
             assert isinstance(item.codec, LinearCodec)
-            if not isinstance(exchange.memory, NoMemory) or exchange.measures(self.step):
+            if self.noted:
                 sent, where = item.codec.own(item.y, stop.value, item.spec, item.state, item.setting)
                 self.take_note(item, sent, where)
             exchange.look(item.deliver(stop.value, exchange.memory), self.step)
@@ -238,6 +243,7 @@ class CombiningBucket(Bucket):
     rows: Sequence[list[tuple[Tensor, ...]]] = ()  # every rank's messages for them; none where nothing is combined
     broken: Sequence[bool] = ()  # whose gradients are not finite
     poisoned = False  # so that the step changes nothing
+    sees_all = True  # this rank has every message, not those for its pieces alone
     _row: list[float] | None = None
 
     def run(self) -> Iterator[dist.Work]:
@@ -251,20 +257,18 @@ class CombiningBucket(Bucket):
             self.finish(self.poisoned)
             return
         for number in range(len(self.combined) if self.rows else 0):
-            exchange.add_gram(gram(self.stacked(number)))
+            exchange.add_gram(gram(self.stacked(number)), self.sees_all)
         exchange.hold(self)
         if self.last:
-            yield from self.agree_on_gram()
+            if exchange.gram_of_pieces is not None:  # the sum over owners is that of whole tensors
+                yield dist.all_reduce(exchange.gram_of_pieces, group=self.group, async_op=True)
+                exchange.add_gram(exchange.gram_of_pieces, True)
             for bucket in exchange.held:
                 yield from bucket.down()
         self.finish(self.poisoned)
 
     def up(self) -> Iterator[dist.Work]:
         raise NotImplementedError
-
-    def agree_on_gram(self) -> Iterator[dist.Work]:
-        """Make `exchange.gram` that of whole tensors, where each rank has seen a part of them."""
-        yield from ()
 
     def down(self) -> Iterator[dist.Work]:
         raise NotImplementedError
@@ -344,7 +348,7 @@ class PackedBucket(CombiningBucket):
             message = item.codec.encode(item.y, item.spec, item.state, item.setting, self.step)
             for view, part in zip(views, message, strict=True):
                 view.copy_(part.view(view.shape) if part.shape != view.shape else part)
-            if item.selected:  # from the copy: the message may be y itself, which the memory changes
+            if item.selected and self.noted:  # from the copy: the message may be y itself, which the memory changes
                 sent, where = item.codec.sent(views, item.spec, item.setting)
                 self.take_note(item, sent, where)
             exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began

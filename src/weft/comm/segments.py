@@ -3,17 +3,15 @@
     ScatterBucket    the owner encodes its result again and sends it to all: Partial -> Replicate      topology ScatterGather
     ShardBucket      the owner keeps it: Partial -> Shard, half of that                                `Exchange.reduce_scatter`
 
-A tensor is cut along one dim into n pieces, which need not be equally long; each is a tensor of its own to the codec. In
-
-    outer x length x inner,    outer and inner the products of the dims before and after the one that is cut          `Cut`
-
-piece r is the block of positions bounds[r] .. bounds[r + 1] of `length`. An all-to-all with rows of unlike length moves
+A tensor is cut into n boxes, one per rank, which need not be equally large (`Cut`); each piece is a tensor of its own to the
+codec. An all-to-all with rows of unlike length moves
 (n-1)/n of a message per rank, where an all-reduce moves 2 (n-1)/n and an all-gather n - 1. (gloo's reduce-scatter is an
 all-reduce inside, and NCCL's could not add codes.)
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -36,10 +34,13 @@ __all__ = ["Cut", "ScatterBucket", "ShardBucket"]
 LOSSLESS = {torch.float16: Cast("float16"), torch.bfloat16: Cast("bfloat16")}  # for gradients of that type
 
 
+Box = tuple[tuple[int, int], ...]  # half-open index range per dim
+
+
 @final
 @dataclass(frozen=True)
 class Cut:
-    """How one tensor is cut; see the header.
+    """How one tensor is cut: piece r is box `boxes[r]` of a tensor of shape `shape`; together the boxes are all of it.
 
     >>> cut = Cut.of((2, 3), 1, 2)                  # columns 0, 1 | column 2
     >>> cut.piece(torch.arange(6), 0).tolist(), cut.piece(torch.arange(6), 1).tolist()
@@ -49,48 +50,81 @@ class Cut:
     """
 
     shape: tuple[int, ...]
-    dim: int
-    bounds: tuple[int, ...]
+    boxes: tuple[Box, ...]
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dim: int, ranks: int) -> Cut:
-        """As `torch.tensor_split` cuts: the first length % n pieces are one longer."""
-        dim %= len(shape)
+        """Along one dim, as `torch.tensor_split` cuts: the first length % n pieces are one longer."""
         short, longer = divmod(shape[dim], ranks)
-        return cls(shape, dim, tuple(r * short + min(r, longer) for r in range(ranks + 1)))
+        return cls._along(shape, dim % len(shape), [r * short + min(r, longer) for r in range(ranks + 1)])
 
     @classmethod
     def flat(cls, numel: int, ranks: int) -> Cut:
-        return cls((numel,), 0, tuple(numel * r // ranks for r in range(ranks + 1)))
+        return cls._along((numel,), 0, [numel * r // ranks for r in range(ranks + 1)])
 
-    @property
-    def inner(self) -> int:
-        return math.prod(self.shape[self.dim + 1 :])
-
-    def length(self, rank: int) -> int:
-        return self.bounds[rank + 1] - self.bounds[rank]
+    @classmethod
+    def _along(cls, shape: tuple[int, ...], dim: int, bounds: Sequence[int]) -> Cut:
+        whole = tuple((0, size) for size in shape)
+        pieces = itertools.pairwise(bounds)
+        return cls(shape, tuple((*whole[:dim], piece, *whole[dim + 1 :]) for piece in pieces))
 
     def piece_shape(self, rank: int) -> tuple[int, ...]:
-        return (*self.shape[: self.dim], self.length(rank), *self.shape[self.dim + 1 :])
+        return tuple(stop - start for start, stop in self.boxes[rank])
+
+    def window(self, flat: Tensor, rank: int) -> Tensor:
+        """Piece `rank` of a flat tensor in its shape, a view."""
+        found = flat.view(self.shape)
+        for dim, (start, stop) in enumerate(self.boxes[rank]):
+            if stop - start < self.shape[dim]:
+                found = found.narrow(dim, start, stop - start)
+        return found
 
     def piece(self, flat: Tensor, rank: int) -> Tensor:
         """Piece `rank` of a flat tensor, flat; a view where it is contiguous."""
-        return flat.view(self.shape).narrow(self.dim, self.bounds[rank], self.length(rank)).reshape(-1)
+        return self.window(flat, rank).reshape(-1)
 
     def joined(self, pieces: Sequence[Tensor]) -> Tensor:
         """The flat tensor of all pieces."""
-        shaped = [piece.view(self.piece_shape(rank)) for rank, piece in enumerate(pieces)]
-        return torch.cat(shaped, self.dim).view(-1)
+        flat = pieces[0].new_empty(math.prod(self.shape))
+        for rank, piece in enumerate(pieces):
+            window = self.window(flat, rank)
+            window.copy_(piece.view(window.shape))
+        return flat
 
     def whole(self, where: Tensor, rank: int) -> Tensor:
         """Positions in the flat tensor of positions in flat piece `rank`."""
-        row = max(self.length(rank) * self.inner, 1)
-        skipped = self.shape[self.dim] * self.inner - row
-        return where + where // row * skipped + self.bounds[rank] * self.inner
+        runs: list[
+            tuple[int, int, int]
+        ] = []  # (size, start, stop), innermost first; what is whole is one with the next
+        for size, (start, stop) in zip(reversed(self.shape), reversed(self.boxes[rank]), strict=True):
+            if runs and runs[-1][0] == runs[-1][2] - runs[-1][1]:
+                inner = runs.pop()[0]
+                size, start, stop = size * inner, start * inner, stop * inner
+            runs.append((size, start, stop))
+        found, stride = torch.zeros_like(where), 1
+        for number, (size, start, stop) in enumerate(runs):
+            outermost = number == len(runs) - 1
+            here = where if outermost else where % max(stop - start, 1)
+            found = found + (here + start) * stride
+            if not outermost:
+                where = where // max(stop - start, 1)
+            stride *= size
+        return found
+
+    def name(self, rank: int) -> str:
+        """Of a piece, as one would index it: `[:, 3:5]`."""
+        cut = [dim for dim in range(len(self.shape)) if any(box[dim] != (0, self.shape[dim]) for box in self.boxes)]
+        ranges = [
+            f"{start}:{stop}" if dim in cut else ":"
+            for dim, (start, stop) in enumerate(self.boxes[rank][: max(cut, default=-1) + 1])
+        ]
+        return f"[{', '.join(ranges)}]"
 
 
 class SegmentBucket(CombiningBucket):
     """What both have in common: pieces are coded one by one, and an all-to-all brings each to its owner."""
+
+    sees_all = False
 
     def cut(self, item: Item) -> Cut:
         raise NotImplementedError
@@ -159,11 +193,6 @@ class SegmentBucket(CombiningBucket):
         yield dist.all_to_all_single(self.found.view(-1), self.send, own, self.sizes, group=self.group, async_op=True)
         self.broken = self.check(self.found[:, :HEADER].contiguous().view(torch.int64).flatten().tolist())
 
-    def agree_on_gram(self) -> Iterator[dist.Work]:
-        """The inner products of whole tensors are the sums of those of their pieces."""
-        assert self.exchange.gram is not None
-        yield dist.all_reduce(self.exchange.gram, group=self.group, async_op=True)
-
 
 @final
 class ScatterBucket(SegmentBucket):
@@ -205,20 +234,17 @@ class ScatterBucket(SegmentBucket):
 
 @final
 class ShardBucket(SegmentBucket):
-    """Piece r of every tensor goes to rank r, and stays there: `results` holds this rank's, by name, when it is done.
+    """Piece r of every tensor goes to rank r, and stays there: this rank's lies where it was, what is beside it means nothing.
 
-    Tensors that a memory delivers whole with a state of its own (`Memory.dense`) are all-reduced, then cut.
+    Tensors that a memory delivers whole with a state of its own (`Memory.dense`) are all-reduced.
 
     Args:
-        dims: the dimension to cut, per item.
+        cuts: of each item.
     """
 
-    def __init__(self, *args: Any, dims: Sequence[int]):
-        super().__init__(*args, words=tuple(f"shard {dim}" for dim in dims))
-        self.shards = {
-            item.spec.name: Cut.of(item.spec.shape, dim, self.ranks) for item, dim in zip(self.items, dims, strict=True)
-        }
-        self.results: dict[str, Tensor] = {}
+    def __init__(self, *args: Any, cuts: Sequence[Cut]):
+        super().__init__(*args, words=tuple(f"shard {cut.boxes}" for cut in cuts))
+        self.shards = {item.spec.name: cut for item, cut in zip(self.items, cuts, strict=True)}
 
     def cut(self, item: Item) -> Cut:
         return self.shards[item.spec.name]
@@ -244,20 +270,13 @@ class ShardBucket(SegmentBucket):
 
     def down(self) -> Iterator[dist.Work]:
         yield from self.reduce_whole(self.reduced)
-        for item in self.items:
-            cut = self.cut(item)
-            self.results[item.spec.name] = piece = item.out.new_empty(cut.piece_shape(self.own))
-            if item in self.reduced:
-                piece.copy_(cut.piece(item.out, self.own).view(piece.shape))
-            elif not self.poisoned:
-                piece.copy_(self.mix(self.scattered.index(item)).view(piece.shape))
-            if self.poisoned:
-                piece.fill_(math.nan)
+        for number, item in enumerate(() if self.poisoned else self.scattered):
+            window = self.cut(item).window(item.out, self.own)
+            window.copy_(self.mix(number).view(window.shape))
 
 
 def _piece(item: Item, cut: Cut, rank: int) -> Spec:
-    block = ", ".join([":"] * cut.dim + [f"{cut.bounds[rank]}:{cut.bounds[rank + 1]}"])
-    return Spec(f"{item.spec.name}[{block}]", cut.piece_shape(rank), item.spec.dtype)
+    return Spec(f"{item.spec.name}{cut.name(rank)}", cut.piece_shape(rank), item.spec.dtype)
 
 
 def _leg(down: Codec | None, codec: Codec, spec: Spec, setting: Setting) -> tuple[Codec, Spec, Setting]:

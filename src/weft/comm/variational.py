@@ -54,7 +54,7 @@ Rounds = Generator[Ask, "Named | None", "Named | None"]  # one step: returns the
 
 
 def finite(named: Mapping[str, Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in named.values())
+    return all(bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all()) for tensor in named.values())
 
 
 def moved(z: Mapping[str, Tensor], direction: Mapping[str, Tensor], by: float) -> Named:

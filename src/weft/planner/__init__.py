@@ -9,6 +9,7 @@
     costs        operators and boxings on a mesh          choose       all meshes, memory, the best
     buckets      parameters that travel together          memory       liveness over forward and backward
     roles        batch, sequence or tensor                bound        what no plan can beat
+    coding       gradients by an exchange
 
 Data, tensor and sequence parallelism, ZeRO and their mixes are outcomes of one search over placements, or constraints on it.
 """

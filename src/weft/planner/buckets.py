@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,13 @@ from numpy.typing import NDArray
 from weft.graph.graph import Graph, Node, Ref
 from weft.placement.assignment import Assignment, ParameterPlacement
 from weft.placement.layout import Partial, Placements, Replicate, Shard
+from weft.planner.coding import Owed, carries, gradients
 from weft.planner.costs import FREE, Boxing, Costs
+
+if TYPE_CHECKING:
+    import torch
+
+    from weft.planner.coding import Coding
 
 __all__ = ["Bucket", "Readings", "buckets_of"]
 
@@ -36,6 +43,7 @@ class Bucket:
         reduce: gradients all-reduced or reduce-scattered.
         gather: pieces gathered: before each use (`gathers`), else once after the update.
         gathers, regathers, scatters: stored cut; gathered again for backward; gradients cut.
+        coded: an exchange reduces, in place of a collective; `code` are its codec seconds, `kept` bytes of its memories.
     """
 
     names: tuple[str, ...]
@@ -47,6 +55,9 @@ class Bucket:
     gathers: bool
     regathers: bool
     scatters: bool
+    coded: bool = False
+    code: float = 0.0
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,26 +98,34 @@ class Readings:
         return cls(first, last, block)
 
 
-def buckets_of(graph: Graph, assignment: Assignment, costs: Costs, readings: Readings) -> list[Bucket]:
-    """The buckets of an assignment in order of first use, without those that owe nothing."""
+def buckets_of(
+    graph: Graph, assignment: Assignment, costs: Costs, readings: Readings, coding: Coding | None = None
+) -> list[Bucket]:
+    """The buckets of an assignment in order of first use, without those that owe nothing; gradients by an exchange if it can."""
     first = readings.first
     nodes = {name: node for name, node in graph.parameters.items() if name in first}
     kinds: dict[object, list[str]] = {}
-    known: dict[tuple, object] = {}
+    known: dict[tuple, _Kind | None] = {}
+    trained: set[Owed | None] = set()
     for name in sorted(nodes, key=lambda name: first[name]):
         spec, placement = nodes[name].outputs[0], assignment.parameters[name]
         key = (id(placement), spec.dtype, spec.requires_grad)
         if key not in known:
             known[key] = _kind(nodes[name], placement, assignment.mesh.shape)
-        if known[key] is not None:
-            kinds.setdefault(known[key], []).append(name)
+        kind = known[key]
+        if kind is not None:
+            kinds.setdefault(kind, []).append(name)
+        if spec.requires_grad:
+            trained.add(None if kind is None else (kind.cut, kind.summed))
+    if coding is not None and not carries(trained, assignment.mesh.shape):
+        coding = None
     found = []
     for members in kinds.values():
         members = members[::-1]
         sizes = {name: costs.nbytes(nodes[name].outputs[0], assignment.parameters[name].used) for name in members}
         cut = _stored_cut(assignment.parameters[members[0]])
         groups = _by_block(members, sizes, readings.block) if cut else _by_size(members, sizes)
-        found += [_bucket(names, nodes, assignment, costs, readings) for names in groups]
+        found += [_bucket(names, nodes, assignment, costs, readings, coding) for names in groups]
     return sorted(found, key=lambda bucket: bucket.first)
 
 
@@ -114,7 +133,18 @@ def _stored_cut(placement: ParameterPlacement) -> bool:
     return placement.stored != placement.used
 
 
-def _kind(node: Node, placement: ParameterPlacement, shape: tuple[int, ...]) -> object | None:
+class _Kind(NamedTuple):
+    """What parameters of one bucket have in common: axes over which gradients are cut, and summed, see `coding.Owed`."""
+
+    dtype: torch.dtype
+    cut: tuple[int, ...]
+    stored_cut: bool
+    every_micro_batch: bool
+    summed: tuple[int, ...]
+    trains: bool
+
+
+def _kind(node: Node, placement: ParameterPlacement, shape: tuple[int, ...]) -> _Kind | None:
     """What a parameter is owed; None where nothing is."""
     cut = tuple(
         axis for axis, used in enumerate(placement.used)
@@ -130,7 +160,7 @@ def _kind(node: Node, placement: ParameterPlacement, shape: tuple[int, ...]) -> 
     if not cut and not (summed and spec.requires_grad):
         return None
     each = placement.gradient != placement.used or _stored_cut(placement)
-    return (spec.dtype, cut, _stored_cut(placement), each, summed, spec.requires_grad)
+    return _Kind(spec.dtype, cut, _stored_cut(placement), each, summed, spec.requires_grad)
 
 
 def _by_size(members: list[str], sizes: Mapping[str, float]) -> list[list[str]]:
@@ -160,7 +190,12 @@ def _by_block(members: list[str], sizes: Mapping[str, float], blocks: Mapping[st
 
 
 def _bucket(
-    names: list[str], nodes: Mapping[str, Node], assignment: Assignment, costs: Costs, readings: Readings
+    names: list[str],
+    nodes: Mapping[str, Node],
+    assignment: Assignment,
+    costs: Costs,
+    readings: Readings,
+    coding: Coding | None,
 ) -> Bucket:
     specs = [nodes[name].outputs[0] for name in names]
     placement = assignment.parameters[names[0]]
@@ -175,14 +210,24 @@ def _bucket(
     used_bytes = np.zeros(len(costs.places))
     for name, spec in zip(names, specs, strict=True):
         used_bytes = used_bytes + spec.nbytes * costs.fraction(spec.shape, assignment.parameters[name].used)
+    scatters = cut != used and trains
+    reduce, price = FREE, None
+    if coding is not None and trains:
+        price = coding.price(gradients(zip(names, specs, strict=True)), costs.mesh.ranks, scatters)
+        reduce = Boxing(price.wire, 0.0, price.nbytes)
+    elif trains:
+        reduce = costs.flat(numel, size, owed, cut)
     return Bucket(
         tuple(names),
         min(readings.first[name] for name in names),
         max(readings.last[name] for name in names),
         used_bytes,
-        costs.flat(numel, size, owed, cut) if trains else FREE,
+        reduce,
         costs.flat(numel, size, cut, used),
         _stored_cut(placement),
         _stored_cut(placement) and placement.regather,
-        cut != used and trains,
+        scatters,
+        price is not None,
+        price.codec if price is not None else 0.0,
+        price.kept if price is not None else 0.0,
     )

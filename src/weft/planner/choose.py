@@ -5,7 +5,7 @@ unlike devices    shards in proportion to speed, and even ones: the pricing deci
 per mesh          the search for several weights, and the strategies with names                        `explore`
 enough            a plan within 5 % of the lower bound ends the search over meshes
 memory            only if the fastest does not fit: the search again with a price on bytes             `explore.within_memory`
-recomputation     plans that do not fit and are faster than what does: made to fit, they may still be faster   `_squeezed`
+squeezing         plans that do not fit and are faster than what does: made to fit, they may still be faster   `_squeezed`
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from weft.graph.graph import Graph
 from weft.placement.axes import find_cuts
 from weft.placement.layout import Mesh
 from weft.planner.bound import lower_bound, speeds
+from weft.planner.coding import Coding
 from weft.planner.constraints import Constraints
 from weft.planner.costs import Costs
 from weft.planner.explore import Candidate, Explorer, factorizations
@@ -33,6 +34,10 @@ from weft.planner.plan import REMEDY, Alternative, Plan
 from weft.planner.prepared import Prepared
 from weft.planner.roles import Roles
 from weft.planner.search import Infeasible
+from weft.planner.squeeze import Moves
+
+if TYPE_CHECKING:
+    from weft.comm import Exchange
 
 ENOUGH = 1.05  # a plan this near the lower bound ends the search over meshes: none can be better by more
 REFINED = 3  # meshes whose best candidate is refined
@@ -57,6 +62,8 @@ def plan(
     weights: Sequence[float] | None = None,
     allow_replicated: bool | Sequence[str] = False,
     recompute: bool = True,
+    offload: bool = True,
+    exchange: Exchange | None = None,
 ) -> Plan:
     """Find the fastest plan, by the cost model, that fits every device's memory.
 
@@ -73,6 +80,10 @@ def plan(
         allow_replicated: operators without a placement rule may run whole on every device: True, or their names.
         recompute: a plan may give up activations after forward and compute them again for backward, where that is what it
             takes to fit, or costs less than more sharding does; `weft.run` then keeps each process within these bytes.
+        offload: likewise, activations may wait in the tier that the cluster names below a device (`Device.offload`).
+        exchange: of gradients (`weft.comm`), to be given to `weft.run` as well. Plans whose gradients it can carry, those of data
+            parallelism and ZeRO, are priced with its messages and with codec seconds as tried on this machine; others with
+            all-reduce. `Plan.exchange` says which the plan is.
     Raises:
         UnknownOperators: operators without a rule, all at once, before anything else is done.
         DoesNotFit: no plan in reach fits; the error names the device, the least bytes that would do there, what is largest,
@@ -85,7 +96,8 @@ def plan(
     with rarely_collecting():
         return make_plan(
             model, batch, cluster=cluster, loss=loss, optimizer=optimizer, memory=memory, mesh=mesh, weights=weights,
-            constraints=constraints or Constraints(), allow_replicated=allow_replicated, must_fit=True, recompute=recompute,
+            constraints=constraints or Constraints(), allow_replicated=allow_replicated, must_fit=True,
+            moves=Moves(recompute, offload), exchange=exchange,
         )  # fmt: skip
 
 
@@ -102,19 +114,20 @@ def make_plan(
     constraints: Constraints,
     allow_replicated: bool | Sequence[str],
     must_fit: bool,
-    recompute: bool,
+    moves: Moves,
+    exchange: Exchange | None = None,
 ) -> Plan:
     """What `plan` and `Plan.manual` share; `must_fit` makes a lack of memory an error."""
     from weft.graph import graph_fingerprint
 
     started = time.perf_counter()
     graph = model if isinstance(model, Graph) else _capture(model, batch, loss, cluster)
-    costing = OptimizerCost.of(optimizer)
+    costing, coding = OptimizerCost.of(optimizer), _coding(exchange, graph, cluster)
     limits = memory_limits(memory, cluster)
     bound = lower_bound(graph, cluster, costing)
     refused: list[ValueError] = []
     candidates: list[tuple[Explorer, Candidate]] = []
-    for make in _explorers(graph, cluster, costing, constraints, limits, mesh, weights, allow_replicated):
+    for make in _explorers(graph, cluster, costing, constraints, limits, mesh, weights, allow_replicated, coding):
         if any(c.prediction.fits and c.prediction.seconds <= ENOUGH * bound for _, c in candidates):
             break
         try:
@@ -130,11 +143,12 @@ def make_plan(
         fastest = {id(e): min((c for x, c in candidates if x is e), key=_seconds) for e, _ in candidates}
         for explorer in dict.fromkeys(e for e, _ in candidates):
             candidates += [(explorer, c) for c in explorer.within_memory(fastest[id(explorer)])]
-    if recompute:
-        candidates = _squeezed(candidates)
+    squeezable = moves.recompute or (moves.offload and any(device.offload for device in cluster))
+    if squeezable:
+        candidates = _squeezed(candidates, moves)
     fitting = [pair for pair in candidates if pair[1].prediction.fits]
     if not fitting and must_fit:
-        raise _does_not_fit(candidates, recompute)
+        raise _does_not_fit(candidates, moves if squeezable else None)
     explorer, best = _best(fitting) if fitting else min(candidates, key=lambda pair: pair[1].excess)
     strategy = constraints.strategy if isinstance(constraints.strategy, str) else " x ".join(constraints.strategy)
     return Plan(
@@ -151,7 +165,21 @@ def make_plan(
         graph,
         loss,
         best.squeezed.squeezes() if best.squeezed is not None else (),
+        exchange.options if exchange is not None and explorer.pricing.coded(best.assignment) else "",
     )
+
+
+def _coding(exchange: Exchange | None, graph: Graph, cluster: Cluster) -> Coding | None:
+    from weft.comm import Exchange
+
+    if exchange is None:
+        return None
+    if not isinstance(exchange, Exchange):
+        raise ValueError(
+            f"plan: exchange must be a weft.comm.Exchange or None, got {exchange!r}; to choose among several, plan with each, or "
+            "plan without and give weft.run exchange='auto'"
+        )
+    return Coding.of(exchange, graph, cluster)
 
 
 def _named_again(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explorer, Candidate]]:
@@ -173,8 +201,8 @@ def _refined(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explore
     return [pair for pair, before in zip(tried, best.values(), strict=False) if pair[1] is not before[1]]
 
 
-def _squeezed(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explorer, Candidate]]:
-    """The candidates, where those that do not fit and could win are made to fit by computing activations again.
+def _squeezed(candidates: list[tuple[Explorer, Candidate]], moves: Moves) -> list[tuple[Explorer, Candidate]]:
+    """The candidates, where those that do not fit and could win are made to fit by computing activations again or moving them.
 
     They come in the order of their seconds, which squeezing can only add to: the first that is slower than the best so far
     ends the search. Where nothing fits, those with the least that cannot be given up are tried as well.
@@ -191,7 +219,7 @@ def _squeezed(candidates: list[tuple[Explorer, Candidate]]) -> list[tuple[Explor
         if candidate.prediction.seconds >= best or candidate.floor > 1 or id(candidate.prediction) in made:
             continue
         try:
-            found = explorer.squeezed(candidate)
+            found = explorer.squeezed(candidate, moves)
         except BudgetError:
             continue
         made[id(candidate.prediction)] = found
@@ -214,8 +242,8 @@ def _seconds(candidate: Candidate) -> float:
 
 
 def _best(pairs: list[tuple[Explorer, Candidate]]) -> tuple[Explorer, Candidate]:
-    """The fastest; of those that are slower by less than one in five hundred, one that computes nothing again, the simplest,
-    and then the leanest."""
+    """The fastest; of those that are slower by less than one in five hundred, one that neither computes again nor offloads, the
+    simplest, and then the leanest."""
     names = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
     least = min(candidate.prediction.seconds for _, candidate in pairs)
 
@@ -239,6 +267,7 @@ def _explorers(
     mesh: Mesh | Sequence[int] | None,
     weights: Sequence[float] | None,
     allow_replicated: bool | Sequence[str],
+    coding: Coding | None,
 ) -> list[Callable[[], Explorer]]:
     """What makes an explorer of each mesh worth trying, on demand. Unknown operators come out here, first of all."""
     meshes = list(meshes_for(graph, cluster, optimizer, constraints, mesh, weights))
@@ -247,7 +276,9 @@ def _explorers(
         prepared = Prepared(graph, find_cuts(graph, finest=size, allow_replicated=allow_replicated))
         ready[size] = (prepared, Roles(prepared))
     return [
-        partial(lambda one: Explorer(*ready[one.size], Costs(cluster, one), optimizer, constraints, limits), one)
+        partial(
+            lambda one: Explorer(*ready[one.size], Costs(cluster, one), optimizer, constraints, limits, coding), one
+        )
         for one in meshes
     ]
 
@@ -384,16 +415,16 @@ _UNITS = {
 }  # fmt: skip
 
 
-def _does_not_fit(candidates: list[tuple[Explorer, Candidate]], recompute: bool) -> DoesNotFit:
-    """The error for the leanest plan: what it needs as it is, or with everything computed again that can be."""
-    if not recompute:
+def _does_not_fit(candidates: list[tuple[Explorer, Candidate]], moves: Moves | None) -> DoesNotFit:
+    """The error for the leanest plan: what it needs as it is, or with all that these moves can do."""
+    if moves is None:
         leanest = min((c for _, c in candidates), key=lambda c: c.excess)
         worst = max(leanest.prediction.memory, key=lambda m: m.use.peak / m.have)
         return DoesNotFit(worst.device, worst.use.peak, worst.have, worst.use.largest, REMEDY[worst.use.largest])
     unlike = {id(c.prediction): (e, c) for e, c in candidates}.values()
     found = []
     for explorer, candidate in sorted(unlike, key=lambda pair: pair[1].floor)[:LEANEST]:
-        least = explorer.least_bytes(candidate)
+        least = explorer.least_bytes(candidate, moves)
         need, worst = max(zip(least, candidate.prediction.memory, strict=True), key=lambda row: row[0] / row[1].have)
         found.append((need / worst.have, need, worst))
     _, need, worst = min(found, key=lambda row: row[0])
@@ -415,5 +446,5 @@ def _alternatives(candidates: list[Candidate], best: Candidate) -> tuple[Alterna
         name = f"{c.name}, weighted" if weighted else c.name
         again = max((m.checked.repeated_seconds for m in c.squeezed.plans.values()), default=0.0) if c.squeezed else 0.0
         shape = c.assignment.mesh.shape
-        found[key(c)] = Alternative(name, shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits, again)
+        found[key(c)] = Alternative(name, shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits, again, p.waiting)
     return tuple(found.values())

@@ -8,7 +8,8 @@ Method     the additive search is run for several weights mu of communication th
            The best then tries other storage of its parameters, at full price.                    `Explorer.refined`
            If the best does not fit, seconds per byte lambda are added, raised until a candidate fits, then
            bisected towards the least that does.                                              `Explorer.within_memory`
-           Or it is made to fit: activations are given up, and made again when backward wants them.   `Explorer.squeezed`
+           Or it is made to fit: activations are made again, or come back from a lower tier, when backward wants them.
+                                                                                                      `Explorer.squeezed`
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from weft.errors import ImpossibleConstraint, MeshTooLarge
 from weft.placement.assignment import Assignment, ParameterPlacement
 from weft.placement.layout import Mesh, Placements
+from weft.planner.coding import Coding
 from weft.planner.constraints import Constraints, masks, modes_left, overridden
 from weft.planner.costs import Costs
 from weft.planner.model import Model
@@ -34,7 +36,7 @@ from weft.planner.prepared import Prepared
 from weft.planner.price import Prediction, Pricing
 from weft.planner.roles import Roles
 from weft.planner.search import Factor, Infeasible, Program, Solution, TooWide, Variable, integer
-from weft.planner.squeeze import Squeezed, least_bytes, squeeze
+from weft.planner.squeeze import Moves, Squeezed, least_bytes, squeeze
 
 __all__ = ["Candidate", "Explorer"]
 
@@ -45,6 +47,7 @@ PATIENCE = 10.0  # seconds for HiGHS; what it has by then is compared with the n
 NAMED_MU = 0.3  # the one under which strategies with names are tried first
 NAMED_1D = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
 NAMED_2D = (("dp", "tp"), ("zero-1", "tp"), ("zero-3", "tp"), ("dp", "tp+sp"), ("zero-3", "tp+sp"))
+CODED_2D = (("dp", "dp"), ("zero-1", "zero-1"), ("zero-3", "zero-3"))  # what an exchange can carry
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Candidate:
 
     @property
     def floor(self) -> float:
-        """What no recomputation can save on the fullest device, as a multiple of what it has."""
+        """What neither recomputation nor offload can save on the fullest device, as a multiple of what it has."""
         return max((m.use.peak - m.use.activations) / m.have for m in self.prediction.memory)
 
 
@@ -141,6 +144,8 @@ class Explorer:
         optimizer: what it costs.
         constraints: what the user fixed.
         memory: bytes that each device of the cluster may use, in place of what it has.
+        coding: of gradients by an exchange. Candidates are priced with it; the tables of the search are not, as it carries all
+            gradients of a plan or none.
     """
 
     def __init__(
@@ -151,10 +156,11 @@ class Explorer:
         optimizer: OptimizerCost,
         constraints: Constraints,
         memory: tuple[int, ...] | None = None,
+        coding: Coding | None = None,
     ):
         self.model = Model(prepared, costs, optimizer)
         self.roles = roles
-        self.pricing = Pricing(prepared, roles, costs, optimizer, memory)
+        self.pricing = Pricing(prepared, roles, costs, optimizer, memory, coding)
         self.constraints = constraints
         self._programs: dict[object, _Restricted] = {}
         self._known: list[Solution] = []
@@ -178,7 +184,8 @@ class Explorer:
         if self.constraints.strategy != "any" or self.mesh.ndim > 2 or self.mesh.size == 1:
             return []
         found = []
-        for strategy in NAMED_1D if self.mesh.ndim == 1 else NAMED_2D:
+        products = (*NAMED_2D, *CODED_2D) if self.pricing.coding is not None else NAMED_2D
+        for strategy in NAMED_1D if self.mesh.ndim == 1 else products:
             fixed = Constraints(strategy, self.constraints.parameters, self.constraints.inputs)
             name = strategy if isinstance(strategy, str) else " x ".join(strategy)
             self._named[name] = fixed
@@ -259,13 +266,13 @@ class Explorer:
             self._programs[key] = made
         return self._programs[key]
 
-    def squeezed(self, found: Candidate) -> Candidate:
-        """A candidate that does not fit, with as much computed again as it takes to fit, at its new price.
+    def squeezed(self, found: Candidate, moves: Moves) -> Candidate:
+        """A candidate that does not fit, with as much computed again or moved away as it takes to fit, at its new price.
 
         Raises:
             BudgetError: it cannot be made to fit.
         """
-        made = squeeze(self.pricing, found.assignment, found.prediction)
+        made = squeeze(self.pricing, found.assignment, found.prediction, moves)
         return replace(found, prediction=self._repriced(found.assignment, made, details=False), squeezed=made)
 
     def details(self, found: Candidate) -> Prediction:
@@ -275,11 +282,12 @@ class Explorer:
         return self._repriced(found.assignment, found.squeezed, details=True)
 
     def _repriced(self, assignment: Assignment, made: Squeezed, details: bool) -> Prediction:
-        return replace(self.pricing.price(assignment, details=details, repeats=made.repeats), memory=made.memory)
+        priced = self.pricing.price(assignment, details=details, repeats=made.repeats, waits=made.waits)
+        return replace(priced, memory=made.memory)
 
-    def least_bytes(self, found: Candidate) -> list[int]:
+    def least_bytes(self, found: Candidate, moves: Moves) -> list[int]:
         """Bytes per class of devices with which the candidate can still be made to fit."""
-        return least_bytes(self.pricing, found.assignment, found.prediction)
+        return least_bytes(self.pricing, found.assignment, found.prediction, moves)
 
     def within_memory(self, fastest: Candidate, report: Callable[[Candidate], None] | None = None) -> list[Candidate]:
         """Candidates that trade time for memory: lambda raised until one fits, then bisected.

@@ -317,4 +317,7 @@ def gradients_held(placed: PlacedGraph, assignment: Assignment, buckets: Sequenc
             scattered = placement.state != placement.used
             yield 0, end, spec.nbytes * placed.shares(spec, placement)[1] if scattered else used
             if scattered:
-                yield full, full, used
+                yield full, (end if bucket.coded else full), used
+    for bucket in buckets:
+        if bucket.kept:
+            yield 0, end, bucket.kept

@@ -14,9 +14,10 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from weft.pages import document, legend, tiles
+from weft.planner.coding import described
 from weft.planner.memory import CATEGORIES
 from weft.planner.price import Event, Prediction
-from weft.planner.text import again, folded, storage_words
+from weft.planner.text import again, folded, remedies, storage_words
 from weft.planner.units import count, nbytes, percent, seconds
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ ROLES = {"batch": "c1", "sequence": "c2", "tensor": "c3", "whole": "c0"}
 MEMORY = dict(zip(CATEGORIES, ("c1", "c2", "c3", "c4", "c5"), strict=True))
 EVENTS = {
     "forward": "c1", "backward": "c6", "update": "c0", "activations": "c3", "gather parameters": "c2", "scatter gradients": "c4",
-    "sum gradients": "c5", "recompute": "c7",
+    "sum gradients": "c5", "recompute": "c7", "offload": "c4", "code gradients": "c3", "exchange gradients": "c5",
 }  # fmt: skip
 
 STYLE = """
@@ -40,8 +41,9 @@ def page(plan: Plan) -> str:
     """The page as HTML text."""
     mesh = " x ".join(map(str, plan.mesh.shape))
     title = f"weft plan: {plan.mesh.size} devices, mesh {mesh}"
+    sent = f"Gradients by {described(plan.exchange)}. " if plan.exchange else ""
     body = [
-        f"<p>{escape(plan.name)}: {escape(plan.method or 'given')}. Cluster {escape(plan.cluster.name)}. "
+        f"<p>{escape(plan.name)}: {escape(plan.method or 'given')}. Cluster {escape(plan.cluster.name)}. {escape(sent)}"
         "Figures are predictions of the cost model.</p>",
         _tiles(plan),
         _layers(plan),
@@ -186,17 +188,16 @@ def _event(event: Event, x: float, y: float, scale: float, height: float) -> str
 
 def _alternatives(plan: Plan) -> str:
     p = plan.prediction
-    mine = max((squeeze.seconds for squeeze in plan.squeezes), default=0.0)
+    mine = remedies(max((squeeze.seconds for squeeze in plan.squeezes), default=0.0), p.waiting)
     rows = [(plan.name, plan.mesh.shape, p.seconds, p.exposed, p.nbytes, p.peak, p.fits, mine, True)]
     rows += [
-        (a.name, a.mesh, a.seconds, a.exposed, a.nbytes, a.peak, a.fits, a.repeated, False) for a in plan.alternatives
+        (a.name, a.mesh, a.seconds, a.exposed, a.nbytes, a.peak, a.fits, remedies(a.repeated, a.waiting), False)
+        for a in plan.alternatives
     ]
     slowest = max(row[2] for row in rows) or 1.0
     lines = []
-    for name, mesh, time, exposed, moved, peak, fits, repeated, own in rows:
-        verdict = (
-            f"recomputes {seconds(repeated)}" if repeated else "" if fits else "<span class=bad>does not fit</span>"
-        )
+    for name, mesh, time, exposed, moved, peak, fits, squeezed, own in rows:
+        verdict = squeezed if fits else "<span class=bad>does not fit</span>"
         bar = _bar([(seconds(time), time / slowest, "c1" if own else "c0")])
         lines.append(
             f"<tr{' class=own' if own else ''}><td>{escape(name)}{' (this plan)' if own else ''}</td>"

@@ -19,25 +19,27 @@ from weft.planner.squeeze import Squeeze
 from weft.planner.text import describe
 
 if TYPE_CHECKING:
+    from weft.comm import Exchange
     from weft.planner.constraints import Where
 
 __all__ = ["Alternative", "Plan"]
 
-FORMAT = 2  # of the JSON
-READS = (1, 2)  # 1 had no squeezes
+FORMAT = 3  # of the JSON
+READS = (1, 2, 3)  # 1 had no squeezes, 2 none that offload
 
 REMEDY = {
     "parameters": "use more devices, or allow ZeRO-3 or tensor parallelism if you ruled them out",
     "gradients": "use more devices, or allow ZeRO-2 or ZeRO-3 if you ruled them out",
     "optimizer state": "use more devices, allow ZeRO if you ruled it out, or an optimizer with less state (SGD keeps none)",
     "gathered copies": "use more devices, or tensor parallelism instead of ZeRO-3",
-    "activations": "use a smaller batch (and accumulate gradients) or more devices",
+    "activations": "use a smaller batch (and accumulate gradients), more devices, or a tier to offload to in the cluster file",
 }
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another plan, priced by the same model; `repeated` are the seconds of recomputation that make it fit."""
+    """Another plan, priced by the same model; `repeated` and `waiting` are the seconds of recomputation and of offload that
+    make it fit."""
 
     name: str
     mesh: tuple[int, ...]
@@ -47,6 +49,7 @@ class Alternative:
     peak: float
     fits: bool
     repeated: float = 0.0
+    waiting: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,10 @@ class Plan:
         name: "search", or the strategy asked for.
         planning_seconds: what finding it took.
         graph, loss: what was planned for, if this plan was made in this process; not part of the value.
-        squeezes: for devices that would need more memory than they have: what they compute again to fit. Seconds and memory of
-            `prediction` are those of the step that does so.
+        squeezes: for devices that would need more memory than they have: what they compute again, and move to a lower tier, to
+            fit. Seconds and memory of `prediction` are those of the step that does so.
+        exchange: options of the exchange that `prediction` has gradients sent by (`weft.comm.Exchange.options`); "" for
+            all-reduce and reduce-scatter. `weft.run` is to be given the same.
     """
 
     assignment: Assignment
@@ -82,6 +87,7 @@ class Plan:
     graph: Graph | None = field(default=None, compare=False, repr=False)
     loss: Any = field(default=None, compare=False, repr=False)
     squeezes: tuple[Squeeze, ...] = ()
+    exchange: str = ""
 
     @property
     def mesh(self) -> Mesh:
@@ -118,6 +124,8 @@ class Plan:
         weights: Sequence[float] | None = None,
         allow_replicated: bool | Sequence[str] = False,
         recompute: bool = True,
+        offload: bool = True,
+        exchange: Exchange | None = None,
     ) -> Plan:
         """A plan of your own: fix what you know, the search chooses the rest at least cost.
 
@@ -130,8 +138,8 @@ class Plan:
             parameters: patterns of parameter names -> placement per mesh axis in which they are used (`Shard(0)`, `"R S(1)"`),
                 or a whole `ParameterPlacement`.
             inputs: patterns of leaf paths of the batch -> placement in which their readers want them.
-            optimizer, memory, weights, allow_replicated, recompute: as for `weft.plan`. A plan that does not fit is no error
-                here: `check` says so.
+            optimizer, memory, weights, allow_replicated, recompute, offload, exchange: as for `weft.plan`. A plan that does not
+                fit is no error here: `check` says so.
         Raises:
             ImpossibleConstraint: some operator cannot do what is asked; the error lists what it can.
             MeshTooLarge: data parallelism over more devices than the batch has entries.
@@ -143,6 +151,7 @@ class Plan:
         """
         from weft.planner.choose import make_plan
         from weft.planner.constraints import Constraints
+        from weft.planner.squeeze import Moves
 
         strategy = strategy if isinstance(strategy, str) else tuple(strategy)
         if mesh is None and isinstance(strategy, str):
@@ -150,7 +159,8 @@ class Plan:
         return make_plan(
             model, batch, cluster=cluster, loss=loss, optimizer=optimizer, memory=memory, mesh=mesh, weights=weights,
             constraints=Constraints(strategy, dict(parameters or {}), dict(inputs or {})),
-            allow_replicated=allow_replicated, must_fit=False, recompute=recompute,
+            allow_replicated=allow_replicated, must_fit=False, moves=Moves(recompute, offload),
+            exchange=exchange,
         )  # fmt: skip
 
     # ---- checking
@@ -219,6 +229,7 @@ class Plan:
             "assignment": self.assignment.to_dict(),
             "cluster": self.cluster.to_dict(),
             "squeezes": [squeeze.to_dict() for squeeze in self.squeezes],
+            "exchange": self.exchange,
         }
 
     @classmethod
@@ -249,6 +260,7 @@ class Plan:
             data.get("name", "search"),
             float(data.get("planning_seconds", 0.0)),
             squeezes=tuple(Squeeze.from_dict(squeeze) for squeeze in data.get("squeezes", ())),
+            exchange=data.get("exchange", ""),
         )
 
     def to_json(self) -> str:

@@ -4,11 +4,13 @@ Method     the step is walked in the runtime's order on two clocks, compute and 
                boxing of activations      compute waits for it; what is under way besides is delayed as long
                gathers (ZeRO-3)           start one bucket ahead; a bucket's first reader waits for them
                reductions of gradients    start when a bucket's gradients are complete; the step's end waits for all
+                                      by an exchange: its codecs are compute, its messages communication     (see `coding`)
                gathers after the update   (ZeRO-1, -2) nothing hides them
            so that a window costs max(compute, communication). Devices hide only the fraction `overlap` of a communication;
            the rest of it holds up compute.
            Unlike devices keep clocks of their own between communications, where the slowest counts.
-           What is computed again to save memory is compute before the call that waits for it.                `_repeat`
+           What is computed again to save memory is compute before the call that waits for it; so are the copies to a
+           lower tier that nothing hides, but for the name.                                                   `_make_up`
 Memory     `memory_use`, for a device of each class.
 """
 
@@ -26,6 +28,7 @@ from weft.placement.assignment import Assignment
 from weft.placement.axes import Cuts, find_cuts
 from weft.placement.layout import Shard
 from weft.planner.buckets import Bucket, buckets_of
+from weft.planner.coding import Coding
 from weft.planner.costs import Boxing, Costs
 from weft.planner.memory import MemoryUse, memory_use
 from weft.planner.optimizer import OptimizerCost
@@ -35,6 +38,7 @@ from weft.planner.roles import Roles
 
 if TYPE_CHECKING:
     from weft.cluster import Cluster
+    from weft.comm import Exchange
     from weft.planner.squeeze import Repeats
 
 __all__ = ["DeviceMemory", "Event", "Layer", "Prediction", "Pricing", "layer_of", "price"]
@@ -97,6 +101,7 @@ class Prediction:
         communication: seconds of all communication, hidden or not.
         exposed: seconds of communication that nothing hides.
         update: seconds of the optimizer.
+        waiting: seconds of copies to and from a lower tier that nothing hides, on the slowest device.
         nbytes: bytes on the wire per step, over all links.
         memory: per class of devices.
         layers: in order of the model.
@@ -112,6 +117,7 @@ class Prediction:
     memory: tuple[DeviceMemory, ...]
     layers: tuple[Layer, ...] = field(default=(), repr=False)
     timeline: tuple[Event, ...] = field(default=(), repr=False)
+    waiting: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -124,7 +130,7 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
-        numbers = ("seconds", "compute", "communication", "exposed", "update", "nbytes")
+        numbers = ("seconds", "compute", "communication", "exposed", "update", "nbytes", "waiting")
         return {
             **{name: getattr(self, name) for name in numbers},
             "memory": [
@@ -156,11 +162,18 @@ class Prediction:
             memory=memory,
             layers=layers,
             timeline=tuple(Event(*event) for event in data["timeline"]),
+            waiting=float(data.get("waiting", 0.0)),
         )
 
 
 def price(
-    graph: Graph, assignment: Assignment, cluster: Cluster, optimizer: Any = "AdamW", *, cuts: Cuts | None = None
+    graph: Graph,
+    assignment: Assignment,
+    cluster: Cluster,
+    optimizer: Any = "AdamW",
+    *,
+    cuts: Cuts | None = None,
+    exchange: Exchange | None = None,
 ) -> Prediction:
     """Price any assignment of a graph: the plan of a search or one written by hand.
 
@@ -170,18 +183,19 @@ def price(
         cluster: devices and links.
         optimizer: class, instance or name, or an `OptimizerCost`.
         cuts: `find_cuts(graph)`, if at hand.
+        exchange: that carries gradients which all devices sum.
     """
     cuts = cuts or find_cuts(graph, finest=assignment.mesh.size, allow_replicated=True)
     prepared = Prepared(graph, cuts)
-    return Pricing(prepared, Roles(prepared), Costs(cluster, assignment.mesh), OptimizerCost.of(optimizer)).price(
-        assignment
-    )
+    coding = Coding.of(exchange, graph, cluster) if exchange is not None else None
+    costs, optimizer = Costs(cluster, assignment.mesh), OptimizerCost.of(optimizer)
+    return Pricing(prepared, Roles(prepared), costs, optimizer, None, coding).price(assignment)
 
 
 class Pricing:
     """Prices assignments of one graph on one mesh; keeps what they share.
 
-    `memory` replaces what the devices have: bytes per device of the cluster.
+    `memory` replaces what the devices have: bytes per device of the cluster. `coding` is for gradients by an exchange.
     """
 
     def __init__(
@@ -191,27 +205,45 @@ class Pricing:
         costs: Costs,
         optimizer: OptimizerCost,
         memory: tuple[int, ...] | None = None,
+        coding: Coding | None = None,
     ):
         self.prepared, self.roles, self.costs, self.optimizer, self.memory = prepared, roles, costs, optimizer, memory
+        self.coding = coding
         self.placed = PlacedGraph(prepared, costs)
 
-    def price(self, assignment: Assignment, *, details: bool = True, repeats: Repeats | None = None) -> Prediction:
+    def price(
+        self,
+        assignment: Assignment,
+        *,
+        details: bool = True,
+        repeats: Repeats | None = None,
+        waits: Repeats | None = None,
+    ) -> Prediction:
         """The prediction for an assignment; without `details`, no layers and no timeline. `repeats` are seconds of operators
-        that run again to save memory, and where."""
-        buckets = buckets_of(self.prepared.graph, assignment, self.costs, self.prepared.readings)
-        walk = _Walk(self, assignment, buckets, details, repeats or {})
+        that run again to save memory, and where; `waits` those of copies to a lower tier that nothing hides."""
+        buckets = self.buckets(assignment)
+        walk = _Walk(self, assignment, buckets, details, repeats or {}, waits or {})
         walk.run()
         return Prediction(
             walk.seconds,
             float(walk.worked.max()),
             walk.communicated,
-            max(0.0, walk.seconds - float((walk.worked + walk.updated).max())),
+            max(0.0, walk.seconds - float((walk.worked + walk.waited + walk.updated).max())),
             float(walk.updated.max()),
             walk.nbytes,
             self._devices(assignment, walk.views, buckets),
             self._layers(assignment, walk) if details else (),
             tuple(walk.events),
+            float(walk.waited.max()),
         )
+
+    def buckets(self, assignment: Assignment) -> list[Bucket]:
+        """What travels together, and what its collectives cost."""
+        return buckets_of(self.prepared.graph, assignment, self.costs, self.prepared.readings, self.coding)
+
+    def coded(self, assignment: Assignment) -> bool:
+        """Whether an exchange carries the gradients of an assignment."""
+        return any(bucket.coded for bucket in self.buckets(assignment))
 
     def _devices(
         self, assignment: Assignment, views: Sequence[View], buckets: Sequence[Bucket]
@@ -258,20 +290,21 @@ class _Walk:
     Attributes:
         now: each class's compute clock.
         channel: when the communication under way is done.
-        worked, updated: seconds of operators, and of the optimizer, per class.
+        worked, waited, updated: seconds of operators, of waiting for a lower tier, and of the optimizer, per class.
         by_layer: of operators and of the boxings that they wait for.
     """
 
     def __init__(
-        self, pricing: Pricing, assignment: Assignment, buckets: Sequence[Bucket], details: bool, repeats: Repeats
-    ):
-        self.repeats = repeats
+        self, pricing: Pricing, assignment: Assignment, buckets: Sequence[Bucket], details: bool, repeats: Repeats,
+        waits: Repeats,
+    ):  # fmt: skip
+        self.repeats, self.waits = repeats, waits
         self.pricing, self.placed, self.costs = pricing, pricing.placed, pricing.costs
         self.assignment, self.buckets, self.details = assignment, buckets, details
         self.views = self.placed.views(assignment)
         places = len(self.costs.places)
         self.now, self.channel = np.zeros(places), 0.0
-        self.worked, self.updated = np.zeros(places), np.zeros(places)
+        self.worked, self.waited, self.updated = np.zeros(places), np.zeros(places), np.zeros(places)
         self.communicated = self.nbytes = self.seconds = 0.0
         self.overlap = self.costs.overlap
         self.events: list[Event] = []
@@ -294,10 +327,22 @@ class _Walk:
             self.by_layer.setdefault(layer, [0.0, 0.0, 0.0])[0] += float(seconds.max())
             self._event("compute", kind, layer, float(start.max()), float(self.now.max()))
 
-    def _repeat(self, phase: str, number: int, layer: str) -> None:
-        """What runs again before a call, because its result was given up."""
+    def _code(self, bucket: Bucket) -> None:
+        """What an exchange computes for a bucket: no processor is idle meanwhile."""
+        start = float(self.now.max())
+        self.now, self.worked = self.now + bucket.code, self.worked + bucket.code
+        if self.details and bucket.code:
+            self._event("compute", "code gradients", bucket.names[-1], start, float(self.now.max()))
+
+    def _make_up(self, phase: str, number: int, layer: str) -> None:
+        """What a call waits for because its operands were given up: they are made again, or come back from a lower tier."""
         if self.repeats and (phase, number) in self.repeats:
             self._work(self.repeats[phase, number], layer, "recompute")
+        if self.waits and (phase, number) in self.waits:
+            start, seconds = float(self.now.max()), self.waits[phase, number]
+            self.now, self.waited = self.now + seconds, self.waited + seconds
+            if self.details:
+                self._event("compute", "offload", layer, start, float(self.now.max()))
 
     def _wait_for(self, seconds: float, nbytes: float, layer: str, kind: str) -> None:
         """A communication that compute waits for; it takes the links from what is under way."""
@@ -370,7 +415,7 @@ class _Walk:
                     if boxing.forward or boxing.backward:
                         self._boxed.setdefault(number, []).append(boxing)
                         self._wait_for(boxing.forward, boxing.nbytes, call.layer, "activations")
-            self._repeat("forward", number, call.layer)
+            self._make_up("forward", number, call.layer)
             self._work(view.forward, call.layer, "forward")
             if view.inner.forward:
                 self._wait_for(view.inner.forward, view.inner.nbytes, call.layer, "activations")
@@ -387,14 +432,15 @@ class _Walk:
         for number in range(len(self.views) - 1, -1, -1):
             before(number)
             layer = self.pricing.prepared.calls[number].layer
-            self._repeat("backward", number, layer)
+            self._make_up("backward", number, layer)
             self._work(self.views[number].backward, layer, "backward")
             for boxing in reversed(self._boxed.get(number, ())):
                 self._wait_for(boxing.backward, 0.0, layer, "activations")
             for bucket in complete.get(number, ()):
-                self._start(
-                    bucket.reduce, bucket.names[-1], "scatter gradients" if bucket.scatters else "sum gradients"
-                )
+                if bucket.coded:
+                    self._code(bucket)
+                kind = "scatter gradients" if bucket.scatters else "sum gradients"
+                self._start(bucket.reduce, bucket.names[-1], "exchange gradients" if bucket.coded else kind)
         self.now = np.maximum(self.now, self.channel)
 
     def _update(self) -> None:

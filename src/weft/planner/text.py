@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from weft.planner.coding import described
 from weft.planner.price import Layer
 from weft.planner.units import count, nbytes, percent, seconds
 
 if TYPE_CHECKING:
+    from weft.memory.planning.memory_plan import Part
     from weft.planner.plan import Alternative, Plan
     from weft.planner.squeeze import Squeeze
 
-__all__ = ["again", "cut_words", "describe", "folded", "storage_words"]
+__all__ = ["again", "cut_words", "describe", "folded", "remedies", "storage_words"]
 
 _SHOWN = 8  # alternatives
 
@@ -31,6 +33,8 @@ def describe(plan: Plan) -> str:
         f"{seconds(p.exposed)} of {seconds(p.communication)}, {plan.optimizer.name} {seconds(p.update)}",
         f"  wire        {nbytes(p.nbytes)} per step over all links",
     ]
+    if plan.exchange:
+        lines.append(f"  exchange    gradients by {described(plan.exchange)}; give it to weft.run as well")
     if plan.lower_bound:
         bound = f"no plan can take less than {seconds(plan.lower_bound)}; this one is {percent(plan.gap)} above"
         lines.append(f"  bound       {bound}")
@@ -66,20 +70,40 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def again(plan: Plan, squeeze: Squeeze) -> list[str]:
-    """What devices compute again to stay within their memory, and what that costs."""
-    share = squeeze.seconds / max(plan.prediction.compute - squeeze.seconds, 1e-30)
-    lines = [
-        f"  recomputes {squeeze.repeated} operators ({squeeze.operators} in forward): {seconds(squeeze.seconds)} a step, "
-        f"+{percent(share)} compute; would take {nbytes(squeeze.whole)} without, can do with {nbytes(squeeze.least)}"
-    ]
-    shown = squeeze.parts[:_SHOWN]
+    """What devices compute again, and move away, to stay within their memory, and what that costs."""
+    lines, whole = [], f"; would take {nbytes(squeeze.whole)} without, can do with {nbytes(squeeze.least)}"
+    if squeeze.repeated:
+        share = squeeze.seconds / max(plan.prediction.compute - squeeze.seconds, 1e-30)
+        lines.append(
+            f"  recomputes {squeeze.repeated} operators ({squeeze.operators} in forward): {seconds(squeeze.seconds)} a step, "
+            f"+{percent(share)} compute{whole}"
+        )
+        lines += _parts(squeeze.parts)
+        whole = ""
+    if squeeze.tier is not None:
+        lines.append(
+            f"  offloads {nbytes(squeeze.moved)} to the {squeeze.tier.name}, at most {nbytes(squeeze.held)} at once: "
+            f"{seconds(squeeze.waiting)} a step of waiting{whole}"
+        )
+        lines += _parts(squeeze.away)
+    return lines
+
+
+def _parts(parts: Sequence[Part]) -> list[str]:
+    shown = parts[:_SHOWN]
     width = max((len(part.module) for part in shown), default=0)
-    lines += [
+    lines = [
         f"    {part.module:<{width}}  {seconds(part.seconds):>8}  {nbytes(part.nbytes):>9}  {part.what[:60]}"
         for part in shown
     ]
-    left = len(squeeze.parts) - len(shown)
+    left = len(parts) - len(shown)
     return [*lines, f"    and {left} more"] if left > 0 else lines
+
+
+def remedies(repeated: float, waiting: float) -> str:
+    """By what a plan was made to fit, and the seconds that it costs."""
+    said = ((repeated, "recomputes"), (waiting, "waits for offload"))
+    return ", ".join(f"{word} {seconds(cost)}" for cost, word in said if cost)
 
 
 def folded(layers: Sequence[Layer]) -> list[tuple[str, int, Layer]]:
@@ -148,7 +172,7 @@ def _alternatives(plan: Plan) -> list[str]:
     for a in shown:
         mesh = "x".join(map(str, a.mesh))
         slower = f"{a.seconds / own:.2f} times" if own else ""
-        fits = f"recomputes {seconds(a.repeated)}" if a.repeated else "" if a.fits else "does not fit"
+        fits = remedies(a.repeated, a.waiting) if a.fits else "does not fit"
         size = (f"{nbytes(a.nbytes)} moved", f"{nbytes(a.peak)} per device")
         table.append((a.name, f"on {mesh}", seconds(a.seconds), slower, *size, fits))
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))] if table else []

@@ -8,6 +8,9 @@ thing (`pieces.Holding`), and does it in one collective, under way while backwar
     ScatterBucket    gradients reduce-scattered (and summed over further axes); the optimizer sees pieces, which are
                      gathered back after its step (ZeRO-1, ZeRO-2) or before every use (ZeRO-3)
 
+In place of all-reduce and reduce-scatter an exchange may `send` gradients (see coded.py). It takes one gradient per step, also
+where micro-batches would be scattered one by one: they add up whole before.
+
 A bucket does not decide when: `store.ParameterStore` calls it, in an order that is the same on every process.
 Source: Li et al., PyTorch Distributed, arXiv:2006.15704 (buckets); Rajbhandari et al., ZeRO, arXiv:1910.02054; Zhao et al.,
 PyTorch FSDP, arXiv:2304.11277 (freeing storage under live views).
@@ -37,6 +40,8 @@ class Bucket(abc.ABC):
         pieces: by name, what the optimizer updates: the leaf itself, or this process's piece of it.
         waiting: trainable leaves whose gradient has not yet come in this backward.
         lend: told before a flat tensor's storage is given so many bytes, and after all are taken from it (0).
+        send: starts to sum a flat tensor of the trainable parameters' gradients over the processes, in place; when that is done,
+            it holds the result as far as this process keeps it. None: the bucket's own collective does.
     """
 
     def __init__(self, holdings: Sequence[Holding], leaves: Mapping[str, nn.Parameter]):
@@ -47,6 +52,7 @@ class Bucket(abc.ABC):
         self._grown = [leaves[h.name] for h in self.trainable]  # leaves that get a gradient
         self.waiting = 0
         self.lend: Callable[[Tensor, int], None] = lambda tensor, nbytes: None
+        self.send: Callable[[Bucket, Tensor], Handle] | None = None
 
     def flats(self) -> list[Tensor]:
         """Flat tensors that are held besides leaves and pieces."""
@@ -100,9 +106,6 @@ class SumBucket(Bucket):
     The first backward of a step leaves gradients of autograd's own making; `collect` copies them into the flat tensor and puts
     views of it in their place, into which later micro-batches accumulate. That is one pass over memory, where zeroing
     and adding in place would be two.
-
-    Attributes:
-        send: starts the sum over the group; in place of all-reduce an exchange may do it (see coded.py).
     """
 
     def __init__(self, holdings: Sequence[Holding], leaves: Mapping[str, nn.Parameter], group: Group):
@@ -114,7 +117,6 @@ class SumBucket(Bucket):
         parts = self.flat.split([h.numel for h in self.trainable])
         self._views = [part.view(h.local) for part, h in zip(parts, self.trainable, strict=True)]
         self._pending: Handle | None = None
-        self.send: Callable[[SumBucket], Handle] = lambda bucket: bucket.group.all_reduce_async(bucket.flat)
 
     def flats(self) -> list[Tensor]:
         return [self.flat]
@@ -127,7 +129,7 @@ class SumBucket(Bucket):
             for i in fresh:
                 leaves[i].grad = views[i]
         if last:
-            self._pending = self.send(self)
+            self._pending = self.send(self, self.flat) if self.send else self.group.all_reduce_async(self.flat)
 
     def finish(self) -> None:
         if self._pending is not None:
@@ -182,6 +184,7 @@ class ScatterBucket(Bucket):
         ]  # where each member's pieces stand in the leaves
         self._gathering: tuple[Handle, list[Tensor], Tensor] | None = None
         self._reducing: tuple[Handle, list[Tensor]] | None = None
+        self._sending: tuple[Handle, Tensor] | None = None
         self._accumulated = False
         if self.stored_cut:
             self.free()
@@ -259,7 +262,8 @@ class ScatterBucket(Bucket):
                 if target.numel():
                     targets.append(target)
                     sources.append(source.view(target.shape))
-        torch._foreach_copy_(targets, sources)
+        if targets:  # the others may hold nothing
+            torch._foreach_copy_(targets, sources)
         self._gathering = None
 
     def drop_gather(self) -> None:
@@ -279,7 +283,13 @@ class ScatterBucket(Bucket):
     # ---- gradients
 
     def collect(self, last: bool) -> None:
-        if not self.trainable or not (last or self.every_micro_batch):
+        if not self.trainable or not (last or (self.every_micro_batch and self.send is None)):
+            return
+        if self.send is not None:
+            flat = torch.cat([leaf.grad.reshape(-1) for leaf in self._grown])  # type: ignore[union-attr]
+            for leaf in self._grown:
+                leaf.grad = None
+            self._sending = (self.send(self, flat), flat)
             return
         grads = [leaf.grad for leaf in self._grown]
         parts = list(self.gradient.new_empty(sum(self._grad_sizes)).split(self._grad_sizes))
@@ -300,6 +310,12 @@ class ScatterBucket(Bucket):
         self._last = last
 
     def finish(self) -> None:
+        if self._sending is not None:
+            pending, flat = self._sending
+            pending.wait()
+            self._sending = None
+            for h, part in zip(self.trainable, flat.split([h.numel for h in self.trainable]), strict=True):
+                self.pieces[h.name].grad.copy_(h.piece(part.view(h.local)))  # type: ignore[union-attr]
         if self._reducing is None:
             return
         self._reducing[0].wait()
@@ -311,7 +327,7 @@ class ScatterBucket(Bucket):
 
     def forget(self) -> None:
         super().forget()
-        self._accumulated, self._reducing = False, None
+        self._accumulated, self._reducing, self._sending = False, None, None
 
     def updated(self) -> None:
         super().updated()

@@ -356,7 +356,7 @@ def _checked(engine: Engine, path: Path) -> dict[str, Any]:
         fitting = engine.options.exchange.fitting(index["exchange"]["options"])  # as the run chose that saved it
         if fitting and (engine.coded is None or engine.coded.name != fitting):
             exchange, index["takes"] = engine.options.exchange.make(fitting), fitting
-    index["remark"] = coded.check(exchange, engine.comms.world.size, index)
+    index["remark"] = coded.check(exchange, engine.comms.world.size, index, coded.pieces(engine.store.reduced))
     return index
 
 

@@ -1,51 +1,34 @@
 """Whether a run sends its gradients by a code: `weft.run(..., exchange="auto")`.
 
 Problem    a code saves seconds on the wire and costs seconds of the processor, and what backward hides costs nothing.
-Method     the plan predicts the step S with all-reduce, its communication C and the part E of it that nothing hides; so backward
-           hides at least W = C - E. With the cluster's link and the codec seconds measured here, on the first process, the
-           candidates of `weft.comm.auto` are predicted as there                                       `Choice.pick`
-               step of a candidate = S - (what of E the wire explains) + codec + max(wire / buckets, wire - W)
-Guarantee  a candidate is taken only if it is predicted to save more than `auto`'s margin of S, else plain all-reduce; never where
-           a gradient is not owed to all processes alike. Every process takes the same.
+Method     the planner prices the plan's step with all-reduce and with every candidate, window by window (`planner.coding`): over
+           the cluster's link, with codec seconds measured here, on the first process                  `Choice.predict`
+Guarantee  a candidate is taken only if it is predicted to save more than `auto`'s margin, else plain all-reduce; never where a
+           gradient is not owed to all processes. Every process takes the same. What is predicted for a candidate is what
+           `weft.plan(..., exchange=candidate)` would predict for this plan.
 Source     weft.comm.automatic, which tries its choice as well; a run does not, as another program could not go on in its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import torch
 import torch.distributed as dist
 
-from weft.cluster import Cluster, Link
-from weft.cluster.costs import all_reduce
-from weft.comm import Exchange, Spec
+from weft.cluster import Cluster
+from weft.comm import Exchange
 from weft.comm.agree import announce
-from weft.comm.automatic import Auto, Trial
+from weft.comm.automatic import Auto
+from weft.graph.graph import Graph
+from weft.placement.assignment import Assignment
+from weft.placement.axes import Cuts
 
 if TYPE_CHECKING:
-    from weft.planner import Plan
+    from weft.planner import OptimizerCost, Plan
 
-__all__ = ["Choice", "link_of"]
-
-NBYTES = 1 << 24  # of the all-reduce that shows a link's bandwidth: of a model, not of a message
-
-
-def link_of(cluster: Cluster) -> Link:
-    """The link on which a ring of all devices costs what an all-reduce costs on the cluster, at 8 bytes and at `NBYTES`.
-
-    >>> link = link_of(Cluster.local(processes=2))
-    >>> link.latency > 0 and link.bandwidth > 0
-    True
-    """
-    ranks = range(len(cluster))
-    n = len(cluster)
-    if n == 1:
-        return Link(0.0, 1e12)
-    small, large = all_reduce(cluster, ranks, 8), all_reduce(cluster, ranks, NBYTES)
-    return Link(small / (2 * (n - 1)), 2 * (n - 1) / n * (NBYTES - 8) / max(large - small, 1e-12))
+__all__ = ["Choice"]
 
 
 @final
@@ -55,31 +38,43 @@ class Choice:
 
     Attributes:
         auto: candidates and margin; its link, or else the cluster's.
-        link: between the processes.
-        seconds, communication, exposed: of the plan's predicted step.
+        cluster, optimizer: that the plan is for.
+        repeated: seconds of a step in which the plan computes again, or waits for a lower tier.
     """
 
     auto: Auto
-    link: Link
-    seconds: float
-    communication: float
-    exposed: float
+    cluster: Cluster
+    optimizer: OptimizerCost
+    repeated: float = 0.0
 
     @classmethod
     def of(cls, auto: Auto, plan: Plan) -> Choice:
-        p = plan.prediction
-        return cls(auto, auto.link or link_of(plan.cluster), p.seconds, p.communication, p.exposed)
+        again = max((squeeze.seconds for squeeze in plan.squeezes), default=0.0)
+        return cls(auto, plan.cluster, plan.optimizer, again + plan.prediction.waiting)
 
-    def predict(self, specs: Sequence[Spec], ranks: int, buckets: int) -> dict[str, float]:
+    def predict(self, graph: Graph, assignment: Assignment, cuts: Cuts) -> dict[str, float]:
         """Predicted step seconds of "plain" and of every candidate."""
-        trial = Trial(self.seconds, max(self.communication - self.exposed, 0.0), self.exposed, buckets)
-        return self.auto.predict(specs, ranks, trial, self.link)
+        from weft.planner.coding import Coding
+        from weft.planner.costs import Costs
+        from weft.planner.prepared import Prepared
+        from weft.planner.price import Pricing
+        from weft.planner.roles import Roles
 
-    def pick(self, specs: Sequence[Spec], ranks: int, buckets: int, device: torch.device) -> str:
+        link = self.auto.link
+        plain = None if link is None else Exchange(select=lambda spec: False)  # over the same link as the others
+        prepared = Prepared(graph, cuts)
+        pricing = Pricing(prepared, Roles(prepared), Costs(self.cluster, assignment.mesh), self.optimizer)
+        found = {}
+        for name, exchange in {"plain": plain, **self.auto.candidates()}.items():
+            pricing.coding = None if exchange is None else Coding.of(exchange, graph, self.cluster, link)
+            found[name] = pricing.price(assignment, details=False).seconds + self.repeated
+        return found
+
+    def pick(self, graph: Graph, assignment: Assignment, cuts: Cuts, device: torch.device) -> str:
         """The name of the exchange to use, or "plain"; every process of the default group calls this."""
         name = ""
         if dist.get_rank() == 0:
-            name = self.auto.choose(self.predict(specs, ranks, buckets))
+            name = self.auto.choose(self.predict(graph, assignment, cuts))
         world = dist.group.WORLD
         assert world is not None
         return str(announce(name, world, device))

@@ -1,4 +1,7 @@
-"""Gradients by an exchange of `weft.comm` instead of all-reduce: the boxing Partial -> Replicate, coded.
+"""Gradients by an exchange of `weft.comm`: the boxings Partial -> Replicate and Partial -> Shard, coded.
+
+    data parallel         all-reduce       each process gets the whole            `Exchange.submit`
+    ZeRO-1, -2, -3        reduce-scatter   each process gets its piece            `Exchange.submit` with the pieces' boxes
 
 Every process holds partial gradients whose sum is the gradient of the global loss; an exchange delivers W @ messages, a mean
 where nobody is mistrusted. So each process submits n times its part: the mean of n such messages is the sum, and each one is
@@ -15,23 +18,29 @@ A checkpoint holds every process's memories. What becomes of them in a run that 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from weft.comm import Exchange, NoMemory, Spec
+from weft.comm import Exchange, Gossip, NoMemory, Peer, ScatterGather, Spec
 from weft.comm.agree import describe
+from weft.comm.memories.momentum_correction import carry_decay
 from weft.comm.regroup import regrouped
+from weft.comm.segments import Cut
 from weft.errors import ExchangeMismatch
 from weft.placement.comms import Handle
-from weft.runtime.buckets import Bucket, SumBucket
+from weft.runtime.buckets import Bucket, ScatterBucket, SumBucket
 from weft.runtime.choice import Choice
 
 __all__ = ["Coded", "code", "about", "check", "read", "save"]
 
+DECAY = "decay_momentum"  # in the optimizer's state
 GRACE = 30.0  # seconds on top of the exchange's own limit, which reports more
 
 
@@ -81,19 +90,42 @@ class Coded:
         other = _summed_by_some(buckets, ranks)
         if other is not None:
             raise ValueError(
-                f"run: exchange= needs gradients that all processes sum, but {other.trainable[0].name!r} is held in pieces "
-                "or summed by some; use a data-parallel plan (Plan.manual(..., strategy='dp')) or leave exchange out"
+                f"run: exchange= needs gradients that all processes sum, but {other.trainable[0].name!r} is used in pieces or "
+                "summed by some; use data parallelism or ZeRO over all devices (Plan.manual(..., strategy='dp' or 'zero-1', "
+                "'zero-2', 'zero-3')), or leave exchange out"
+            )
+        if isinstance(exchange.topology, Peer | Gossip):
+            raise ValueError(
+                f"run: over {type(exchange.topology).__name__} every process gets a result of its own, and parameters would "
+                "drift apart; use AllGather or ScatterGather, or weft.comm.attach_peer"
+            )
+        if exchange.group is not None and dist.get_world_size(exchange.group) != ranks:
+            raise ValueError(
+                f"run: the plan is for {ranks} processes, but exchange.group has {dist.get_world_size(exchange.group)}; "
+                "leave group out, it is then all processes"
             )
         if exchange.memory.velocity:
             _check_momentum(exchange, optimizer)
-        self.exchange, self.name, self._ranks, self._last = exchange, name, ranks, buckets[-1]
+        self.exchange, self.name, self._ranks, self._buckets = exchange, name, ranks, tuple(buckets)
+        self.pieces = pieces(buckets)
         self._specs = {id(b): _specs(b) for b in buckets}
         exchange.open([spec for specs in self._specs.values() for spec in specs])
+        members = dist.get_process_group_ranks(exchange.core.wired.group)
+        self._cuts = {id(b): _cuts(b, members) for b in buckets}
         self._catch_up()
-        self.plain = False  # all-reduce: for gradients that somebody only wants to look at
         for bucket in buckets:
-            assert isinstance(bucket, SumBucket)
             bucket.send = self._send
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Meanwhile gradients go by the buckets' own collectives: for somebody who only wants to look at them."""
+        for bucket in self._buckets:
+            bucket.send = None
+        try:
+            yield
+        finally:
+            for bucket in self._buckets:
+                bucket.send = self._send
 
     def _catch_up(self) -> None:
         self._step, self._skipped = self.exchange.core.step + 1, self.exchange.skipped
@@ -103,17 +135,27 @@ class Coded:
         self.exchange.load_state_dict(state)
         self._catch_up()
 
-    def _send(self, bucket: SumBucket) -> Handle:
-        if self.plain:
-            return bucket.group.all_reduce_async(bucket.flat)
-        bucket.flat.mul_(self._ranks)
+    def _send(self, bucket: Bucket, flat: Tensor) -> Handle:
+        flat.mul_(self._ranks)
         sending = _Sending(self.exchange.timeout + GRACE)
         specs = self._specs[id(bucket)]
-        parts = bucket.flat.split([spec.numel for spec in specs])
-        last = bucket is self._last
-        self.exchange.submit(list(zip(specs, parts, strict=True)), self._step, last, sending.done)
+        parts = flat.split([spec.numel for spec in specs])
+        last = bucket is self._buckets[-1]
+        named = list(zip(specs, parts, strict=True))
+        self.exchange.submit(named, self._step, last, sending.done, self._cuts[id(bucket)])
         self._step += last
         return sending
+
+    def carry_decay(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before its step. What is carried is state of the optimizer, of a piece's shape, and saved and cut anew as such."""
+        if not self.exchange.memory.velocity:
+            return
+        for group in optimizer.param_groups:
+            decay, sign = group["weight_decay"], -1.0 if group.get("maximize") else 1.0
+            for parameter in group["params"]:
+                if parameter.grad is not None and (decay or DECAY in optimizer.state.get(parameter, ())):
+                    buffer = optimizer.state[parameter].setdefault(DECAY, torch.zeros_like(parameter))
+                    carry_decay(self.exchange.memory, parameter.grad, parameter, buffer, decay, sign)
 
     def skip(self) -> bool:
         """Whether the step just exchanged was not finite on some process: memories are as before, and so parameters must be."""
@@ -122,30 +164,51 @@ class Coded:
 
 
 def code(
-    wanted: Exchange | Choice, buckets: Sequence[Bucket], ranks: int, optimizer: torch.optim.Optimizer, name: str = ""
+    wanted: Exchange | Choice,
+    buckets: Sequence[Bucket],
+    ranks: int,
+    optimizer: torch.optim.Optimizer,
+    pick: Callable[[Choice], str],
 ) -> Coded | None:
     """Send the buckets by an exchange, or by what a choice says; None if that is all-reduce. Every process calls this.
 
     Args:
         wanted, buckets, ranks, optimizer: see `Coded`.
-        name: of the choice, where it is made already.
+        pick: asks the choice, or knows what it said.
     """
     if isinstance(wanted, Exchange):
         return Coded(wanted, buckets, ranks, optimizer)
-    if not name and _summed_by_some(buckets, ranks) is None:
-        specs = [spec for bucket in buckets for spec in _specs(bucket)]
-        name = wanted.pick(specs, ranks, len(buckets), buckets[0].gradients()[0].device)
-    exchange = wanted.make(name or "plain")
+    name = pick(wanted) if _summed_by_some(buckets, ranks) is None else "plain"
+    exchange = wanted.make(name)
     return None if exchange is None else Coded(exchange, buckets, ranks, optimizer, name)
 
 
 def _summed_by_some(buckets: Sequence[Bucket], ranks: int) -> Bucket | None:
-    """The first bucket whose gradients are not owed to all processes alike."""
-    return next((b for b in buckets if not isinstance(b, SumBucket) or b.group.size != ranks), None)
+    """The first bucket whose gradients are not owed to all processes."""
+
+    def everybody(bucket: Bucket) -> bool:
+        if isinstance(bucket, ScatterBucket):
+            return bucket.reducing.size == ranks and bucket.summing is None
+        return isinstance(bucket, SumBucket) and bucket.group.size == ranks
+
+    return next((bucket for bucket in buckets if not everybody(bucket)), None)
 
 
 def _specs(bucket: Bucket) -> list[Spec]:
     return [Spec(h.name, tuple(h.local), h.dtype) for h in bucket.trainable]
+
+
+def _cuts(bucket: Bucket, members: Sequence[int]) -> list[Cut]:
+    """What each of an exchange's members (global ranks) keeps of every gradient; none where all keep it whole."""
+    if not isinstance(bucket, ScatterBucket):
+        return []
+    order = [bucket.reducing.ranks.index(rank) for rank in members]
+    return [Cut(tuple(h.local), tuple(h.boxes[member] for member in order)) for h in bucket.trainable]
+
+
+def pieces(buckets: Sequence[Bucket]) -> list[str]:
+    """Parameters of whose gradients each process keeps a piece."""
+    return sorted(h.name for bucket in buckets if isinstance(bucket, ScatterBucket) for h in bucket.trainable)
 
 
 # ---- checkpoints
@@ -161,7 +224,8 @@ def about(coded: Coded | None) -> dict[str, Any] | None:
         return None
     exchange = coded.exchange
     memory = "" if isinstance(exchange.memory, NoMemory) else describe(exchange.memory)
-    return {"options": exchange.options, "ranks": exchange.core.wired.ranks, "memory": memory}
+    found = {"options": exchange.options, "ranks": exchange.core.wired.ranks, "memory": memory}
+    return {**found, "pieces": coded.pieces}
 
 
 def save(coded: Coded | None, folder: Path) -> list[Path]:
@@ -173,11 +237,13 @@ def save(coded: Coded | None, folder: Path) -> list[Path]:
     return [path]
 
 
-def check(exchange: Exchange | None, ranks: int, index: Mapping[str, Any]) -> str:
+def check(exchange: Exchange | None, ranks: int, index: Mapping[str, Any], cut: Sequence[str] = ()) -> str:
     """Whether a run of so many processes can go on from a checkpoint: what is to be said of its exchange, or "".
 
+    Args:
+        cut: parameters of whose gradients each process keeps a piece, see `pieces`.
     Raises:
-        ExchangeMismatch: the checkpoint is of another exchange.
+        ExchangeMismatch: the checkpoint is of another exchange, or of owners that kept what nobody would send any more.
         ValueError: the memory is to keep a momentum that the checkpoint has in its optimizer.
     """
     saved = index.get("exchange")
@@ -203,6 +269,13 @@ def check(exchange: Exchange | None, ranks: int, index: Mapping[str, Any]) -> st
                     "Give weft.run the exchange of the run that saved, or load the weights alone: "
                     "trainer.load_state_dict(weft.runtime.read_whole(path)).",
                 )  # fmt: skip
+    fresh = sorted(set(cut) - set(saved.get("pieces", ())))
+    if fresh and isinstance(exchange.topology, ScatterGather) and exchange.topology.memory is not None:
+        raise ExchangeMismatch(
+            f"placements of {fresh[0]!r} of run and checkpoint", "each process keeps a piece of its gradient",
+            "each got the whole, and owners owe a part of it",
+            "Go on with a plan that keeps gradients whole (strategy 'dp'), or load the weights alone.",
+        )  # fmt: skip
     if saved["ranks"] == ranks or not saved["memory"]:
         return ""
     return (

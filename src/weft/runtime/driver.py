@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,9 @@ from weft.runtime.choice import Choice
 from weft.runtime.engine import Engine, Job, Options, StepResult, connect
 from weft.runtime.failure import Interrupts, PeerWatch
 from weft.runtime.optimizer import Recipe
+
+if TYPE_CHECKING:
+    from weft.planner.squeeze import Squeeze
 
 __all__ = ["Driver", "InProcess", "Values", "named_tensors", "whole_values"]
 
@@ -59,12 +62,13 @@ class Driver(abc.ABC):
         assignment: Assignment,
         wanted: Recipe,
         values: Values,
-        budgets: Mapping[int, int] | None = None,
+        squeezes: Mapping[int, Squeeze] | None = None,
     ) -> None:
         """Build the engines for the planned graph and fill parameters and buffers.
 
         Args:
-            budgets: rank -> bytes that a step of its process may take; those that are missing have no limit.
+            squeezes: rank -> bytes that a step of its process may take, and the tier below them; those that are missing have
+                no limit.
         """
 
     @abc.abstractmethod
@@ -161,11 +165,12 @@ class InProcess(Driver):
         assignment: Assignment,
         wanted: Recipe,
         values: Values,
-        budgets: Mapping[int, int] | None = None,
+        squeezes: Mapping[int, Squeeze] | None = None,
     ) -> None:
         comms = connect(assignment.mesh)
-        budget = (budgets or {}).get(comms.rank)
-        self.engine = Engine(graph, assignment, comms, wanted, self.options, self.device, budget)
+        squeeze = (squeezes or {}).get(comms.rank)
+        within = (squeeze.budget, squeeze.tier) if squeeze is not None else (None, None)
+        self.engine = Engine(graph, assignment, comms, wanted, self.options, self.device, *within)
         if isinstance(values, Tape):
             self._materialise(values)
         else:

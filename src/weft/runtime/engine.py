@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.cluster import Tier
 from weft.comm import Exchange
 from weft.errors import BudgetError, NotFinite, PeerLost
 from weft.graph.graph import Graph, Ref
@@ -139,6 +140,7 @@ class Engine:
         comms: of the plan's mesh.
         wanted: the user's optimizer.
         budget: bytes of tensors that a step may take here, everything included; None for no limit.
+        tier: where activations may wait that do not fit, besides being made again.
     Attributes:
         store: parameters and their pieces.
         buffers: local pieces of the model's buffers.
@@ -157,6 +159,7 @@ class Engine:
         options: Options,
         device: torch.device | str = "cpu",
         budget: int | None = None,
+        tier: Tier | None = None,
     ):
         self.graph, self.assignment, self.comms, self.options = graph, assignment, comms, options
         self.device = torch.device(device)
@@ -172,12 +175,13 @@ class Engine:
         self.optimizer = wanted.build(trainable)
         self.coded: Coded | None = None
         if options.exchange is not None and comms.world.size > 1:
-            self.coded = code(options.exchange, self.store.reduced, comms.world.size, self.optimizer)
+            pick = lambda choice: choice.pick(graph, assignment, self.cuts, self.device)
+            self.coded = code(options.exchange, self.store.reduced, comms.world.size, self.optimizer, pick)
         self.wanted = wanted
         self.steps = 0
         self.stop_requested = False
         self._losses = comms.world
-        self.keeper = Keeper(self.store, self.buffers, self.device, comms.rank, budget, options.measure)
+        self.keeper = Keeper(self.store, self.buffers, self.device, comms.rank, budget, options.measure, tier)
         self._measured = options.measure or budget is not None
 
     def take_exchange(self, name: str) -> None:
@@ -186,7 +190,7 @@ class Engine:
             self.coded.exchange.close()
         wanted = self.options.exchange
         assert wanted is not None
-        self.coded = code(wanted, self.store.reduced, self.comms.world.size, self.optimizer, name)
+        self.coded = code(wanted, self.store.reduced, self.comms.world.size, self.optimizer, lambda choice: name)
 
     # ---- programs
 
@@ -288,6 +292,9 @@ class Engine:
                 self.store.scale_gradients(self.options.clip_norm / (norm + 1e-6))
         for group, changed in zip(self.optimizer.param_groups, options or (), strict=False):
             group.update(changed)
+        if self.coded is not None:
+            with torch.no_grad():
+                self.coded.carry_decay(self.optimizer)
         self.optimizer.step()
         self.store.updated()
         self.steps += 1
@@ -295,14 +302,9 @@ class Engine:
 
     def gradients(self, jobs: Sequence[Job]) -> tuple[float, Iterator[tuple[str, Tensor]]]:
         """Loss, and every parameter's whole gradient one at a time; nothing is updated."""
-        if self.coded is not None:
-            self.coded.plain = True
-        try:
-            with self.keeper.step(leaf for job in jobs for leaf in job.leaves):
-                result = self.accumulate(jobs)
-        finally:
-            if self.coded is not None:
-                self.coded.plain = False
+        aside = contextlib.nullcontext() if self.coded is None else self.coded.aside()
+        with aside, self.keeper.step(leaf for job in jobs for leaf in job.leaves):
+            result = self.accumulate(jobs)
 
         def whole() -> Iterator[tuple[str, Tensor]]:
             for name, gradient in list(self.store.gradients()):

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
@@ -39,6 +39,9 @@ from weft.runtime.engine import Job, Options, StepResult
 from weft.runtime.failure import Interrupts, how_it_ended
 from weft.runtime.optimizer import Recipe
 from weft.runtime.shared import SharedTensors, remove_folder, run_folder, take
+
+if TYPE_CHECKING:
+    from weft.planner.squeeze import Squeeze
 
 __all__ = ["Spawned"]
 
@@ -216,10 +219,10 @@ class Spawned(Driver):
         assignment: Assignment,
         wanted: Recipe,
         values: Values,
-        budgets: Mapping[int, int] | None = None,
+        squeezes: Mapping[int, Squeeze] | None = None,
     ) -> None:
         sent = values if isinstance(values, Tape) else self._shared.put(values)
-        self.exchange = self._ask("setup", graph, assignment, wanted, sent, dict(budgets or {}))[0]
+        self.exchange = self._ask("setup", graph, assignment, wanted, sent, dict(squeezes or {}))[0]
         self._shared.close()
 
     def add(self, graph: Graph) -> None:

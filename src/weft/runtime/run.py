@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,14 @@ def run(
         log_dir: a folder for `log.jsonl`, and TensorBoard event files if tensorboard is installed.
         device: "cpu" or "cuda"; default: "cuda" if the plan's devices are GPUs and this machine has as many, else "cpu".
         timeout: seconds that any step or other command may take before the run is given up.
-        exchange: how gradients travel (`weft.comm.Exchange`, `weft.comm.dgc`), for data-parallel plans; None for all-reduce. Its
-            memories are in checkpoints. Where it is not None, a step that is not finite on some process changes nothing.
+        exchange: how gradients travel (`weft.comm.Exchange`, `weft.comm.dgc`) that all processes sum: those of data parallelism
+            and ZeRO; None for collectives. Its memories are in checkpoints. Where it is not None, a step that is not finite on
+            some process changes nothing. A plan that was priced with an exchange (`plan.exchange`) wants the same.
             "auto", or `weft.comm.auto(candidates=...)`: whichever makes the predicted step shortest, all-reduce included;
             `trainer.exchange` names it.
-    A plan that computes activations again to fit (`plan.squeezes`) is carried out within those bytes on each process, with the
-    loss and gradients of the same plan without limit, bit for bit.
+    A plan that computes activations again, or moves them to a lower tier, to fit (`plan.squeezes`) is carried out within those
+    bytes on each process, with the loss and gradients of the same plan without limit, bit for bit. A tier called "disk" is a
+    temporary file of each process, where `TMPDIR` says.
 
     Raises:
         ValueError: an argument out of range, or a plan for another number of processes.
@@ -92,6 +95,12 @@ def run(
         raise ValueError(
             f"run: exchange must be a weft.comm.Exchange, 'auto' or None, got {exchange!r}; `weft.comm.dgc()` makes one"
         )
+    if clip_norm is not None and isinstance(exchange, Exchange) and exchange.memory.velocity:
+        raise ValueError(
+            f"run: {type(exchange.memory).__name__} delivers velocities, and clip_norm={clip_norm} would take them for "
+            "gradients; give the memory a clip of its own (weft.comm.dgc(clip=...)) and leave clip_norm out"
+        )
+    _check_priced(plan, exchange)
     _check(clip_norm, accumulate, autocast, checkpoint, checkpoint_every, timeout)
     if os.environ.get("WEFT_WORKER"):
         raise RuntimeError(
@@ -121,6 +130,24 @@ def run(
         raise
     else:
         trainer.close()
+
+
+def _check_priced(plan: Plan, exchange: Exchange | Auto | None) -> None:
+    """Say so if gradients travel otherwise than the plan was priced: it may not be the fastest then, but it is right."""
+    from weft.planner.coding import described
+
+    planned, given = getattr(plan, "exchange", ""), exchange.options if isinstance(exchange, Exchange) else ""
+    if not planned or planned == given or isinstance(exchange, Auto):
+        return
+    instead = described(given) if given else "all-reduce"
+    if described(planned) == instead:
+        lines = zip(planned.splitlines(), given.splitlines(), strict=False)
+        instead += next((f" with {b!r} in place of {a!r}" for a, b in lines if a != b), "")
+    warnings.warn(
+        f"the plan was priced for gradients by {described(planned)}, but this run sends them by {instead}: its predictions do "
+        "not hold. Give weft.run the exchange of weft.plan, or plan again with this one",
+        stacklevel=4,
+    )
 
 
 def _check(

@@ -150,8 +150,8 @@ class Trainer:
         self.plan.check_graph(graph)
         self._check_model(graph)
         values: Values = tape_of(self.model) or whole_values(self.model, self._loss)
-        budgets = {rank: s.budget for s in getattr(self.plan, "squeezes", ()) for rank in s.ranks}
-        self.driver.setup(graph, self.plan.assignment, self._recipe, values, budgets)
+        squeezes = {rank: s for s in getattr(self.plan, "squeezes", ()) for rank in s.ranks}
+        self.driver.setup(graph, self.plan.assignment, self._recipe, values, squeezes)
         self._graph = graph
         self._ready.add(graph_key(graph))
         self._nbytes = max(sum(kept.values()) for kept in self.driver.memory())

@@ -123,8 +123,8 @@ class _Worker:
         self.shared = SharedTensors(self.folder)
         self._opened: dict[str, Tensor] = {}
 
-    def setup(self, graph: Any, assignment: Any, wanted: Any, values: Note | Tape, budgets: Any = None) -> str:
-        self.driver.setup(graph, assignment, wanted, take(values) if isinstance(values, Note) else values, budgets)
+    def setup(self, graph: Any, assignment: Any, wanted: Any, values: Note | Tape, squeezes: Any = None) -> str:
+        self.driver.setup(graph, assignment, wanted, take(values) if isinstance(values, Note) else values, squeezes)
         return self.driver.exchange
 
     def add(self, graph: Any) -> None:

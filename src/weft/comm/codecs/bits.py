@@ -3,7 +3,7 @@
 Eight codes of b bits are b bytes for every b, so a group never shares a byte with its neighbour and whole arrays are packed by
 shifts. The first code lies lowest.
 
-    b in 1, 2, 4      whole codes within one byte
+    b in 1, 2, 4      neighbours move together: codes to pairs, pairs to fours, until a byte is full, all bytes at a time
     b in 3, 5, 6, 7   eight codes are one word of 64 bits, in which neighbours move together: codes to pairs, pairs to fours,
                       fours to eights, all words at a time; the top bit stays 0, so that shifts to the right bring no ones
 """
@@ -34,11 +34,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     if bits in (1, 2, 4):
-        lanes = codes.view(-1, 8 // bits)
-        packed = lanes[:, 0].clone()
-        for place in range(1, 8 // bits):
-            packed |= lanes[:, place] << (bits * place)
-        return packed
+        while bits < 8:
+            pairs = codes.view(torch.int16)
+            codes, bits = (pairs >> (8 - bits)).bitwise_or_(pairs).to(torch.uint8), 2 * bits
+        return codes
     word = (codes if short else codes.clone()).view(torch.int64)  # a copy of its own lies where words may
     for lane in (8, 16, 32):
         low = _low(lane, lane)
@@ -51,10 +50,13 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """The codes uint8 (count,) that `pack` packed."""
     if bits == 8:
         return packed[:count]
-    mask = (1 << bits) - 1
     if bits in (1, 2, 4):
-        lanes = [(packed >> (bits * place)) & mask for place in range(8 // bits)]
-        return torch.stack(lanes, 1).view(-1)[:count]
+        held = 4
+        while held >= bits:
+            pairs, low = packed.to(torch.int16), (1 << held) - 1
+            high = (pairs & (low << held)).bitwise_left_shift_(8 - held)
+            packed, held = (pairs & low).bitwise_or_(high).view(torch.uint8), held // 2
+        return packed[:count]
     wide = packed.new_zeros(len(packed) // bits, 8)
     wide[:, :bits] = packed.view(-1, bits)
     word = wide.view(-1).view(torch.int64)

@@ -1,0 +1,232 @@
+"""Gradients by an exchange in the cost model: what a plan with one predicts, and where it changes what is planned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import weft
+from weft.cluster import Cluster, Level, Link
+from weft.cluster.costs import ring_link
+from weft.comm import AllGather, Cast, ErrorFeedback, Exchange, LowRank, ScatterGather, Spec, TopK, auto, dgc
+from weft.placement.axes import find_cuts
+from weft.planner import OptimizerCost
+from weft.planner.coding import Coding, carries, described
+from weft.planner.costs import Costs
+from weft.planner.prepared import Prepared
+from weft.planner.price import Pricing
+from weft.planner.roles import Roles
+from weft.runtime.choice import Choice
+
+MSE = nn.functional.mse_loss
+PER_ELEMENT = 2e-10  # codec seconds; measured ones would make the tests depend on the machine
+
+
+@pytest.fixture(autouse=True)
+def steady_codecs(monkeypatch):
+    def tried(exchange: Exchange, specs: Sequence[Spec], ranks: int) -> tuple[float, float]:
+        coded = sum(spec.numel for spec in specs if exchange.select(spec))
+        return PER_ELEMENT * coded, 4.0 * coded
+
+    monkeypatch.setattr("weft.comm.automatic.tried", tried)
+
+
+def cluster_of(link: Link, processes: int) -> Cluster:
+    ranks = tuple(range(processes))
+    return Cluster(Cluster.local(processes=processes).devices, (Level("net", (ranks,), (link,)),))
+
+
+def wide() -> nn.Module:
+    layers: list[nn.Module] = []
+    for _ in range(2):
+        layers += [nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)]
+    return nn.Sequential(*layers)
+
+
+BATCH: tuple[Tensor, Tensor] = (torch.zeros(64, 256), torch.zeros(64, 256))
+SLOW, FAST = Link(1e-4, 1.25e7), Link(1e-6, 1e11)
+EXCHANGES: dict[str, Any] = {
+    "top-k": lambda: Exchange(TopK(0.01), ErrorFeedback()),
+    "dgc": lambda: dgc(0.001),
+    "half": lambda: Exchange(Cast("bfloat16")),
+    "low rank": lambda: Exchange(LowRank(4), ErrorFeedback()),
+    "scattered": lambda: Exchange(TopK(0.05), ErrorFeedback(), topology=ScatterGather()),
+}
+NAMES = ["top-k", *(pytest.param(name, marks=pytest.mark.slow) for name in EXCHANGES if name != "top-k")]
+
+
+def manual(strategy: str, exchange: Exchange | None, link: Link = SLOW, **options: Any) -> weft.Plan:
+    return weft.Plan.manual(
+        wide(),
+        BATCH,
+        loss=MSE,
+        cluster=cluster_of(link, 2),
+        strategy=strategy,
+        optimizer="SGD",
+        exchange=exchange,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_predicts_what_the_run_would_by_itself(name):
+    """`weft.run(exchange="auto")` prices a plan that was made without; over pieces and over wholes."""
+    for strategy in ("dp", "zero-1", "zero-3"):
+        without, plan = manual(strategy, None), manual(strategy, EXCHANGES[name]())
+        which = Choice.of(auto(candidates=lambda: {"it": EXCHANGES[name]()}), without)
+        predicted = which.predict(without.graph, without.assignment, find_cuts(without.graph, finest=2))
+        assert predicted["it"] == pytest.approx(plan.prediction.seconds, rel=1e-12)
+        assert predicted["plain"] == without.prediction.seconds
+        assert plan.exchange == EXCHANGES[name]().options and without.exchange == ""
+
+
+@pytest.mark.parametrize("strategy", ["dp", "zero-1", "zero-3"])
+@pytest.mark.parametrize("name", NAMES)
+def test_buckets_cost_what_the_exchange_says_of_their_tensors(name, strategy):
+    """`Exchange.cost` tensor by tensor, but latencies once for a bucket."""
+    cluster, exchange, plan = cluster_of(SLOW, 2), EXCHANGES[name](), manual(strategy, None)
+    prepared = Prepared(plan.graph, find_cuts(plan.graph, finest=2))
+    coding = Coding.of(exchange, plan.graph, cluster)
+    costs, optimizer = Costs(cluster, plan.mesh), OptimizerCost.of("SGD")
+    buckets = Pricing(prepared, Roles(prepared), costs, optimizer, None, coding).buckets(plan.assignment)
+    link = ring_link(cluster)
+    specs = {n: Spec(n, tuple(p.shape)) for n, p in wide().named_parameters()}
+    scatter = strategy != "dp"
+    for bucket in buckets:
+        hops, nbytes = exchange.wire([specs[n] for n in bucket.names], 2, scatter)
+        bytes_alone = sum(
+            exchange.cost(specs[n], dataclasses.replace(link, latency=0.0), 2, scatter) for n in bucket.names
+        )
+        assert bucket.coded and bucket.reduce.forward == pytest.approx(bytes_alone + hops * link.latency)
+        assert bucket.reduce.nbytes == pytest.approx(2 * nbytes)
+        assert bucket.code == pytest.approx(
+            PER_ELEMENT * sum(specs[n].numel for n in bucket.names if len(specs[n].shape) > 1)
+        )
+    assert sum(len(bucket.names) for bucket in buckets) == len(specs)
+
+
+def test_on_the_timeline_messages_hide_behind_compute_and_codecs_do_not():
+    plan, plain = manual("dp", EXCHANGES["top-k"]()), manual("dp", None)
+    coding = sum(e.stop - e.start for e in plan.prediction.timeline if e.kind == "code gradients")
+    assert coding == pytest.approx(PER_ELEMENT * sum(p.numel() for p in wide().parameters() if p.dim() > 1))
+    assert plan.prediction.compute == pytest.approx(plain.prediction.compute + coding)
+    assert not any(e.kind == "sum gradients" for e in plan.prediction.timeline)
+    assert 0 < plan.prediction.exposed <= plan.prediction.communication < plain.prediction.communication
+
+
+def test_over_a_slow_link_a_strong_code_makes_data_parallelism_the_faster_one():
+    """Without it tensor parallelism wins, over a fast link nothing changes; and the plan is never slower than without."""
+    cluster = cluster_of(SLOW, 4)
+    options: dict[str, Any] = {"loss": MSE, "optimizer": "SGD"}
+    strong = Exchange(TopK(0.001), ErrorFeedback())
+    before = weft.plan(wide(), BATCH, cluster=cluster, **options)
+    after = weft.plan(wide(), BATCH, cluster=cluster, exchange=strong, **options)
+    weight = next(name for name in before.assignment.parameters if name.endswith("weight"))
+    whole = lambda plan: all(str(p) == "R" for p in plan.assignment.parameters[weight].used)
+    assert not whole(before) and before.exchange == ""
+    assert whole(after) and after.exchange == strong.options and after.prediction.seconds < before.prediction.seconds
+    weak = weft.plan(wide(), BATCH, cluster=cluster, exchange=Exchange(Cast("bfloat16")), **options)
+    assert weak.prediction.seconds == before.prediction.seconds and weak.exchange == ""  # tensor parallelism still
+
+
+def test_the_plan_says_so():
+    exchange = Exchange(TopK(0.01), ErrorFeedback(), topology=AllGather())
+    plan = manual("dp", exchange)
+    assert weft.Plan.from_json(plan.to_json()) == plan
+    assert "exchange    gradients by TopK(ratio=0.01" in str(plan) and "ErrorFeedback" in described(plan.exchange)
+    assert "exchange" not in str(manual("dp", None))
+    old = {key: value for key, value in plan.to_dict().items() if key != "exchange"}
+    assert weft.Plan.from_dict(old).exchange == ""
+
+
+def test_the_page_shows_it(tmp_path):
+    text = manual("zero-1", EXCHANGES["top-k"]()).show(tmp_path / "plan.html").read_text()
+    assert "Gradients by TopK" in text and "exchange gradients" in text and "code gradients" in text
+
+
+def test_memories_count_as_memory():
+    weights = 4 * sum(p.numel() for p in wide().parameters() if p.dim() > 1)
+    plain, coded = (manual("dp", exchange).prediction for exchange in (None, EXCHANGES["top-k"]()))
+    assert coded.peak - plain.peak >= weights  # what error feedback keeps
+
+
+def test_gradients_that_only_some_sum_go_plain():
+    for strategy, mesh in (("tp", (2,)), (("dp", "tp"), (2, 2))):
+        plans = [
+            weft.Plan.manual(
+                wide(),
+                BATCH,
+                loss=MSE,
+                cluster=cluster_of(SLOW, len(mesh) * 2),
+                strategy=strategy,
+                mesh=mesh,
+                exchange=exchange,
+            )
+            for exchange in (None, EXCHANGES["top-k"]())
+        ]
+        assert plans[1].exchange == "" and plans[0].prediction == plans[1].prediction
+    assert carries([((), (0, 1)), ((0, 1), ())], (2, 2)) and carries([((), (0,))], (2, 1))
+    for owed in ([((0,), (1,))], [((), (0,))], [((), (0, 1)), None], []):
+        assert not carries(owed, (2, 2))
+    assert not carries([((), ())], (1, 1))
+
+
+def test_an_axis_of_data_parallelism_beside_another_is_one_exchange():
+    plan = weft.Plan.manual(
+        wide(),
+        BATCH,
+        loss=MSE,
+        cluster=cluster_of(SLOW, 4),
+        strategy=("dp", "zero-1"),
+        mesh=(2, 2),
+        exchange=EXCHANGES["top-k"](),
+    )
+    assert plan.exchange == ""  # summed whole over one axis, in pieces over the other: no exchange does both
+    both = weft.Plan.manual(
+        wide(),
+        BATCH,
+        loss=MSE,
+        cluster=cluster_of(SLOW, 4),
+        strategy=("zero-1", "zero-1"),
+        mesh=(2, 2),
+        exchange=EXCHANGES["top-k"](),
+    )
+    assert both.exchange
+
+
+def test_what_is_no_exchange_is_refused():
+    with pytest.raises(ValueError, match=r"must be a weft\.comm\.Exchange or None, got 'auto'"):
+        weft.plan(wide(), BATCH, cluster=cluster_of(SLOW, 2), loss=MSE, exchange="auto")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (None, "by all-reduce"),
+        (lambda: Exchange(Cast()), "by Cast"),
+        (lambda: Exchange(TopK(0.01), ErrorFeedback(), seed=1), "seed 1"),
+    ],
+)
+def test_a_run_with_another_exchange_is_told(given, says):
+    model, example = nn.Linear(4, 2), (torch.randn(4, 4), torch.randn(4, 2))
+    alone = weft.Plan.manual(model, example, loss=MSE, cluster=Cluster.local(processes=1))
+    planned = EXCHANGES["top-k"]()
+    plan = dataclasses.replace(alone, exchange=planned.options)
+    with pytest.warns(UserWarning, match=f"priced for gradients by TopK.*{says}"):
+        with weft.run(plan, model, torch.optim.SGD, loss=MSE, exchange=None if given is None else given()):
+            pass
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_with_the_same_is_not():
+    model, example = nn.Linear(4, 2), (torch.randn(4, 4), torch.randn(4, 2))
+    alone = weft.Plan.manual(model, example, loss=MSE, cluster=Cluster.local(processes=1))
+    for exchange, planned in ((EXCHANGES["top-k"](), EXCHANGES["top-k"]().options), (EXCHANGES["half"](), "")):
+        plan = dataclasses.replace(alone, exchange=planned)
+        with weft.run(plan, model, torch.optim.SGD, loss=MSE, exchange=exchange):
+            pass
