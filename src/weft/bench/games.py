@@ -28,7 +28,7 @@ from weft.bench.system import Row
 from weft.comm.codec import Spec
 from weft.comm.codecs import Quantise, RandK, TopK
 from weft.comm.masha import Anchor, coin, masha, rate, step_size
-from weft.comm.memories import ErrorFeedback
+from weft.comm.memories import ErrorFeedback, Shift
 from weft.comm.memory import NoMemory
 from weft.comm.variational import Adam, Game, Named, Rounds, Simulated, extragradient, optimistic
 
@@ -345,7 +345,6 @@ def robust_rank(method: str, lr: float, seed: int, target: float, most: float = 
 
     from weft.comm.exchange import Exchange
     from weft.comm.masha import MASHA
-    from weft.comm.topology import AllGather
 
     torch.set_num_threads(1)
     own, ranks = dist.get_rank(), dist.get_world_size()
@@ -354,9 +353,8 @@ def robust_rank(method: str, lr: float, seed: int, target: float, most: float = 
     z = layers((64, 512, 256, 10), seed)
     parameters = {name: torch.nn.Parameter(tensor) for name, tensor in z.items()}
     plain = Exchange()
-    optimizer = MASHA(
-        parameters.items(), (), Exchange(CODED, topology=AllGather(), measure=0), lr=lr, tau=0.9, seed=seed
-    )  # fmt: skip
+    refresh = Exchange(FINE, Shift(1.0), measure=0)
+    optimizer = MASHA(parameters.items(), (), Exchange(CODED, measure=0), lr=lr, tau=0.9, refresh=refresh, seed=seed)
     calls = 0
 
     def loss() -> Tensor:
@@ -408,7 +406,7 @@ def over_links(seed: int, target: float = 0.4, rate: float = 100e6) -> Iterator[
 
     for method in ("extragradient", "masha"):
         best: dict[str, Any] = {}
-        for lr in (0.0125, 0.025):  # at 0.05 and above this deeper network ends at chance, with either method
+        for lr in (0.0125, 0.025, 0.035):  # at 0.05 and above this deeper network ends at chance, with either method
             options = {"method": method, "lr": lr, "seed": seed, "target": target}
             found = on_links("weft.bench.games:robust_rank", 4, Wire(rate), options, timeout=280)[0]
             if not best or found["seconds"] < best["seconds"]:

@@ -6,8 +6,13 @@
     weft             `weft.memory.limit`
 
 A step is forward and backward on real text; gradients are allocated before (the peaks are of activations and workspace, as in
-the papers). Seconds are CPU seconds, medians over rounds in which every way takes its turn; peaks are read from the allocator
-in rounds of their own.
+the papers). Every way takes its turn in every round, there and back again. Seconds are CPU seconds; what a machine shared with
+others does to a whole round is taken out of all ways alike: with x[w, r] those of way w in round r,
+
+    level[r]   = geometric mean over w of x[w, r]
+    seconds[w] = median over r of x[w, r] / level[r] * median over r of level[r]
+
+Peaks are read from the allocator in rounds of their own.
 """
 
 from __future__ import annotations
@@ -21,9 +26,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Way", "checkpointed", "compiled", "eager", "gpt_with_dropout", "limited", "take_turns"]
+__all__ = ["Way", "checkpointed", "compiled", "eager", "gpt_with_dropout", "limited", "measured", "take_turns"]
 
-WARM_UP = 4  # steps: weft watches two, plans, then replays; a compiler compiles in the first
+WARM_UP = (
+    12  # steps: weft watches two, plans, then replays, the first eight with care; a compiler compiles in the first
+)
 
 
 @dataclass
@@ -112,13 +119,26 @@ def compiled(model: Any, share: float) -> Way:
 
 
 def limited(model: Any, nbytes: int, label: str) -> Way:
-    """Within `nbytes` of activations and workspace, by `weft.memory.limit`; parameters and gradients come on top."""
+    """Within `nbytes` of activations and workspace, by `weft.memory.limit`; parameters and gradients come on top.
+
+    It is entered once and rests while others take their turns: what a loop does once is not what its steps cost.
+    """
     from weft.memory import limit
 
     model = _with_gradients(model)
     held = 2 * sum(p.untyped_storage().nbytes() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     context = limit(held + nbytes, model=model)
-    return Way(label, model, lambda: context, context.step)
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        if context.resting:
+            context.wake()
+        else:
+            context.__enter__()
+        yield
+        context.rest()
+
+    return Way(label, model, turn, context.step)
 
 
 def take_turns(ways: list[Way], batch: Any, rounds: int) -> None:
@@ -132,21 +152,26 @@ def take_turns(ways: list[Way], batch: Any, rounds: int) -> None:
     for number in range(rounds):
         for way in ways if number % 2 == 0 else reversed(ways):
             with _named(way), way.around():
-                way.step(batch, seed=0)  # after entering: what a context does once is not what a step costs
                 cpu, wall = time.process_time(), time.perf_counter()
                 way.step(batch, seed=number)
                 way.seconds.append(time.process_time() - cpu)
                 way.wall.append(time.perf_counter() - wall)
 
 
-def measured(way: Way) -> dict[str, float]:
-    """What a row of the table shows."""
-    return {
-        "cpu_seconds": statistics.median(way.seconds),
-        "wall_seconds": statistics.median(way.wall),
-        "activation_bytes": way.peak,
-        "loss": way.loss,
-    }
+def measured(ways: list[Way]) -> list[dict[str, float]]:
+    """What the row of each way shows; seconds as in the head of this file."""
+    cpu, wall = (_levelled(list(taken)) for taken in ((w.seconds for w in ways), (w.wall for w in ways)))
+    return [
+        {"cpu_seconds": c, "wall_seconds": w, "activation_bytes": way.peak, "loss": way.loss}
+        for way, c, w in zip(ways, cpu, wall, strict=True)
+    ]
+
+
+def _levelled(taken: list[list[float]]) -> list[float]:
+    """One number per way of what each took in every round."""
+    levels = [statistics.geometric_mean(round_) for round_ in zip(*taken, strict=True)]
+    usual = statistics.median(levels)
+    return [statistics.median(x / level for x, level in zip(row, levels, strict=True)) * usual for row in taken]
 
 
 def _peak(way: Way, batch: Any) -> int:

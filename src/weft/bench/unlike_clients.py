@@ -4,8 +4,9 @@
                 of classes drawn from a Dirichlet distribution (0.1)                                         `digits`
     speeds      spread evenly from 1 - X % to 1 second a job ("F-X": F-80 is 0.2 .. 1, F-0 all equal)        `speeds`
     a run       one scheme at one local rate for so much virtual time                                        `train`
-    tuning      the rate of a grid with which the loss falls below the target first: median over several draws of the problem,
-                the same grid and draws for all schemes                                                      `tune`
+    tuning      the rate of a grid that has the lowest loss when the time is up, as the authors' code runs every rate to the
+                end of one budget; the same grid, draws of the problem and budget for all schemes            `tune`
+    measuring   at that rate, on other draws                                                                 `tuned`
     fixed point the mean of the model in the long run on quadratics, whose optimum and bias are known        `long_run_mean`
 
 Time is virtual: it does not depend on this machine.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.bench.digits import digit_images
+from weft.bench.system import Row
 from weft.comm.combine import Combine
 from weft.comm.wait import Wait
 from weft.federated import Aggregation, Asynchronous, Client, LocalSGD, NothingCame, Trace
@@ -41,23 +44,17 @@ __all__ = [
     "speeds",
     "train",
     "tune",
+    "tuned",
 ]
 
 CLIENTS, HELD_OUT, HIDDEN = 20, 360, 32
 CONCENTRATION = 0.1
 TARGET = 1.0  # federated loss
-GRID = (
-    0.1,
-    0.17,
-    0.3,
-    0.06,
-    0.03,
-    0.01,
-    0.003,
-    0.001,
-)  # local rates, the likely ones first; every scheme is tuned over all
+GRID = (0.001, 0.003, 0.01, 0.03, 0.06, 0.1, 0.17, 0.3, 0.5)  # local rates; every scheme is tuned over all
+BUDGET = 80.0  # virtual seconds of a run
 LOST = 20.0  # a loss from which no run is seen to reach the target in time; chance is 2.3
-PATIENCE = 15.0  # virtual seconds within which the target must be reached in tuning
+DRAWS = 3  # of the problem, for tuning and for measuring
+FINALISTS = 3  # rates of the first draw that are tried on the others
 
 
 @dataclass(frozen=True)
@@ -161,10 +158,10 @@ def train(
     scheme: Scheme,
     rate: float,
     seconds: float,
-    to_target: bool = False,
+    tuning: bool = False,
     jitter: float = 0.0,
 ) -> Run:
-    """Train for so many virtual seconds, K = 10 local steps of batch 64 a job; `to_target`: only until the target is reached."""
+    """Train for so many virtual seconds, K = 10 local steps of batch 64 a job; `tuning`: until it is lost."""
     clients = [
         Client(data, seconds=t, declared=t, jitter=jitter)
         for data, t in zip(problem.data, problem.seconds, strict=True)
@@ -186,35 +183,44 @@ def train(
 
     def stop(done: Aggregation) -> bool:
         seen.aggregations.append(done)
-        return done.loss > (LOST if to_target else 1e6) or (to_target and done.loss < TARGET)
+        return done.loss > (LOST if tuning else 1e6)
 
     try:
         trained = setting.simulate(seconds, stop)
     except NothingCame:  # every change is NaN
         return Run(seen, None, rate, seconds)
-    if trained.trace.losses()[-1][1] > 1e6:
+    if trained.trace.losses()[-1][1] > (LOST if tuning else 1e6):
         return Run(trained.trace, None, rate, seconds)
     with torch.no_grad():
         right = trained.model(problem.held_out[0]).argmax(-1) == problem.held_out[1]
     return Run(trained.trace, trained.model, rate, seconds, float(right.float().mean()))
 
 
-def tune(problems: Sequence[Problem], scheme: Scheme, grid: Sequence[float] = GRID) -> tuple[float, float]:
-    """The best rate of the grid and its median seconds to the target over an odd number of draws; inf if none gets there.
+def tune(problems: Sequence[Problem], scheme: Scheme) -> float:
+    """The rate with the lowest median loss when the time is up; all rates run on the first draw, its best three on the others."""
 
-    A run is given up at the best median so far: where half of the draws and one more need longer, the median does too.
-    """
-    assert len(problems) % 2, "the median of an odd number of runs is one of them"
-    best_rate, best = grid[0], math.inf
-    for rate in grid:
-        cap = min(PATIENCE, best)
-        times: list[float] = []
-        for problem in problems:
-            if sum(math.isinf(time) for time in times) <= len(problems) // 2:  # else the median is known to be longer
-                times.append(train(problem, scheme, rate, cap, to_target=True).time)
-        if len(times) == len(problems) and statistics.median(times) < best:
-            best_rate, best = rate, statistics.median(times)
-    return best_rate, best
+    def final(problem: Problem, rate: float) -> float:
+        return train(problem, scheme, rate, BUDGET, tuning=True).loss
+
+    first = {rate: final(problems[0], rate) for rate in GRID}
+    finalists = sorted(GRID, key=lambda rate: first[rate])[:FINALISTS]
+    return min(
+        finalists, key=lambda rate: statistics.median([first[rate], *(final(other, rate) for other in problems[1:])])
+    )
+
+
+def tuned(name: str, scheme: Scheme, seed: int, spread: float = 0.8, rate: float | None = None) -> Row:
+    """Medians over draws at the tuned rate (or at `rate`); at most 1e9, which stands for what diverged or never got there."""
+    if rate is None:
+        rate = tune([digits(1000 + DRAWS * seed + draw, spread) for draw in range(DRAWS)], scheme)
+    runs = [train(digits(DRAWS * seed + draw, spread), scheme, rate, BUDGET) for draw in range(DRAWS)]
+    measures = {
+        "seconds_to_loss_1": [run.time for run in runs], "final_loss": [run.loss for run in runs],
+        "unrest": [run.unrest for run in runs], "over_trend": [run.over_trend for run in runs],
+        "accuracy": [run.accuracy for run in runs],
+    }  # fmt: skip
+    print(f"fedfix-async: {name}: rate {rate:g}, {measures}", file=sys.stderr, flush=True)
+    return Row(name, rate=rate, **{what: min(statistics.median(found), 1e9) for what, found in measures.items()})
 
 
 def by_speed(problem: Problem, model: nn.Module | None) -> list[float]:

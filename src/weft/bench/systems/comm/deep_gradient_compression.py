@@ -3,10 +3,14 @@
 Two gloo processes in network namespaces of their own, joined by a cable with a token bucket: 100 Mbit/s, 1 Gbit/s, and without a
 limit (the honest negative: there the codec costs more than the bytes). The model is a byte-level transformer of 6.5 million
 parameters on tinyshakespeare; batches are small (4 windows of 64 bytes a rank for the times, 2 for the training) so that all ends
-in minutes. Quality: the same steps, seeds and learning rates for every method, 300 steps; a residual network of 3 blocks on 4,000
-lossless images of CIFAR-10 (1,000 of them held out), 16 epochs of 93 steps, mean of three seeds. Both are short for the method:
-an entry waits about 1/ratio steps until it is sent. That explains part of the residual network's loss of accuracy, not all: with
-three times as many steps 3.4 points were left. A DGC written by brute force loses as much. The rest is open.
+in minutes. Quality: the same steps, seeds and learning rates for every method; a residual network of 3 blocks on 4,000 lossless
+images of CIFAR-10 (1,000 of them held out), 34 epochs of 187 steps, mean of three seeds. As published, the learning rate rises
+while the ratio falls, and then goes down by a cosine.
+
+How long a run lasts decides what it shows. An entry waits about 1/ratio steps until it is sent, and what is sent often has lost
+its momentum to the masking, so DGC begins late and catches up as the rate goes down. With the same network a run of a quarter of
+the steps (16 epochs of twice the batch) ends with DGC some 4 points behind, in training as in testing; the published runs are of
+200 epochs.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from weft.bench.system import Claim, Measure, Results, Row, System, ratio, value
 
 __all__ = ["SYSTEM", "run"]
 
-STEPS, LR = 300, 0.05
+STEPS, LR = 800, 0.05
 SLOW, FAST, FREE = "100 Mbit/s", "1 Gbit/s", "no limit"
 TIMED = ("plain DDP", "fp16 hook", "PowerSGD-4", "DGC 1%", "DGC 0.1%")
 TRAINED = ("plain DDP", "PowerSGD-4", "top-k 1%, error feedback", "DGC 1%", "DGC 0.1%")
@@ -37,7 +41,7 @@ SYSTEM = System(
     title="Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training",
     paper="arXiv:1712.01887",
     cite="Lin et al., 2018",
-    minutes=8,
+    minutes=24,
     solves="data-parallel training over links of 1 Gbit/s and below, where sending gradients takes longer than computing them",
     keywords=("gradient compression", "top-k", "sparsification", "DGC", "PowerSGD", "slow network"),
     use=("weft.comm.dgc", "weft.comm.attach", "weft.comm.TopK", "weft.comm.MomentumCorrection"),
@@ -92,7 +96,7 @@ def run(seed: int) -> Iterator[Row]:
             "context": 64,
             "stage": STEPS // 20,
         }
-        found = on_links(f"{here}:text_losses", 2, Wire(), options, timeout=1500)
+        found = on_links(f"{here}:text_losses", 2, Wire(), options, timeout=3600)
         for method, numbers in zip(TRAINED, found[0], strict=True):
             yield Row(method, **numbers)
         say("training the residual network")
@@ -100,14 +104,14 @@ def run(seed: int) -> Iterator[Row]:
         seeds = tuple(range(3 * seed, 3 * seed + 3))
         settings = {
             "methods": both,
-            "epochs": 16,
+            "epochs": 34,
             "seeds": seeds,
-            "lr": 0.1,
-            "rows": 16,
+            "lr": 0.05,
+            "rows": 8,
             "widths": (8, 16, 32),
             "held_out": 1000,
         }
-        found = on_links(f"{here}:image_accuracy", 2, Wire(), settings, timeout=1500)
+        found = on_links(f"{here}:image_accuracy", 2, Wire(), settings, timeout=3600)
         for method, numbers in zip(both, found[0], strict=True):
             yield Row(f"ResNet, {method}", **numbers)
     except LinksNotPermitted as error:

@@ -3,8 +3,8 @@
 The bilinear game has 100 + 100 coordinates and 10 workers with unlike matrices (L = 2.1, largest L_m about 6.1). Every method
 takes its best step size of a grid; bytes of stochastic methods are means over three draws, those that one worker sends. What the
 server sends back is coded too, and shown beside; not for rand-k, which would need smaller steps. Refreshes in 8 bits, as coded
-differences to the last ones, are ours: the paper sends them uncompressed. Four processes on a cable of 100 Mbit/s need
-permission for network namespaces; without it that claim stays open.
+differences to the last ones, are ours: the paper sends them uncompressed. Four processes on a cable of 100 Mbit/s, with such
+refreshes, need permission for network namespaces; without it that claim stays open.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ SYSTEM = System(
     solves="fine-tune one model on machines that can hardly talk to each other, come and go, and have memory for inference only",
     keywords=("MeZO", "zeroth-order", "shared randomness", "low bandwidth", "volunteers"),
     use=("weft.comm.zeroth.SharedSeed", "weft.comm.zeroth.Rendezvous", "weft.comm.zeroth.Log"),
-    baselines=("centralised MeZO", "dense gradients", "DGC 0.1 %", "PowerSGD-1", "local training with rare averaging"),
+    baselines=(
+        "centralised MeZO", "dense gradients", "DGC 0.1 %", "PowerSGD-1", "local training with rare averaging", "LoRA FedAvg",
+    ),
     tests=(
         "tests/comm/zeroth/test_shared_seed.py", "tests/comm/zeroth/test_fixed.py", "tests/comm/zeroth/test_tcp.py",
         "tests/comm/zeroth/test_hub.py", "tests/comm/zeroth/test_scalars.py", "tests/comm/zeroth/test_directions.py",
@@ -93,5 +95,6 @@ def run(seed: int) -> Iterator[Row]:
         ("local training with rare averaging", "rare averaging"),
     ):  # fmt: skip
         yield Row(name, **one_byte.gradient_digits(data, method, 4, seed).values(budget))
+    yield Row("LoRA FedAvg, same bytes", **one_byte.lora_digits(data, 4, budget, seed))
     for name, values in one_byte.text(seed):
         yield Row(name, **values)
