@@ -251,3 +251,24 @@ def test_a_budget_that_one_process_cannot_keep_ends_the_run_on_all() -> None:
         trainer.step(tokens())
     assert all(gone(pid) for pid in pids)
     assert time.monotonic() - began < 50  # nobody waits for the timeout
+
+
+def begun(plan: HandPlan, share: float) -> tuple[str, int]:
+    """What a run within a share of parameters and AdamW's state says, and for how many parameters state was made."""
+    engine = engine_of(
+        plan, gpt(), torch.optim.AdamW, budget=int(share * 3 * sum(p.nbytes for p in gpt().parameters()))
+    )
+    try:
+        engine.step([Job(tuple(tokens().values()))])
+        said = "it ran"
+    except BudgetError as error:
+        said = str(error)
+    return said, len(engine.optimizer.state)
+
+
+def test_a_budget_without_room_for_an_optimizers_state_is_refused_before_the_first_update(pool: Any) -> None:
+    plan = planned(gpt, tokens(), "dp")
+    for said, made in pool(2).run(begun, plan, 0.9):
+        assert "the state that AdamW will make" in said and "rank" in said and not made
+    for said, made in pool(2).run(begun, plan, 4.0):
+        assert said == "it ran" and made

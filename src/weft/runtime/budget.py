@@ -61,6 +61,7 @@ class Keeper:
         budget: bytes; None for no limit.
         measure: count the most bytes so far. Always on within a budget, if the device can be measured exactly.
         tier: where activations may wait besides.
+        optimizer: of the engine; there is room for the state that its first step makes from the start.
     """
 
     def __init__(
@@ -72,12 +73,15 @@ class Keeper:
         budget: int | None = None,
         measure: bool = False,
         tier: Tier | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
     ):
         self.rank, self.budget = rank, budget
         self._kept = Kept(store, buffers)
         self._limit: Limit | None = None
         if budget is not None:
-            self._limit = limit(max(1, budget - ASIDE), model=self._kept, device=device, by_hand=True, tier=tier)
+            self._limit = limit(
+                max(1, budget - ASIDE), model=self._kept, optimizer=optimizer, device=device, by_hand=True, tier=tier
+            )
             for bucket in store.buckets:
                 bucket.lend = self._limit.lend
         self._meter: Meter | None = None

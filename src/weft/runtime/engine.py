@@ -181,7 +181,9 @@ class Engine:
         self.steps = 0
         self.stop_requested = False
         self._losses = comms.world
-        self.keeper = Keeper(self.store, self.buffers, self.device, comms.rank, budget, options.measure, tier)
+        self.keeper = Keeper(
+            self.store, self.buffers, self.device, comms.rank, budget, options.measure, tier, self.optimizer
+        )
         self._measured = options.measure or budget is not None
 
     def take_exchange(self, name: str) -> None:
