@@ -30,6 +30,7 @@ __all__ = ["Post"]
 HEADER = struct.Struct("<Q")  # the round
 HELLO = struct.Struct("<16sI")  # the group's token, the sender's rank
 CHUNK = 1 << 20  # bytes read or written at a time, so that no peer holds the thread for long
+LINGER = 5.0  # seconds that a closed post may still need to send what waits: a peer may be waiting for the last round
 
 
 class _Link:
@@ -71,6 +72,7 @@ class Post:
         self._changed = threading.Condition()
         self._arrivals = 0
         self._closed = False
+        self._until = 0.0  # when a closed post gives up sending
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
@@ -131,11 +133,12 @@ class Post:
             return sorted(peer for peer, link in self._links.items() if link.alive)
 
     def close(self) -> None:
-        """End the thread and the connections."""
+        """Send what still waits, for a few seconds at most, and end the thread and the connections."""
         if not self._closed:
+            self._until = time.monotonic() + LINGER
             self._closed = True
             self._ring()
-            self._thread.join(5)
+            self._thread.join(LINGER + 5)
 
     def _ring(self) -> None:
         with contextlib.suppress(OSError):
@@ -169,8 +172,12 @@ class Post:
         for link in self._links.values():
             link.channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def _sending(self) -> bool:
+        with self._changed:
+            return any(link.out for link in self._links.values()) and time.monotonic() < self._until
+
     def _serve(self) -> None:
-        while not self._closed:
+        while not self._closed or self._sending():
             with self._changed:
                 for peer, link in self._links.items():
                     if link.alive:
