@@ -19,6 +19,7 @@ LONG = (  # 10 s and more each
     "comm_stragglers.py",
     "huggingface.py",
     "manual_plan.py",
+    "train_gpt_text.py",
     "unlike_devices.py",
 )
 

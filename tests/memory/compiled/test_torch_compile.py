@@ -226,6 +226,7 @@ def test_bytes_of_an_optimizer_that_has_not_stepped(make_optimizer):
     assert expected == held == state_bytes(optimizer)
 
 
+@pytest.mark.slow
 def test_the_optimizer_is_part_of_the_budget():
     fixed, peak = bytes_of("gpt")
     made = make("gpt")

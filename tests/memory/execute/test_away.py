@@ -18,7 +18,7 @@ from weft.memory.execute.limit import limit
 DISK = Tier(bandwidth=1e9, latency=1e-5, name="disk")
 
 
-@pytest.mark.parametrize("replay", [True, False])
+@pytest.mark.parametrize("replay", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_tier_reaches_budgets_that_recomputation_cannot(replay):
     budget, eager = int(0.45 * peak_of("halting")), train(make("halting"))
     made = make("halting")
