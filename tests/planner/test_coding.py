@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,16 +61,12 @@ EXCHANGES: dict[str, Any] = {
 NAMES = ["top-k", *(pytest.param(name, marks=pytest.mark.slow) for name in EXCHANGES if name != "top-k")]
 
 
-def manual(strategy: str, exchange: Exchange | None, link: Link = SLOW, **options: Any) -> weft.Plan:
+def manual(strategy: str | tuple[str, ...], exchange: Exchange | None) -> weft.Plan:
+    """A strategy over two processes; two of them over the axes of a mesh of two by two."""
+    mesh = (2,) if isinstance(strategy, str) else (2,) * len(strategy)
+    cluster = cluster_of(SLOW, math.prod(mesh))
     return weft.Plan.manual(
-        wide(),
-        BATCH,
-        loss=MSE,
-        cluster=cluster_of(link, 2),
-        strategy=strategy,
-        optimizer="SGD",
-        exchange=exchange,
-        **options,
+        wide(), BATCH, loss=MSE, cluster=cluster, mesh=mesh, strategy=strategy, optimizer="SGD", exchange=exchange
     )
 
 
@@ -156,19 +153,8 @@ def test_memories_count_as_memory():
 
 
 def test_gradients_that_only_some_sum_go_plain():
-    for strategy, mesh in (("tp", (2,)), (("dp", "tp"), (2, 2))):
-        plans = [
-            weft.Plan.manual(
-                wide(),
-                BATCH,
-                loss=MSE,
-                cluster=cluster_of(SLOW, len(mesh) * 2),
-                strategy=strategy,
-                mesh=mesh,
-                exchange=exchange,
-            )
-            for exchange in (None, EXCHANGES["top-k"]())
-        ]
+    for strategy in ("tp", ("dp", "tp")):
+        plans = [manual(strategy, exchange) for exchange in (None, EXCHANGES["top-k"]())]
         assert plans[1].exchange == "" and plans[0].prediction == plans[1].prediction
     assert carries([((), (0, 1)), ((0, 1), ())], (2, 2)) and carries([((), (0,))], (2, 1))
     for owed in ([((0,), (1,))], [((), (0,))], [((), (0, 1)), None], []):
@@ -177,26 +163,9 @@ def test_gradients_that_only_some_sum_go_plain():
 
 
 def test_an_axis_of_data_parallelism_beside_another_is_one_exchange():
-    plan = weft.Plan.manual(
-        wide(),
-        BATCH,
-        loss=MSE,
-        cluster=cluster_of(SLOW, 4),
-        strategy=("dp", "zero-1"),
-        mesh=(2, 2),
-        exchange=EXCHANGES["top-k"](),
-    )
-    assert plan.exchange == ""  # summed whole over one axis, in pieces over the other: no exchange does both
-    both = weft.Plan.manual(
-        wide(),
-        BATCH,
-        loss=MSE,
-        cluster=cluster_of(SLOW, 4),
-        strategy=("zero-1", "zero-1"),
-        mesh=(2, 2),
-        exchange=EXCHANGES["top-k"](),
-    )
-    assert both.exchange
+    # summed whole over one axis, in pieces over the other: no exchange does both
+    assert manual(("dp", "zero-1"), EXCHANGES["top-k"]()).exchange == ""
+    assert manual(("zero-1", "zero-1"), EXCHANGES["top-k"]()).exchange
 
 
 def test_what_is_no_exchange_is_refused():

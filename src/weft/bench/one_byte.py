@@ -181,9 +181,8 @@ def gradient_digits(data: Digits, method: str, machines: int, seed: int) -> Curv
         else:
             grads, nbytes = _exchange(found, specs, states, codec, memory, step)
             sent += nbytes
-            _descend(
-                model.parameters(), grads, lr * (0.1 if method == "dgc" else 1.0)
-            )  # momentum 0.9 multiplies DGC's step by ten
+            rate = 0.1 * lr if method == "dgc" else lr  # momentum 0.9 multiplies DGC's step by ten
+            _descend(model.parameters(), grads, rate)
         if step < 100 or (step + 1) % 50 == 0:
             curve.add(step + 1, sent, model)
     return curve

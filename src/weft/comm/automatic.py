@@ -133,11 +133,9 @@ def exposed(codec: float, wire: float, trial: Trial) -> float:
     return codec + max(wire / trial.buckets, wire - trial.window)
 
 
-def wire_seconds(
-    exchange: Exchange, specs: Sequence[Spec], ranks: int, link: Link, buckets: int, scatter: bool = False
-) -> float:
+def wire_seconds(exchange: Exchange, specs: Sequence[Spec], ranks: int, link: Link, buckets: int) -> float:
     """Seconds on the wire for all tensors of a step: bytes as one message, latencies once per bucket and round."""
-    hops, nbytes = exchange.wire(specs, ranks, scatter)
+    hops, nbytes = exchange.wire(specs, ranks)
     return hops * link.latency * buckets + nbytes / link.bandwidth
 
 

@@ -93,9 +93,8 @@ class Cut:
 
     def whole(self, where: Tensor, rank: int) -> Tensor:
         """Positions in the flat tensor of positions in flat piece `rank`."""
-        runs: list[
-            tuple[int, int, int]
-        ] = []  # (size, start, stop), innermost first; what is whole is one with the next
+        # (size, start, stop), innermost first; what is whole is one with the next
+        runs: list[tuple[int, int, int]] = []
         for size, (start, stop) in zip(reversed(self.shape), reversed(self.boxes[rank]), strict=True):
             if runs and runs[-1][0] == runs[-1][2] - runs[-1][1]:
                 inner = runs.pop()[0]

@@ -241,42 +241,12 @@ def _repeated_before(plan: MemoryPlan, moments: Moments) -> Rows:
 
 
 def _waits(plan: MemoryPlan, moments: Moments, overlap: float) -> Rows:
-    """(call that waits, seconds) of the copies to and from the lower tier.
+    """(call that waits, seconds) of the copies to and from the lower tier."""
+    from weft.memory.planning.check import check  # as above
 
-    The two clocks of `weft.memory.check`, where a copy takes the fraction 1 - `overlap` of its seconds from the device itself: an
-    overlap of 1 gives its `waited_seconds`.
-    """
-    found: Rows = []
-    if plan.tier is None:
-        return found
-    trace, tier = plan.trace, plan.tier
-    clock = link = held_up = 0.0
-    there: dict[int, float] = {}  # value -> when its copy in the tier is complete
-    coming: dict[int, float] = {}  # value -> when it is back
-    for action in plan.schedule.actions:
-        now, v = clock, action.index
-        if action.kind in ("save", "load"):
-            copies = there if action.kind == "save" else coming
-            seconds = tier.seconds(trace.values[v].nbytes)
-            clock += (1.0 - overlap) * seconds
-            link = max(link, clock, (coming if action.kind == "save" else there).get(v, 0.0)) + overlap * seconds
-            copies[v] = link
-        elif action.kind == "drop":
-            clock = max(clock, there.get(v, 0.0))
-            coming.pop(v, None)
-        elif action.kind == "move":
-            clock = max(clock, coming.pop(v, 0.0))
-        else:
-            clock = max(clock, *(coming.pop(read, 0.0) for read in trace.ops[v].reads), 0.0)
-        held_up += clock - now
-        if action.kind in ("run", "again"):
-            clock += trace.ops[v].seconds
-            if action.kind == "run" and held_up:
-                found.append((moments[v], held_up))
-                held_up = 0.0
-    if held_up:
-        found.append((moments[len(trace.ops) - 1], held_up))
-    return found
+    waits = check(plan.trace, plan.schedule, plan.tier, overlap).waits
+    last = len(plan.trace.ops) - 1
+    return [(moments[min(op, last)], seconds) for op, seconds in enumerate(waits) if seconds]
 
 
 # ---------------------------------------------------------------------------------------------------------------- trace

@@ -146,6 +146,7 @@ class Coded:
         self._step += last
         return sending
 
+    @torch.no_grad()
     def carry_decay(self, optimizer: torch.optim.Optimizer) -> None:
         """Before its step. What is carried is state of the optimizer, of a piece's shape, and saved and cut anew as such."""
         if not self.exchange.memory.velocity:

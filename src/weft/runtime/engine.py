@@ -295,8 +295,7 @@ class Engine:
         for group, changed in zip(self.optimizer.param_groups, options or (), strict=False):
             group.update(changed)
         if self.coded is not None:
-            with torch.no_grad():
-                self.coded.carry_decay(self.optimizer)
+            self.coded.carry_decay(self.optimizer)
         self.optimizer.step()
         self.store.updated()
         self.steps += 1

@@ -242,9 +242,8 @@ class ParameterStore(ParameterHooks):
         while self._next_reduction < len(self._order) and self._order[self._next_reduction].waiting <= 0:
             bucket = self._order[self._next_reduction]
             self._next_reduction += 1
-            if (
-                isinstance(bucket, ScatterBucket) and bucket.send is None
-            ):  # (a rule may look at a step's buckets all at once)
+            # (where an exchange sends, a rule may look at a step's buckets all at once)
+            if isinstance(bucket, ScatterBucket) and bucket.send is None:
                 if len(self._in_flight) == MAX_IN_FLIGHT:
                     self._in_flight.pop(0).finish()
                 self._in_flight.append(bucket)

@@ -7,6 +7,7 @@ Bytes      while an operator runs:  all values that are there + all it makes (co
            of a repetition also what it makes needlessly) + its workspace.
 Seconds    a clock of the device and one of the link to the lower tier (`Tier`). A copy begins when both are ready, and the
            device waits for a save when it drops the value, for a load when it reads it: per window max(compute, transfer).
+           Where copies do not overlap fully, a part of each is the device's own time.
 Guarantee  what passes has every operator of the step exactly once and in order, each with its inputs at hand, ends with exactly
            the values that outlive the step, and never puts two things at one address.
 """
@@ -37,6 +38,7 @@ class Checked:
         overhead: seconds / seconds of the step as traced, less 1.
         repeated_seconds: operators' repetitions alone; `repeated` is how many there are.
         waited_seconds: waiting for copies to and from the lower tier.
+        waits: the same for each operator, just before it; one more for after the last.
         saved_bytes, loaded_bytes: copied to the lower tier, and back.
         held_bytes: most bytes in the lower tier at any moment.
         moved_bytes: copied from one address of the arena to another.
@@ -51,6 +53,7 @@ class Checked:
     repeated_seconds: float
     repeated: int
     waited_seconds: float
+    waits: tuple[float, ...]
     saved_bytes: int
     loaded_bytes: int
     held_bytes: int
@@ -59,13 +62,16 @@ class Checked:
     at: int
 
 
-def check(trace: Trace, schedule: Schedule, tiers: Sequence[Tier] | Tier | None = None) -> Checked:
+def check(
+    trace: Trace, schedule: Schedule, tiers: Sequence[Tier] | Tier | None = None, overlap: float = 1.0
+) -> Checked:
     """Carry `schedule` out on paper and say what it costs.
 
     Args:
         trace: the step.
         schedule: what is to be judged.
         tiers: the lower tier that "save" and "load" go to (one; a sequence may hold at most one for now).
+        overlap: fraction of a copy's seconds, 0 to 1, that the device need not spend itself.
 
     Raises:
         ValueError: the first action that cannot be done, by number and name: an operator missing, twice or out of order, a
@@ -76,7 +82,7 @@ def check(trace: Trace, schedule: Schedule, tiers: Sequence[Tier] | Tier | None 
     several = [tiers] if isinstance(tiers, Tier) else list(tiers or ())
     if len(several) > 1:
         raise ValueError(f"check: one lower tier at a time, got {[tier.name for tier in several]}")
-    judge = _Judge(trace, schedule, several[0] if several else None)
+    judge = _Judge(trace, schedule, several[0] if several else None, overlap)
     for number, action in enumerate(schedule.actions):
         judge.act(number, action)
     return judge.verdict()
@@ -111,8 +117,8 @@ class _Arena:
 class _Judge:
     """The state of the step between two actions."""
 
-    def __init__(self, trace: Trace, schedule: Schedule, tier: Tier | None):
-        self.trace, self.schedule, self.tier = trace, schedule, tier
+    def __init__(self, trace: Trace, schedule: Schedule, tier: Tier | None, overlap: float):
+        self.trace, self.schedule, self.tier, self.overlap = trace, schedule, tier, overlap
         self.end = len(trace.ops)
         self.next = 0  # operator that the program calls next
         self.arena = _Arena(schedule.arena)
@@ -129,6 +135,8 @@ class _Judge:
             self.dying[min(max(value.dies, 0), self.end)].append(v)
         # time, and what the lower tier holds
         self.clock = self.link = self.repeated_seconds = self.waited = 0.0
+        self.waits: list[float] = []
+        self.told = 0.0  # how much of `waited` is in `waits`
         self.repeated = self.saved_bytes = self.loaded_bytes = self.held = self.most_held = self.moved_bytes = 0
         self.saved: dict[int, float] = {}  # value -> when its copy is complete
         self.coming: dict[int, float] = {}  # value -> when it is back
@@ -167,6 +175,7 @@ class _Judge:
         self._execute(action, number)
         self.next += 1
         self.live.append(self.lately)
+        self._tell()
         for v in self.dying[action.index]:
             if v in self.there:
                 self._leave(v)
@@ -307,13 +316,19 @@ class _Judge:
 
     def _copy(self, v: int, after: float) -> float:
         """When a copy of `v` that is asked for now is complete."""
-        self.link = max(self.link, self.clock, after) + self._lower().seconds(self.trace.values[v].nbytes)
+        seconds = self._lower().seconds(self.trace.values[v].nbytes)
+        self._wait(self.clock + (1.0 - self.overlap) * seconds)
+        self.link = max(self.link, self.clock, after) + self.overlap * seconds
         return self.link
 
     def _wait(self, until: float) -> None:
         if until > self.clock:
             self.waited += until - self.clock
             self.clock = until
+
+    def _tell(self) -> None:
+        self.waits.append(self.waited - self.told)
+        self.told = self.waited
 
     def verdict(self) -> Checked:
         if self.next < self.end:
@@ -325,6 +340,7 @@ class _Judge:
                 )
             if value.dies < self.end and v in self.there:
                 raise ValueError(f"Schedule: a temporary is left at the end: value {v}, {value.nbytes} bytes; drop it")
+        self._tell()
         eager = self.trace.seconds
         return Checked(
             peak=self.peak,
@@ -334,6 +350,7 @@ class _Judge:
             repeated_seconds=self.repeated_seconds,
             repeated=self.repeated,
             waited_seconds=self.waited,
+            waits=tuple(self.waits),
             saved_bytes=self.saved_bytes,
             loaded_bytes=self.loaded_bytes,
             held_bytes=self.most_held,

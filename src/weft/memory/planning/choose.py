@@ -12,14 +12,13 @@ Guarantee  what is returned has passed `check` and needs at most the budget, are
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import final
 
 from weft.cluster.units import quantity
 from weft.errors import BudgetError
+from weft.graph.capture import rarely_collecting
 from weft.memory.core.policy import POLICIES
 from weft.memory.core.simulate import simulate
 from weft.memory.planning import improve
@@ -73,7 +72,7 @@ def plan(
         pick(name, POLICIES, "policy")
     if effort_seconds is None:
         effort_seconds = min(USUAL * max(len(trace.ops) / 650, 1.0), LONGEST)
-    with _no_collection():
+    with rarely_collecting():
         desk = _desk(trace, tier)
         if limit is None:
             schedule = place(trace, Retention(desk.shape).schedule(), 0, desk.align)
@@ -103,23 +102,11 @@ def frontier(trace: Trace, budgets: Iterable[int | str], **options: object) -> l
 
 def least(trace: Trace, tier: Tier | None = None) -> int:
     """The least budget in bytes, arena included, for which `plan` finds a way."""
-    with _no_collection():
+    with rarely_collecting():
         return _desk(trace, tier).least()
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Planning makes many small things and no cycles: looking for cycles among them is a tenth of its time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _bytes(budget: int | str | None) -> int | None:
