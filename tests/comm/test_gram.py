@@ -54,6 +54,12 @@ def test_a_finite_message_whose_square_overflows_is_not_broken():
     torch.testing.assert_close(found, x.double() @ x.double().T)
 
 
+def test_messages_whose_squares_underflow_keep_their_digits():
+    x = 1e-22 * torch.randn(5, 100)
+    x[3] = 0
+    torch.testing.assert_close(gram(x), x.double() @ x.double().T, rtol=1e-6, atol=0)
+
+
 def test_segments_add_up():
     x = torch.randn(5, 1000, dtype=torch.float64)
     torch.testing.assert_close(sum(gram(part) for part in x.split(333, 1)), gram(x))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.comm.combine import Combine, Info
 
-__all__ = ["BrokenMessage", "ByGram", "check_faulty", "distances", "without_broken"]
+__all__ = ["BrokenMessage", "ByGram", "check_enough", "check_faulty", "distances", "without_broken"]
 
 
 class BrokenMessage(RuntimeWarning):
@@ -25,14 +25,15 @@ class BrokenMessage(RuntimeWarning):
 
 
 class ByGram(Combine):
-    """A rule on the inner products of all messages. Methods implement `row`; `faulty` is what they tolerate, 0 if not asked."""
+    """A rule on the inner products of all messages. Methods implement `check` and `row`."""
 
     needs = "gram"
 
+    @final
     @property
     def faulty(self) -> int:
-        """How many faulty messages the rule is asked to tolerate."""
-        return 0
+        """How many faulty messages the rule is asked to tolerate: its field f, or 0 if it has none."""
+        return int(getattr(self, "f", 0))
 
     @abc.abstractmethod
     def check(self, count: int, faulty: int) -> None:
@@ -82,6 +83,14 @@ def check_faulty(rule: str, faulty: int) -> None:
     if not isinstance(faulty, int) or faulty < 0:
         raise ValueError(
             f"{rule}: f must be an integer of 0 or more, got {faulty!r}; it is how many messages may be faulty"
+        )
+
+
+def check_enough(rule: str, count: int, least: int, faulty: int) -> None:
+    """n messages, f of which may be faulty, are `least` or more."""
+    if count < least:
+        raise ValueError(
+            f"{rule}: needs n >= {least} messages for f = {faulty}, got {count}; lower f or ask more workers"
         )
 
 

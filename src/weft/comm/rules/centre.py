@@ -2,11 +2,12 @@
 
 Problem    a point that few far messages cannot move far.
 Method     every point in play is z = X^T c, so |x_i - z|^2 = K_ii - 2 (K c)_i + c^T K c, and each method walks in c:
-           GeometricMedian       Weiszfeld: c_i ~ 1 / max(nu, |x_i - z|)
+           GeometricMedian       Weiszfeld: c_i ~ 1 / max(nu, |x_i - z|), from the mean of the nearer half    `nearer_half`
            CenteredClip          c <- c + 1/n sum_i min(1, tau / |x_i - z|) (e_i - c)
            NormEqualisedMean     c_i = median norm / (n |x_i|): no geometry at all, the ablation of all the others
-Guarantee  GeometricMedian: minimises sum |x_i - z|, breaks down at n/2 faulty messages only. CenteredClip: each message moves the
-           centre by at most tau/n a walk.
+Guarantee  GeometricMedian: minimises sum |x_i - z|, breaks down at n/2 faulty messages only, however far they lie: start, floor
+           and end are made from distances among the nearer half. CenteredClip: each message moves the centre by at most tau/n a
+           walk.
 Source     Weiszfeld 1937, Pillutla et al. (RFA), arXiv:1912.13445; Karimireddy et al., arXiv:2012.10333.
 """
 
@@ -40,43 +41,61 @@ class GeometricMedian(ByGram):
     """The point of least summed distance to the messages, by Weiszfeld's iteration.
 
     Attributes:
-        iterations: at most so many; it ends when the summed distance falls by less than 1e-12 of itself.
-        nu: distances below count as nu, in the messages' own unit. None: 1e-8 of the median distance from the mean. ByzFL: 0.1.
-        start: "mean", or "zero" as in ByzFL (3 iterations).
+        iterations: at most so many; it ends when the summed distance falls by less than 1e-12 of itself, and that of the nearer
+            half, which nobody far away hides, by less than 1e-6.
+        nu: distances below count as nu, in the messages' own unit. None: 1e-8 of the nearer half's radius. ByzFL: 0.1.
+        start: "near", the mean of the nearer half, or "zero" as in ByzFL (3 iterations).
     """
 
     iterations: int = 100
     nu: float | None = None
-    start: str = "mean"
+    start: str = "near"
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(f"GeometricMedian: iterations must be 1 or more, got {self.iterations}")
         if self.nu is not None and not self.nu > 0:
             raise ValueError(f"GeometricMedian: nu must be above 0, got {self.nu}; None takes it from the messages")
-        if self.start not in ("mean", "zero"):
-            raise ValueError(f"GeometricMedian: start must be 'mean' or 'zero', got {self.start!r}")
+        if self.start not in ("near", "zero"):
+            raise ValueError(f"GeometricMedian: start must be 'near' or 'zero', got {self.start!r}")
 
     def check(self, count: int, faulty: int) -> None:
         _enough("GeometricMedian", count)
 
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         count = len(gram)
-        centre = torch.full((count,), 1.0 / count if self.start == "mean" else 0.0, dtype=torch.float64)
+        half, radius = nearer_half(gram)
+        centre = torch.zeros(count, dtype=torch.float64)
+        if self.start == "near":
+            centre[half] = 1.0 / len(half)
+            if radius == 0.0:  # more than half the messages are the same
+                return centre
+        least = self.nu if self.nu is not None else max(1e-8 * radius, torch.finfo(torch.float64).tiny ** 0.5)
         away = _to_centre(gram, centre)
-        least = self.nu if self.nu is not None else 1e-8 * float(away.median())
-        if least == 0.0:  # more than half the messages are the mean itself
-            least = torch.finfo(torch.float64).tiny ** 0.5
-        before = float("inf")
+        before = before_near = float("inf")
         for _ in range(self.iterations):
             pull = 1.0 / away.clamp(min=least)
             centre = pull / pull.sum()
             away = _to_centre(gram, centre)
-            total = float(away.sum())
-            if before - total <= 1e-12 * total and self.start == "mean":
+            total, near = float(away.sum()), float(away.sort().values[: len(half)].sum())
+            settled = before - total <= 1e-12 * total and abs(before_near - near) <= 1e-6 * near
+            if settled and self.start == "near":
                 break
-            before = total
+            before, before_near = total, near
         return centre
+
+
+def nearer_half(gram: Tensor) -> tuple[Tensor, float]:
+    """Numbers of the floor(n/2) + 1 messages around the one whose median distance is least, and that distance.
+
+    While fewer than half the messages are faulty it is at most the honest ones' diameter, and one of the numbers is honest.
+    """
+    order = distances(gram).sqrt().sort(dim=1, stable=True)
+    middle = len(gram) // 2
+    near = order.values[:, : middle + 1]
+    radii, sums = near[:, middle].tolist(), near.sum(1).tolist()
+    best = min(range(len(radii)), key=lambda number: (radii[number], sums[number]))  # two often share a radius: theirs
+    return order.indices[best, : middle + 1], radii[best]
 
 
 @final

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from weft.comm.combine import Combine
 from weft.comm.rules import sorting
-from weft.comm.rules.by_gram import check_faulty, without_broken
+from weft.comm.rules.by_gram import check_enough, check_faulty, without_broken
 
 __all__ = ["Meamed", "Median", "TrimmedMean"]
 
@@ -36,11 +36,6 @@ def _finite(rule: str, stack: Tensor) -> tuple[Tensor, int]:
         return stack, 0
     without_broken(rule, fine)
     return stack[fine], int((~fine).sum())
-
-
-def _check(rule: str, count: int, faulty: int) -> None:
-    if count < 2 * faulty + 1:
-        raise ValueError(f"{rule}: needs n >= {2 * faulty + 1} messages for f = {faulty}, got {count}; lower f")
 
 
 @final
@@ -66,7 +61,7 @@ class TrimmedMean(Combine):
         check_faulty("TrimmedMean", self.f)
 
     def elementwise(self, stack: Tensor) -> Tensor:
-        _check("TrimmedMean", len(stack), self.f)
+        check_enough("TrimmedMean", len(stack), 2 * self.f + 1, self.f)
         fine, broken = _finite("TrimmedMean", stack)
         return sorting.trimmed_mean(fine, max(self.f - broken, 0))
 
@@ -83,6 +78,6 @@ class Meamed(Combine):
         check_faulty("Meamed", self.f)
 
     def elementwise(self, stack: Tensor) -> Tensor:
-        _check("Meamed", len(stack), self.f)
+        check_enough("Meamed", len(stack), 2 * self.f + 1, self.f)
         fine, broken = _finite("Meamed", stack)
         return sorting.mean_near_median(fine, max(self.f - broken, 0))

@@ -19,7 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from weft.comm.rules.by_gram import ByGram, check_faulty, distances
+from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances
 from weft.comm.rules.sorting import mean_near_median
 
 __all__ = ["Bulyan", "Krum", "MultiKrum"]
@@ -36,14 +36,9 @@ def ranking(square: Tensor, neighbours: int) -> Tensor:
     return second[score[second].sort(stable=True).indices]
 
 
-def _check(rule: str, count: int, faulty: int, spare: int) -> None:
-    least = max(2 * faulty + 1, faulty + spare + 1)
-    if spare == 2:
-        least = 2 * faulty + 3
-    if count < least:
-        raise ValueError(
-            f"{rule}: needs n >= {least} messages for f = {faulty}, got {count}; lower f or ask more workers"
-        )
+def _least(faulty: int, spare: int) -> int:
+    """How many messages Krum needs."""
+    return 2 * faulty + 3 if spare == 2 else max(2 * faulty + 1, faulty + spare + 1)
 
 
 @final
@@ -64,12 +59,8 @@ class Krum(ByGram):
         if self.spare not in (1, 2):
             raise ValueError(f"Krum: spare must be 2 (the paper) or 1 (ByzFL), got {self.spare}")
 
-    @property
-    def faulty(self) -> int:
-        return self.f
-
     def check(self, count: int, faulty: int) -> None:
-        _check("Krum", count, faulty, self.spare)
+        check_enough("Krum", count, _least(faulty, self.spare), faulty)
 
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         chosen = torch.zeros(len(gram), dtype=torch.float64)
@@ -93,12 +84,8 @@ class MultiKrum(ByGram):
         if self.spare not in (1, 2):
             raise ValueError(f"MultiKrum: spare must be 2 (the paper) or 1 (ByzFL), got {self.spare}")
 
-    @property
-    def faulty(self) -> int:
-        return self.f
-
     def check(self, count: int, faulty: int) -> None:
-        _check("MultiKrum", count, faulty, self.spare)
+        check_enough("MultiKrum", count, _least(faulty, self.spare), faulty)
         if self.m is not None and self.m > count:
             raise ValueError(f"MultiKrum: m must be at most the number of messages {count}, got {self.m}")
 
@@ -119,15 +106,8 @@ class Bulyan(ByGram):
     def __post_init__(self) -> None:
         check_faulty("Bulyan", self.f)
 
-    @property
-    def faulty(self) -> int:
-        return self.f
-
     def check(self, count: int, faulty: int) -> None:
-        if count < 4 * faulty + 3:
-            raise ValueError(
-                f"Bulyan: needs n >= {4 * faulty + 3} messages for f = {faulty}, got {count}; lower f or ask more workers"
-            )
+        check_enough("Bulyan", count, 4 * faulty + 3, faulty)
 
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         square = distances(gram)

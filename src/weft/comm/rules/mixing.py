@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from weft.comm.combine import Combine, Info
-from weft.comm.rules.by_gram import ByGram, check_faulty, distances
+from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances
 from weft.comm.rules.mean import Mean
 
 __all__ = ["NNM", "Bucketing"]
@@ -54,13 +54,8 @@ class NNM(ByGram):
         check_faulty("NNM", self.f)
         _check_inner("NNM", self.inner)
 
-    @property
-    def faulty(self) -> int:
-        return self.f
-
     def check(self, count: int, faulty: int) -> None:
-        if count < 2 * faulty + 1:
-            raise ValueError(f"NNM: needs n >= {2 * faulty + 1} messages for f = {faulty}, got {count}; lower f")
+        check_enough("NNM", count, 2 * faulty + 1, faulty)
 
     def mix(self, gram: Tensor, faulty: int) -> Tensor:
         """The mixing matrix (n, n): row i has 1/(n - f) at the n - f messages nearest to i."""

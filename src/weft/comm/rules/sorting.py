@@ -95,15 +95,15 @@ def mean_near_median(stack: Tensor, drop: int) -> Tensor:
     kept = count - drop
 
     def make(rows: list[Tensor]) -> Tensor:
+        # The window slides while the value that would enter is nearer than the one that would leave. Of every `kept`-th row it
+        # holds one, so that what leaves is replaced and never subtracted: 1e30 would take all digits of the others with it.
         middle = _middle(rows)
-        total = rows[0].clone()
-        for row in rows[1:kept]:
-            total += row
-        for start in range(
-            drop
-        ):  # slide the window while the value that would enter is nearer than the one that would leave
+        for start in range(drop):
             enters, leaves = rows[start + kept], rows[start]
-            total += torch.where(enters - middle < middle - leaves, enters - leaves, 0.0)
+            rows[start + kept] = torch.where(enters - middle < middle - leaves, enters, leaves)
+        total = rows[drop].clone()
+        for row in rows[drop + 1 :]:
+            total += row
         return total.div_(kept)
 
     return _by_blocks(stack, tuple(range(count)), make)

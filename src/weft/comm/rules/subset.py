@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weft.comm.combine import Combine, Info
 from weft.comm.gram import weighted
-from weft.comm.rules.by_gram import ByGram, check_faulty, distances, without_broken
+from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances, without_broken
 
 __all__ = ["MDA", "NearestToOwn", "distances_to", "nearest"]
 
@@ -53,13 +53,8 @@ class MDA(ByGram):
     def __post_init__(self) -> None:
         check_faulty("MDA", self.f)
 
-    @property
-    def faulty(self) -> int:
-        return self.f
-
     def check(self, count: int, faulty: int) -> None:
-        if count < 2 * faulty + 1:
-            raise ValueError(f"MDA: needs n >= {2 * faulty + 1} messages for f = {faulty}, got {count}; lower f")
+        check_enough("MDA", count, 2 * faulty + 1, faulty)
 
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         square, count = distances(gram), len(gram)
