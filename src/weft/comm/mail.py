@@ -3,7 +3,7 @@
 Problem    a peer goes on with the first n - f - 1 vectors that arrive. The others may come late, never, or be nonsense, and must
            neither block it nor fill its memory. torch.distributed on gloo cannot say so: a receive that has been posted cannot be
            taken back, and one that times out breaks the connection it was for.
-Method     one TCP connection per pair and one thread per process that reads and writes whatever is ready      `Post._serve`
+Method     one TCP connection per pair and one thread per process that serves them all                         `Post._serve`
            Frames are of one fixed size, (round, vector): a peer can lie about values, not about lengths.
            Of each peer two vectors are kept, and two wait to be sent to it: the older in progress, the newest behind it.
 Guarantee  `collect(t)` returns vectors of round t, or of a later one where the sender is ahead; never older ones. With f = 0 no
@@ -13,35 +13,31 @@ The process group is used once, to tell each other addresses and to compare shap
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
-import selectors
 import socket
 import struct
 import threading
 import time
-from collections import deque
 
 import torch.distributed as dist
+
+from weft.comm.sockets import Broken, Connection, Framing, Parts, Switchboard, dial
+from weft.errors import PeerLost
 
 __all__ = ["Post"]
 
 HEADER = struct.Struct("<Q")  # the round
 HELLO = struct.Struct("<16sI")  # the group's token, the sender's rank
-CHUNK = 1 << 20  # bytes read or written at a time, so that no peer holds the thread for long
 LINGER = 5.0  # seconds that a closed post may still need to send what waits: a peer may be waiting for the last round
 
 
 class _Link:
     """The connection to one peer."""
 
-    def __init__(self, channel: socket.socket, nbytes: int):
-        self.channel = channel
-        self.frame = bytearray(HEADER.size + nbytes)
-        self.filled = 0
+    def __init__(self, connection: Connection):
+        self.connection = connection
         self.box: list[tuple[int, int, bytes]] = []  # (round, number of arrival, vector), oldest first, two at most
-        self.out: deque[memoryview] = deque()  # two at most; the first may be half sent
         self.alive = True
 
 
@@ -56,6 +52,7 @@ class Post:
         seconds: limit for making the connections.
     Raises:
         ValueError: fingerprints differ; on every rank, naming the ranks.
+        PeerLost: a rank cannot be reached, or does not call.
     """
 
     def __init__(
@@ -69,19 +66,11 @@ class Post:
         self.rank, self.size, self.nbytes = dist.get_rank(group), dist.get_world_size(group), nbytes
         self.late = 0
         self._links: dict[int, _Link] = {}
+        self._framing = Framing(HEADER, fixed=nbytes)
         self._changed = threading.Condition()
         self._arrivals = 0
         self._closed = False
-        self._until = 0.0  # when a closed post gives up sending
-        self._selector = selectors.DefaultSelector()
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ear.setblocking(False)
-        self._connect(fingerprint, group, address or _own_address(), seconds)
-        self._selector.register(self._ear, selectors.EVENT_READ, None)
-        for peer, link in self._links.items():
-            link.channel.setblocking(False)
-            self._selector.register(link.channel, selectors.EVENT_READ, peer)
+        self._board = self._connect(fingerprint, group, address or _own_address(), seconds)
         self._thread = threading.Thread(target=self._serve, name="weft-post", daemon=True)
         self._thread.start()
 
@@ -92,11 +81,9 @@ class Post:
         frame = HEADER.pack(round) + vector
         with self._changed:
             for peer, link in self._links.items():
-                if link.alive and to in (None, peer):
-                    if len(link.out) == 2:  # it is slow: what it has not begun to read is replaced
-                        link.out.pop()
-                    link.out.append(memoryview(frame))
-        self._ring()
+                if link.alive and to in (None, peer):  # of a slow one's, what has not begun to go is replaced
+                    link.connection.put(frame, newest=True)
+        self._board.wake()
 
     def collect(self, round: int, count: int, seconds: float) -> dict[int, bytes]:
         """The first `count` peers' vectors of this round or a later one; fewer after `seconds`, or if no more can come."""
@@ -135,17 +122,14 @@ class Post:
     def close(self) -> None:
         """Send what still waits, for a few seconds at most, and end the thread and the connections."""
         if not self._closed:
-            self._until = time.monotonic() + LINGER
             self._closed = True
-            self._ring()
+            self._board.wake()
             self._thread.join(LINGER + 5)
 
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):
-            self._bell.send(b"x")
-
-    def _connect(self, fingerprint: str, group: dist.ProcessGroup | None, address: str, seconds: float) -> None:
-        with socket.create_server((address, 0), backlog=self.size) as listener:
+    def _connect(self, fingerprint: str, group: dist.ProcessGroup | None, address: str, seconds: float) -> Switchboard:
+        listener = socket.create_server((address, 0), backlog=self.size)
+        board = Switchboard(Framing(HELLO), listener)
+        try:
             mine = (address, listener.getsockname()[1], fingerprint, secrets.token_bytes(16))
             cards: list[tuple[str, int, str, bytes]] = [mine] * self.size
             dist.all_gather_object(cards, mine, group=group)
@@ -157,87 +141,58 @@ class Post:
                 )
             token, deadline = cards[0][3], time.monotonic() + seconds
             for peer in range(self.rank):
-                channel = socket.create_connection(cards[peer][:2], timeout=max(deadline - time.monotonic(), 0.1))
-                channel.sendall(HELLO.pack(token, self.rank))
-                self._links[peer] = _Link(channel, self.nbytes)
-            while len(self._links) < self.size - 1:
-                listener.settimeout(max(deadline - time.monotonic(), 0.1))
-                channel, _ = listener.accept()
-                channel.settimeout(max(deadline - time.monotonic(), 0.1))
-                hello = channel.recv(HELLO.size, socket.MSG_WAITALL)
-                if len(hello) == HELLO.size and HELLO.unpack(hello)[0] == token:
-                    self._links[HELLO.unpack(hello)[1]] = _Link(channel, self.nbytes)
-                else:
-                    channel.close()  # a stranger
-        for link in self._links.values():
-            link.channel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection = dial(cards[peer][:2], self._framing, deadline - time.monotonic())
+                self._links[peer] = _Link(connection)
+                board.add(connection)
+                board.put(connection, HELLO.pack(token, self.rank))
+            while missing := set(range(self.size)) - {self.rank} - set(self._links):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise Broken(f"ranks {sorted(missing)} have not called within {seconds:g} s")
+                for connection, frame in board.poll(left):
+                    if frame is not None and connection.framing is not self._framing:
+                        self._greet(board, connection, frame, token)
+                    else:
+                        self._came(connection, frame)
+            board.stop_listening()
+        except Broken as error:
+            board.close()
+            raise PeerLost(-1, "connecting peers", str(error)) from error
+        except BaseException:
+            board.close()
+            raise
+        return board
 
-    def _sending(self) -> bool:
-        with self._changed:
-            return any(link.out for link in self._links.values()) and time.monotonic() < self._until
+    def _greet(self, board: Switchboard, connection: Connection, frame: Parts, token: bytes) -> None:
+        """Whoever has the group's token is who it says; the frames behind this one are vectors."""
+        said, peer = frame[0]
+        if said == token and self.rank < peer < self.size and peer not in self._links:
+            connection.framing = self._framing
+            board.trust(connection)
+            self._links[peer] = _Link(connection)
+        else:
+            board.hang_up(connection)
 
     def _serve(self) -> None:
-        while not self._closed or self._sending():
-            with self._changed:
-                for peer, link in self._links.items():
-                    if link.alive:
-                        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.out else 0)
-                        self._selector.modify(link.channel, events, peer)
-            for key, events in self._selector.select(1.0):
-                if key.data is None:
-                    with contextlib.suppress(BlockingIOError):
-                        self._ear.recv(4096)
-                    continue
-                link = self._links[key.data]
-                try:
-                    if events & selectors.EVENT_READ:
-                        self._read(link)
-                    if events & selectors.EVENT_WRITE and link.alive:
-                        self._write(link)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    self._lost(link)
-        self._selector.close()
-        for link in self._links.values():
-            link.channel.close()
-        self._bell.close()
-        self._ear.close()
+        while not self._closed:
+            for connection, frame in self._board.poll(1.0):
+                self._came(connection, frame)
+        self._board.close(LINGER)
 
-    def _read(self, link: _Link) -> None:
-        got = link.channel.recv_into(memoryview(link.frame)[link.filled : link.filled + CHUNK])
-        if got == 0:
-            self._lost(link)
-            return
-        link.filled += got
-        if link.filled < len(link.frame):
-            return
-        link.filled = 0
-        (round,) = HEADER.unpack_from(link.frame)
+    def _came(self, connection: Connection, frame: Parts | None) -> None:
+        """A peer's vector, or its end."""
+        link = next((link for link in self._links.values() if link.connection is connection), None)
+        if link is None:
+            return  # a stranger has gone
         with self._changed:
-            self._arrivals += 1
-            if len(link.box) == 2:  # it is far ahead of us, or floods us: the newest is enough
-                link.box.pop()
-            link.box.append((round, self._arrivals, bytes(link.frame[HEADER.size :])))
-            self._changed.notify_all()
-
-    def _write(self, link: _Link) -> None:
-        with self._changed:
-            if not link.out:
-                return
-            view = link.out[0]
-        sent = link.channel.send(view[:CHUNK])
-        with self._changed:
-            link.out.popleft()  # the same one: `send` replaces only the second
-            if sent < len(view):
-                link.out.appendleft(view[sent:])
-
-    def _lost(self, link: _Link) -> None:
-        with self._changed:
-            link.alive = False
-            link.out.clear()
-            self._selector.unregister(link.channel)
-            link.channel.close()
+            if frame is None:
+                link.alive = False
+            else:
+                ((round,), vector) = frame
+                self._arrivals += 1
+                if len(link.box) == 2:  # it is far ahead of us, or floods us: the newest is enough
+                    link.box.pop()
+                link.box.append((round, self._arrivals, vector))
             self._changed.notify_all()
 
 

@@ -36,8 +36,11 @@ from weft.federated.local import LocalSGD, Loss, Trainer, flatten, specs, unflat
 from weft.federated.messages import Coder
 from weft.federated.server import Aggregation, Server, Step, Trace
 from weft.federated.virtual_clock import VirtualClock
+from weft.names import pick
 
 __all__ = ["Asynchronous", "Client", "Trained", "Work"]
+
+NAMED = {name: WAITS[name] for name in ("all", "any", "clock")}  # the others want a number
 
 Work = Callable[[Tensor, int, int], Tensor]  # (model that was sent (d,), client, number of the job) -> change (d,)
 
@@ -165,7 +168,7 @@ class Asynchronous:
         """A server at its beginning."""
         declared = [math.nan if client.declared is None else client.declared for client in self.clients]
         weights = Unbiased() if self.weights == "unbiased" else self.weights
-        schedule = WAITS[self.schedule]() if isinstance(self.schedule, str) else self.schedule
+        schedule = pick(self.schedule, NAMED, "schedule")() if isinstance(self.schedule, str) else self.schedule
         start = flatten(self.model)
         return Server(start, self.importance(), declared, schedule, weights, self.robust, self.server_lr, self.limit)
 

@@ -124,10 +124,9 @@ class Trainer:
             groups.setdefault(tuple(order.shape), []).append(i)
         for rows in groups.values():
             mine = [self._own(clients[i]) for i in rows]
-            inputs = torch.stack(
-                [own[0][orders[i]] for own, i in zip(mine, rows, strict=True)], dim=1
-            )  # (K, m, batch, ...)
-            targets = torch.stack([own[1][orders[i]] for own, i in zip(mine, rows, strict=True)], dim=1)
+            inputs, targets = (  # (K, m, batch, ...)
+                torch.stack([own[part][orders[i]] for own, i in zip(mine, rows, strict=True)], dim=1) for part in (0, 1)
+            )
             found[rows] = self._descend(starts[rows], inputs, targets)
         return found
 

@@ -18,7 +18,6 @@ import hmac
 import math
 import multiprocessing
 import secrets
-import selectors
 import socket
 import time
 from collections.abc import Sequence
@@ -29,12 +28,13 @@ import torch
 from torch import Tensor
 
 from weft.comm.codec import State
+from weft.comm.sockets import Broken, Connection, Switchboard, dial
 from weft.comm.waits import nanoseconds
 from weft.errors import PeerLost
 from weft.federated.asynchronous import Asynchronous, Client, Trained
 from weft.federated.local import LocalSGD
 from weft.federated.server import Step
-from weft.federated.wire import Broken, Link
+from weft.federated.wire import framing, pack, unpack
 
 __all__ = ["join", "listen", "serve", "spawn"]
 
@@ -93,7 +93,7 @@ def join(
     """
     link = _connect(address, setting, join_seconds)
     try:
-        link.put({"kind": "hello", "token": token, "client": client})
+        link.put(pack({"kind": "hello", "token": token, "client": client}))
         return _work(setting, client, link, timeout)
     finally:
         link.close()
@@ -156,13 +156,13 @@ class _Serving:
         aggregations: int | None,
         join_seconds: float,
     ):
-        self.setting, self.listener, self.token = setting, listener, token
+        self.setting, self.token = setting, token
         self.server, self.coder, self.judge = setting.server(), setting.coder(), setting.judge()
         self.end = nanoseconds(seconds) if seconds < math.inf else None
         self.aggregations, self.join_seconds, self.done = aggregations, join_seconds, 0
-        self.selector = selectors.DefaultSelector()
-        self.links: dict[int, Link] = {}  # by client
-        self.strangers: set[Link] = set()  # connected, and have not said who they are
+        self.board = Switchboard(framing(self.coder.nbytes()), listener)
+        self.links: dict[int, Connection] = {}  # by client
+        self.who: dict[Connection, int] = {}  # its inverse: strangers are in neither
         self.jobs = [0] * len(setting.clients)  # models sent, by client
         self.began = 0
         self.zero = time.monotonic_ns()
@@ -171,8 +171,6 @@ class _Serving:
         return time.monotonic_ns() - self.zero
 
     def run(self) -> Trained:
-        self.listener.setblocking(False)
-        self.selector.register(self.listener, selectors.EVENT_READ, None)
         try:
             self.gather()
             self.zero = time.monotonic_ns()
@@ -217,51 +215,29 @@ class _Serving:
         payload = _raw([self.server.model]) if step.send else b""
         for client in step.send:
             self.jobs[client] += 1
-            self.put(client, {"kind": "model", "job": self.jobs[client]}, payload)
+            if client in self.links:
+                self.board.put(self.links[client], pack({"kind": "model", "job": self.jobs[client]}, payload))
         if step.aggregation is not None and step.aggregation.who:
             self.done += 1
             loss = self.judge(self.server, step.aggregation.seconds)
             if not math.isnan(loss):
                 self.server.evaluated(loss)
 
-    def put(self, client: int, header: dict[str, Any], payload: bytes) -> None:
-        link = self.links.get(client)
-        if link is None:
-            return
-        try:
-            link.put(header, payload)
-            self.watch(link, client)
-        except Broken:
-            self.drop(client)
-
-    def watch(self, link: Link, who: int | Link) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.busy else 0)
-        self.selector.modify(link, events, who)
-
     def poll(self, seconds: float) -> list[tuple[int, int, Tensor | None]]:
         """Wait at most so long for anything; the results that have come: client, number of the job, change."""
         found: list[tuple[int, int, Tensor | None]] = []
-        for key, events in self.selector.select(max(0.0, min(seconds, 1.0))):
-            if key.data is None:
-                self.accept()
+        for link, frame in self.board.poll(min(seconds, 1.0)):
+            if frame is None:
+                self.drop(link)
                 continue
-            link = key.fileobj
-            client = key.data if isinstance(key.data, int) else None
             try:
-                if events & selectors.EVENT_WRITE:
-                    link.flush()
-                    self.watch(link, key.data)
-                if events & selectors.EVENT_READ:
-                    for header, payload in link.get():
-                        if client is None:
-                            client = self.welcome(link, header)
-                        elif header.get("job") == self.jobs[client]:
-                            found.append((client, self.jobs[client], self.read(payload)))
+                header, payload = unpack(frame)
+                if link not in self.who:
+                    self.welcome(link, header)
+                elif header.get("job") == self.jobs[self.who[link]]:
+                    found.append((self.who[link], self.jobs[self.who[link]], self.read(payload)))
             except Broken:
-                if client is not None:
-                    self.drop(client)
-                else:
-                    self.refuse(link)
+                self.drop(link)
         return found
 
     def read(self, payload: bytes) -> Tensor | None:
@@ -280,59 +256,41 @@ class _Serving:
             start += size
         return self.coder.decode(tensors)
 
-    def accept(self) -> None:
-        sock, _ = self.listener.accept()
-        link = Link(sock, self.coder.nbytes())
-        self.strangers.add(link)
-        self.selector.register(link, selectors.EVENT_READ, link)
-
-    def welcome(self, link: Link, header: dict[str, Any]) -> int:
+    def welcome(self, link: Connection, header: dict[str, Any]) -> None:
         """Let a client in, in place of an earlier connection of its own if there is one."""
         client, token = header.get("client"), header.get("token")
         known = isinstance(token, str) and hmac.compare_digest(token.encode(), self.token.encode())
         if not known or not isinstance(client, int) or not 0 <= client < len(self.jobs):
             raise Broken("a stranger")
-        self.drop(client)
-        self.strangers.discard(link)
-        self.links[client] = link
-        self.watch(link, client)
+        if client in self.links:
+            self.drop(self.links[client])
+        self.board.trust(link)
+        self.links[client], self.who[link] = link, client
         if self.began:
             self.act(self.server.back(client, self.now()))
-        return client
 
-    def refuse(self, link: Link) -> None:
-        self.strangers.discard(link)
-        self.selector.unregister(link)
-        link.close()
-
-    def drop(self, client: int) -> None:
-        """A client's connection has ended."""
-        link = self.links.pop(client, None)
-        if link is not None:
-            self.selector.unregister(link)
-            link.close()
+    def drop(self, link: Connection) -> None:
+        """A connection has ended, or shall."""
+        self.board.hang_up(link)
+        client = self.who.pop(link, None)
+        if client is not None:
+            del self.links[client]
             self.server.lost(client)
 
     def stop(self) -> None:
         """Tell the clients, wait at most 2 s for the last bytes to go, close everything."""
-        for client in list(self.links):
-            self.put(client, {"kind": "stop"}, b"")
-        deadline = time.monotonic() + 2.0
-        while any(link.busy for link in self.links.values()) and time.monotonic() < deadline:
-            self.poll(0.05)
-        for link in [*self.links.values(), *self.strangers]:
-            link.close()
-        self.selector.close()
-        self.listener.close()
+        for link in self.links.values():
+            self.board.put(link, pack({"kind": "stop"}))
+        self.board.close(2.0)
 
 
-def _connect(address: Address, setting: Asynchronous, join_seconds: float) -> Link:
+def _connect(address: Address, setting: Asynchronous, join_seconds: float) -> Connection:
     deadline = time.monotonic() + join_seconds
     longest = sum(p.numel() * p.element_size() for p in setting.model.parameters())
     while True:
         try:
-            return Link(socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())), longest)
-        except OSError as error:
+            return dial(address, framing(longest), max(0.1, deadline - time.monotonic()))
+        except Broken as error:
             if time.monotonic() >= deadline:
                 raise PeerLost(
                     -1, "joining a federated run", f"no server at {address} within {join_seconds:g} s"
@@ -340,7 +298,7 @@ def _connect(address: Address, setting: Asynchronous, join_seconds: float) -> Li
             time.sleep(0.1)
 
 
-def _work(setting: Asynchronous, client: int, link: Link, timeout: float) -> int:
+def _work(setting: Asynchronous, client: int, link: Connection, timeout: float) -> int:
     """Answer every model with a result, until told to stop."""
     coder, states, done = setting.coder(), dict[str, State](), 0
     trainer = setting.trainer() if isinstance(setting.work, LocalSGD) else None
@@ -356,25 +314,19 @@ def _work(setting: Asynchronous, client: int, link: Link, timeout: float) -> int
             change = setting.work(start, client, done)
         message = coder.encode(change, client, done, states)
         done += 1
-        link.put({"kind": "result", "job": header.get("job")}, b"" if message is None else _raw(message))
+        link.put(pack({"kind": "result", "job": header.get("job")}, b"" if message is None else _raw(message)))
 
 
-def _next(link: Link, timeout: float) -> tuple[dict[str, Any], bytes]:
-    """The last frame that has come; sends what waits to be sent meanwhile."""
-    deadline = time.monotonic() + timeout
-    with selectors.DefaultSelector() as selector:
-        selector.register(link, selectors.EVENT_READ)
-        while time.monotonic() < deadline:
-            selector.modify(link, selectors.EVENT_READ | (selectors.EVENT_WRITE if link.busy else 0))
-            for _, events in selector.select(min(1.0, timeout)):
-                try:
-                    if events & selectors.EVENT_WRITE:
-                        link.flush()
-                    frames = link.get() if events & selectors.EVENT_READ else []
-                except Broken as error:
-                    raise PeerLost(-1, "a federated run", f"the server has gone ({error})") from error
-                if frames:
-                    return frames[-1]
+def _next(link: Connection, timeout: float) -> tuple[dict[str, Any], bytes]:
+    """The last frame that has come."""
+    try:
+        frame = later = link.receive(timeout)
+        while later is not None:
+            frame, later = later, link.take()
+        if frame is not None:
+            return unpack(frame)
+    except Broken as error:
+        raise PeerLost(-1, "a federated run", f"the server has gone ({error})") from error
     raise PeerLost(-1, "a federated run", f"the server has said nothing for {timeout:g} s")
 
 

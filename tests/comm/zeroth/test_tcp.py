@@ -15,7 +15,7 @@ from tests.comm.zeroth.machines import SAMPLES, loss_fn, network, shard, tuned, 
 
 from weft.comm.zeroth import Alone, Log, MemberRefused, OtherRun, OutOfStep, Passport, Rendezvous, SharedSeed
 from weft.comm.zeroth.hub import Frame, Kind
-from weft.comm.zeroth.tcp import _take
+from weft.comm.zeroth.tcp import CALLS
 from weft.comm.zeroth.transport import HEADER
 from weft.errors import PeerLost
 
@@ -251,8 +251,9 @@ def test_payload_on_the_socket(drift):
             data = conn.recv(4096)
             raw += len(data)
             inbox += data
-            if (frame := _take(inbox, 2**20)) is None:
+            if (came := CALLS.take(inbox)) is None:
                 continue
+            frame = Frame.of(came)
             if frame.kind == Kind.HELLO:
                 conn.sendall(Frame(Kind.RECORDS).pack())
             elif frame.kind == Kind.READY:

@@ -22,6 +22,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from weft.comm.sockets import Parts
 from weft.comm.zeroth.log import Log, Passport, Record, pack_records
 from weft.comm.zeroth.scalars import WIRES
 from weft.comm.zeroth.transport import HEADER, outliers
@@ -59,6 +60,12 @@ class Frame:
 
     def pack(self) -> bytes:
         return HEADER.pack(self.kind, len(self.payload), self.step, self.digest, self.lr) + self.payload
+
+    @classmethod
+    def of(cls, came: Parts) -> Frame:
+        """A message from what came: the header's fields and the payload. Raises `ValueError` for an unknown kind."""
+        (kind, _, step, digest, lr), payload = came
+        return cls(Kind(kind), payload, step, digest, lr)
 
 
 Sends = list[tuple[Hashable, Frame]]

@@ -11,13 +11,13 @@ Nothing is encrypted or authenticated: use it inside a private network or a tunn
 from __future__ import annotations
 
 import contextlib
-import selectors
 import socket
 import threading
 import time
 import warnings
 from typing import final
 
+from weft.comm.sockets import Broken, Connection, Framing, Parts, Switchboard, dial
 from weft.comm.zeroth.hub import Frame, Hub, Kind, Sends
 from weft.comm.zeroth.log import Log, Passport, Record, unpack_records
 from weft.comm.zeroth.transport import HEADER, Outcome, Outgoing, Replica, Transport
@@ -25,9 +25,8 @@ from weft.errors import PeerLost, WeftError
 
 __all__ = ["MemberRefused", "Open", "Rendezvous"]
 
-LONGEST_IN = 2**20  # bytes of a frame that a rendezvous takes: nobody sends more than codes and a passport
-LONGEST_OUT = 2**30  # and of one that a member takes: a whole log
-PATIENCE = 10.0  # seconds that a connection may take to say hello
+CALLS = Framing(HEADER, {1: 2**20})  # what a rendezvous takes: nobody sends more than codes and a passport
+ANSWERS = Framing(HEADER, {1: 2**30})  # what a member takes: a whole log
 PULSE = 0.2  # seconds between looks at the clock
 
 
@@ -40,18 +39,6 @@ class MemberRefused(WeftError, ValueError):
 
     def __str__(self) -> str:
         return f"the rendezvous at {self.address} refused this machine: {self.why}"
-
-
-class _Connection:
-    """A socket with what has come and what is still to go."""
-
-    def __init__(self, sock: socket.socket):
-        self.sock, self.inbox, self.outbox = sock, bytearray(), bytearray()
-        self.opened, self.greeted, self.closing = time.monotonic(), False, False
-
-
-class _Gone(Exception):
-    """The other side is gone or silent: apart from errors of the disk or of the user's code, which are `OSError`s too."""
 
 
 @final
@@ -77,13 +64,10 @@ class Rendezvous:
         log: Log | None = None,
     ):
         self.hub = Hub(start_with=start_with, late_seconds=late_seconds, log=log)
-        self.listener = socket.create_server((host, port))
-        self.listener.setblocking(False)
-        name, number = self.listener.getsockname()[:2]
+        listener = socket.create_server((host, port))
+        name, number = listener.getsockname()[:2]
         self.address = f"{name}:{number}"
-        self.connections: dict[int, _Connection] = {}
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.listener, selectors.EVENT_READ, None)
+        self.board = Switchboard(CALLS, listener)
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._serve, name="weft-rendezvous", daemon=True)
         self.thread.start()
@@ -97,6 +81,7 @@ class Rendezvous:
     def close(self) -> None:
         """End the meeting place; members go on alone."""
         self.stop.set()
+        self.board.wake()
         self.thread.join(timeout=10)
 
     # ---- in the thread
@@ -104,100 +89,31 @@ class Rendezvous:
     def _serve(self) -> None:
         try:
             while not self.stop.is_set():
-                for key, events in self.selector.select(PULSE):
-                    if key.data is None:
-                        self._accept()
-                    elif key.data in self.connections:
-                        self._turn(key.data, events)
-                now = time.monotonic()
-                self._send(self.hub.tick(now))
-                for number, conn in list(self.connections.items()):
-                    if not conn.greeted and now - conn.opened > PATIENCE:
-                        self._drop(number)
+                for connection, frame in self.board.poll(PULSE):
+                    self._send(self._heard(connection, frame))
+                self._send(self.hub.tick(time.monotonic()))
         finally:
-            for number in list(self.connections):
-                self._close(number)
-            self.selector.close()
-            self.listener.close()
+            self.board.close()
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # the caller may have gone already
-            sock, _ = self.listener.accept()
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            number = sock.fileno()
-            self.connections[number] = _Connection(sock)
-            self.selector.register(sock, selectors.EVENT_READ, number)
-
-    def _turn(self, number: int, events: int) -> None:
-        conn = self.connections[number]
-        try:
-            if events & selectors.EVENT_WRITE:
-                self._flush(number)
-            if events & selectors.EVENT_READ:
-                data = conn.sock.recv(2**16)
-                if not data:
-                    raise ConnectionError("closed")
-                conn.inbox += data
-                while number in self.connections and (frame := _take(conn.inbox, LONGEST_IN)) is not None:
-                    self._send(self._heard(number, conn, frame))
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError):  # gone, or talks nonsense
-            self._drop(number)
-
-    def _heard(self, number: int, conn: _Connection, frame: Frame) -> Sends:
+    def _heard(self, connection: Connection, came: Parts | None) -> Sends:
         now = time.monotonic()
-        if conn.closing:
-            return []
-        if frame.kind == Kind.HELLO:
-            conn.greeted = True
-            passport, chain, name = frame.payload.decode().split("\n", 2)
-            return self.hub.hello(number, Passport.from_json(passport), name, frame.step, bytes.fromhex(chain))
-        if frame.kind == Kind.READY:
-            return self.hub.ready(number, frame.step)
-        if frame.kind == Kind.SCALARS:
-            return self.hub.scalars(number, frame, now)
-        if frame.kind == Kind.LEAVE:
-            self._close(number)
-            return self.hub.lost(number, now)
-        raise ValueError(f"a member does not send {frame.kind.name}")
+        with contextlib.suppress(ValueError):  # it talks nonsense
+            frame = Frame(Kind.LEAVE) if came is None else Frame.of(came)
+            if frame.kind == Kind.HELLO:
+                passport, chain, name = frame.payload.decode().split("\n", 2)
+                self.board.trust(connection)
+                return self.hub.hello(connection, Passport.from_json(passport), name, frame.step, bytes.fromhex(chain))
+            if frame.kind == Kind.READY:
+                return self.hub.ready(connection, frame.step)
+            if frame.kind == Kind.SCALARS:
+                return self.hub.scalars(connection, frame, now)
+        self.board.hang_up(connection)
+        return self.hub.lost(connection, now)
 
     def _send(self, sends: Sends) -> None:
-        for number, frame in sends:
-            assert isinstance(number, int)
-            conn = self.connections.get(number)
-            if conn is None:
-                continue
-            conn.outbox += frame.pack()
-            conn.closing |= frame.kind == Kind.REFUSED
-            try:
-                self._flush(number)
-            except OSError:
-                self._drop(number)
-
-    def _flush(self, number: int) -> None:
-        conn = self.connections[number]
-        with contextlib.suppress(BlockingIOError):
-            while conn.outbox:
-                del conn.outbox[: conn.sock.send(conn.outbox)]
-        if conn.closing and not conn.outbox:
-            self._close(number)
-        else:
-            write = selectors.EVENT_WRITE if conn.outbox else 0
-            self.selector.modify(conn.sock, selectors.EVENT_READ | write, number)
-
-    def _drop(self, number: int) -> None:
-        """The connection is of no use any more: tell the hub."""
-        self._close(number)
-        self._send(self.hub.lost(number, time.monotonic()))
-
-    def _close(self, number: int) -> None:
-        conn = self.connections.pop(number, None)
-        if conn is not None:
-            self.selector.unregister(conn.sock)
-            conn.sock.close()
+        for connection, frame in sends:
+            assert isinstance(connection, Connection)
+            self.board.put(connection, frame.pack(), last=frame.kind == Kind.REFUSED)
 
 
 @final
@@ -223,9 +139,8 @@ class Open(Transport):
         self.address, self.name, self.timeout = address, name, timeout
         self.place = (host, int(port))
         self.own: tuple[int, ...] = ()
-        self.inbox = bytearray()
-        self.sock: socket.socket | None = None
-        self.sent = self.received = 0  # bytes on the socket so far
+        self.connection: Connection | None = None
+        self.sent = 0  # bytes so far
 
     def enter(self, replica: Replica) -> None:
         """Join the group: catch up by its log, then become a member at a step boundary.
@@ -236,11 +151,11 @@ class Open(Transport):
         """
         log = replica.log
         try:
-            self._connect()
+            self.connection = dial(self.place, ANSWERS, self.timeout)
             hello = f"{log.passport.to_json()}\n{log.chain(len(log)).hex()}\n{self.name}"
             self._send(Frame(Kind.HELLO, hello.encode(), len(log)))
             self._until_in(replica)
-        except _Gone as error:
+        except Broken as error:
             self._hang_up()
             raise PeerLost(-1, f"joining the rendezvous at {self.address}", str(error)) from error
         except BaseException:
@@ -266,8 +181,8 @@ class Open(Transport):
             self._until_in(replica, first)
             resync = first.kind == Kind.RESYNC
             return Outcome(self.sent - before, late=not resync, resynchronised=resync)
-        except _Gone as error:
-            if self.sock is not None:
+        except Broken as error:
+            if self.connection is not None:
                 warnings.warn(f"the rendezvous at {self.address} is lost ({error}); going on alone", RuntimeWarning)
                 self._hang_up()
             if len(replica.log) == outgoing.step:  # not where it went while the group's records were coming in
@@ -279,8 +194,8 @@ class Open(Transport):
 
     def leave(self) -> None:
         """Say good-bye; the log and the parameters stay."""
-        if self.sock is not None:
-            with contextlib.suppress(OSError):
+        if self.connection is not None:
+            with contextlib.suppress(Broken):
                 self._send(Frame(Kind.LEAVE))
             self._hang_up()
 
@@ -295,78 +210,40 @@ class Open(Transport):
             elif frame.kind == Kind.REFUSED:
                 raise MemberRefused(self.address, frame.payload.decode(errors="replace"))
             elif frame.kind != Kind.LATE:
-                raise _Gone(f"it sent {frame.kind.name} out of turn")
+                raise Broken(f"it sent {frame.kind.name} out of turn")
             if frame.kind == Kind.ADMIT:
                 self.own = (frame.digest,)
                 return
             self._send(Frame(Kind.READY, step=len(replica.log)))
             frame = None
 
-    def _connect(self) -> None:
-        try:
-            self.sock = socket.create_connection(self.place, timeout=self.timeout)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            raise _Gone(str(error) or "no answer") from error
-
     def _send(self, frame: Frame) -> None:
-        if self.sock is None:
-            raise _Gone("no rendezvous")
+        if self.connection is None:
+            raise Broken("no rendezvous")
         data = frame.pack()
-        try:
-            self.sock.settimeout(self.timeout)
-            self.sock.sendall(data)
-        except OSError as error:
-            raise _Gone(str(error) or "no answer") from error
+        self.connection.put(data)
+        self.connection.flush()  # what does not go at once goes while `_receive` waits
         self.sent += len(data)
 
     def _receive(self) -> Frame:
-        if self.sock is None:
-            raise _Gone("no rendezvous")
-        deadline = time.monotonic() + self.timeout
+        if self.connection is None:
+            raise Broken("no rendezvous")
+        came = self.connection.receive(self.timeout)
+        if came is None:
+            raise Broken(f"no answer within {self.timeout:g} s")
         try:
-            while (frame := _take(self.inbox, LONGEST_OUT)) is None:
-                self.sock.settimeout(max(deadline - time.monotonic(), 1e-3))
-                data = self.sock.recv(2**16)
-                if not data:
-                    raise _Gone("it has closed the connection")
-                self.received += len(data)
-                self.inbox += data
-        except OSError as error:
-            raise _Gone(str(error) or "no answer") from error
+            return Frame.of(came)
         except ValueError as error:
-            raise _Gone(f"it talks nonsense: {error}") from error
-        return frame
+            raise Broken(f"it talks nonsense: {error}") from error
 
     def _hang_up(self) -> None:
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
-        self.inbox.clear()
-
-
-def _take(inbox: bytearray, longest: int) -> Frame | None:
-    """The first frame of the bytes that have come, taken out of them; None if it is not whole yet.
-
-    Raises:
-        ValueError: the bytes are no frame, or one longer than `longest`.
-    """
-    if len(inbox) < HEADER.size:
-        return None
-    kind, size, step, digest, lr = HEADER.unpack_from(inbox)
-    if size > longest:
-        raise ValueError(f"a frame of {size} bytes; at most {longest} are taken")
-    kind = Kind(kind)
-    end = HEADER.size + size
-    if len(inbox) < end:
-        return None
-    payload = bytes(inbox[HEADER.size : end])
-    del inbox[:end]
-    return Frame(kind, payload, step, digest, lr)
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
 
 def _records(frame: Frame) -> list[Record]:
     try:
         return unpack_records(frame.payload)
     except ValueError as error:
-        raise _Gone(f"it sent broken records: {error}") from error
+        raise Broken(f"it sent broken records: {error}") from error
