@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from weft.bench.pair import Problem, Step
+from weft.bench.turns import rotated, watch
 
 __all__ = ["attached", "on_wire", "plain"]
 
@@ -95,21 +95,17 @@ def on_wire(seed: int, rounds: int, layers: int, width: int, link: tuple[float, 
         if name != "plain":
             handles[name] = attach(ddp, choice if name == "auto" else usual()[name], optimizer)
         steps[name] = _step(problem, ddp, optimizer)
-    for turn in range(
-        2 * choice.trial + 2
-    ):  # `auto` alone on the wire, as in training: its choice, and the check of it
+    for turn in range(2 * choice.trial + 2):  # `auto` alone on the wire, as in training: choice and check
         steps["auto"].run(problem.batches[turn % 4])
     for name in steps:
         for turn in range(2 if name != "auto" else 1):  # DDP rebuilds its buckets, buffers are made
             steps[name].run(problem.batches[turn])
     found: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
     for turn in range(rounds):
-        for place in range(len(names)):
-            name = names[(place + turn) % len(names)]
+        for name in rotated(list(steps), turn):
             dist.barrier()
-            began = time.perf_counter()
-            steps[name].run(problem.batches[turn % 4])
-            found[name].append(time.perf_counter() - began)
+            with watch() as taken:
+                steps[name].run(problem.batches[turn % 4])
+            found[name].append(taken.wall)
     seconds = {name: statistics.median(times) for name, times in found.items()}
     return {"seconds": seconds, "chosen": handles["auto"].chosen, "predicted": handles["auto"].predicted}

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from weft.bench.links import interface_bytes
+from weft.bench.turns import Taken, across, rotated, watch
 from weft.comm.codecs import LowRank, TopK
 from weft.comm.ddp import Handle, attach
 from weft.comm.exchange import Exchange
@@ -183,31 +184,30 @@ def step_times(
         "exchange": {"batch": False, "exchange": True},
         "compute": {"batch": True, "exchange": False},
     }
-    seen: list[dict[str, list[tuple[float, float, float]]]] = [{kind: [] for kind in kinds} for _ in methods]
+    seen: list[dict[str, list[Taken]]] = [{kind: [] for kind in kinds} for _ in methods]
     codec = [0.0] * len(methods)  # seconds of the turn that is not timed, in which states are made
     for turn in range(-1, rounds):
         if turn == 0:
             codec = [contender.codec_seconds() for contender in contenders]
-        for place in range(len(contenders)):
-            index = (place + turn) % len(contenders)
+        for index in rotated(range(len(contenders)), turn):
             for kind, what in kinds.items():
                 batch = batches[turn % len(batches)] if what["batch"] else ()
                 dist.barrier()
-                sent, cpu, wall = interface_bytes()[1], time.process_time(), time.perf_counter()
-                contenders[index].step(*batch, update=what["batch"], exchange=what["exchange"])
-                numbers = (time.perf_counter() - wall, time.process_time() - cpu, float(interface_bytes()[1] - sent))
+                sent = interface_bytes()[1]
+                with watch() as taken:
+                    contenders[index].step(*batch, update=what["batch"], exchange=what["exchange"])
+                taken.nbytes = float(interface_bytes()[1] - sent)
                 if turn >= 0:
-                    seen[index][kind].append(numbers)
+                    seen[index][kind].append(taken)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, seen)
     found = []
     for index, contender in enumerate(contenders):
-        turns = {kind: list(zip(*(own[index][kind] for own in everyone), strict=True)) for kind in kinds}
-        slowest = {kind: statistics.median(max(n[0] for n in turn) for turn in turns[kind]) for kind in kinds}
+        taken_by = {kind: across([own[index][kind] for own in everyone]) for kind in kinds}
         found.append({
-            **{f"{kind}_seconds": seconds for kind, seconds in slowest.items()},
-            "cpu_seconds": statistics.median(sum(n[1] for n in turn) for turn in turns["step"]),
-            "wire_bytes": statistics.median(turn[0][2] for turn in turns["step"]),
+            **{f"{kind}_seconds": taken["wall_seconds"] for kind, taken in taken_by.items()},
+            "cpu_seconds": taken_by["step"]["cpu_seconds"],
+            "wire_bytes": taken_by["step"]["wire_bytes"],
             "codec_cpu_seconds": (contender.codec_seconds() - codec[index]) / (2 * rounds),  # whole steps, exchanges alone
         })  # fmt: skip
     return found

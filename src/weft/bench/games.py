@@ -313,10 +313,7 @@ def generative(seed: int, workers: int = 4, dense_steps: int = 40, noise: int = 
             on_real, on_fake = network(w, real, "judge."), network(w, fake, "judge.")
             judge = torch.cat([t.view(-1) for n, t in w.items() if n.startswith("judge.")])
             value = F.logsigmoid(on_real).mean() + F.logsigmoid(-on_fake).mean() - 1e-3 * judge.square().sum()
-            return (
-                value,
-                lambda name: 1.0 if name.startswith("make.") else -1.0,
-            )  # the maker minimises, the judge maximises
+            return value, lambda name: 1.0 if name.startswith("make.") else -1.0  # one minimises, the judge maximises
 
         return differentiated(point, game)
 

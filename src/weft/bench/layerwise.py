@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from weft.bench.system import Row
+from weft.bench.turns import there_and_back, watch
 from weft.comm.codec import Codec, LinearCodec, Setting, Spec
 from weft.comm.codecs import LowRank, Quantise, TopK
 from weft.comm.controller import Controller
@@ -313,18 +314,18 @@ def steps_in_turns(seed: int, rounds: int = 15, warmup: int = 12, every: int = 8
     seconds: dict[str, dict[str, list[float]]] = {name: {"step_seconds": [], "cpu_seconds": []} for name in methods}
     batches = task.batches(seed=seed + dist.get_rank())
     for number, (tokens, targets) in enumerate(islice(batches, warmup + rounds)):
-        for name in list(methods)[:: 1 if number % 2 else -1]:
+        for name in there_and_back(list(methods), number):
             ddp, optimizer, controller, _ = methods[name]
             if number == warmup and isinstance(controller, LayerwiseBudget):
                 controller.every = 1_000_000
             dist.barrier()
-            begun, busy = time.perf_counter(), time.process_time()
-            optimizer.zero_grad()
-            ddp(tokens, targets).backward()
-            optimizer.step()
+            with watch() as taken:
+                optimizer.zero_grad()
+                ddp(tokens, targets).backward()
+                optimizer.step()
             if number >= warmup:
-                seconds[name]["step_seconds"].append(time.perf_counter() - begun)
-                seconds[name]["cpu_seconds"].append(time.process_time() - busy)
+                seconds[name]["step_seconds"].append(taken.wall)
+                seconds[name]["cpu_seconds"].append(taken.cpu)
     for _, _, _, handle in methods.values():
         handle.remove()
     return seconds

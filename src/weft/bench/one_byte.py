@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weft.bench.digits import digit_images
+from weft.bench.turns import least
 from weft.comm.codec import LinearCodec, Spec
 from weft.comm.codecs.low_rank import LowRank
 from weft.comm.codecs.top_k import TopK
@@ -472,12 +473,7 @@ def passes(parameters: int = 4_000_000, rounds: int = 5) -> Iterator[tuple[str, 
             theta, theta, [(seed_of(0, 0, 0, k), 1e-3) for k in range(8)]
         ),
     }
-    best = dict.fromkeys(contenders, float("inf"))
-    for _ in range(rounds):
-        for name, job in contenders.items():
-            begin = time.process_time()
-            job()
-            best[name] = min(best[name], time.process_time() - begin)
+    best, _ = least(contenders, rounds)
     best["rademacher, 8 at once"] /= 8
     for name, seconds in best.items():
         yield name, {"passes_per_cpu_second": 1 / seconds, "cpu_ns_per_parameter": 1e9 * seconds / parameters}

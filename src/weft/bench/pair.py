@@ -2,8 +2,8 @@
 
 Timing one method after another compares the machine's moods. Here every method of a comparison lives in the same worker
 processes; a round runs one step of each, in an order that rotates, with a barrier before each step. What is reported is the
-median over the rounds of: CPU seconds of all threads, summed over processes (`cpu_seconds`); wall seconds of the slowest process
-(`wall_seconds`); bytes over loopback (`wire_bytes`). CPU seconds are the steadier number on a shared machine.
+median over the rounds (`turns.across`) of: CPU seconds of all threads, summed over processes (`cpu_seconds`); wall seconds of the
+slowest process (`wall_seconds`); bytes over loopback (`wire_bytes`).
 
     Setting         how many processes and rounds
     Contender       a label, the function that builds it (`module:function`), its options
@@ -22,15 +22,14 @@ import importlib
 import json
 import os
 import socket
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from weft.bench.system import Row
+from weft.bench.turns import Taken, across, rotated, watch
 
 __all__ = ["Contender", "Problem", "Setting", "Step", "side_by_side"]
 
@@ -184,7 +183,7 @@ def _worker(
 def _take_turns(setting: Setting, contenders: Sequence[Contender], problem: Problem) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
-    measured: list[list[tuple[float, float, float]]] = [[] for _ in contenders]
+    measured: list[list[Taken]] = [[] for _ in contenders]
     losses: list[float] = [float("nan")] * len(contenders)
     with contextlib.ExitStack() as stack:
         steps: list[Step] = [
@@ -192,32 +191,27 @@ def _take_turns(setting: Setting, contenders: Sequence[Contender], problem: Prob
         ]
         for turn in range(setting.warmup + setting.rounds):
             batch = problem.batches[turn % len(problem.batches)]
-            for place in range(len(steps)):
-                index = (place + turn) % len(steps)
-                loss, *numbers = _timed(steps[index], batch)
-                losses[index] = loss
+            for index in rotated(range(len(steps)), turn):
+                losses[index], taken = _timed(steps[index], batch)
                 if turn >= setting.warmup:
-                    measured[index].append((numbers[0], numbers[1], numbers[2]))
+                    measured[index].append(taken)
         facts = [step.facts() for step in steps]
         everyone: list[Any] = [None] * setting.processes
         dist.all_gather_object(everyone, (measured, losses))
     rows = []
     for index, (contender, step) in enumerate(zip(contenders, steps, strict=True)):
-        per_round = list(zip(*(numbers[index] for numbers, _ in everyone), strict=True))
         final = [own[index] for _, own in everyone]
         rows.append({
             "method": contender.label,
-            "cpu_seconds": statistics.median(sum(r[0] for r in turn) for turn in per_round),
-            "wall_seconds": statistics.median(max(r[1] for r in turn) for turn in per_round),
-            "wire_bytes": statistics.median(turn[0][2] for turn in per_round),
+            **across([taken[index] for taken, _ in everyone]),
             "loss": sum(final) / len(final) if step.mean else final[0],
             **facts[index],
         })  # fmt: skip
     return rows
 
 
-def _timed(step: Step, batch: tuple[Any, ...]) -> tuple[float, float, float, float]:
-    """(loss, CPU seconds of this process, wall seconds, bytes over loopback) of one step."""
+def _timed(step: Step, batch: tuple[Any, ...]) -> tuple[float, Taken]:
+    """The loss of one step, and what it took; bytes are those over loopback."""
     import torch.distributed as dist
 
     from weft.bench.meters import loopback_bytes
@@ -226,11 +220,11 @@ def _timed(step: Step, batch: tuple[Any, ...]) -> tuple[float, float, float, flo
     dist.barrier()
     before = loopback_bytes()
     dist.barrier()  # nobody starts before everybody has read the counter
-    cpu, wall = time.process_time(), time.perf_counter()
-    loss = step.run(batch)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    with watch() as taken:
+        loss = step.run(batch)
     dist.barrier()
-    return float(loss), cpu, wall, float(loopback_bytes() - before)
+    taken.nbytes = float(loopback_bytes() - before)
+    return float(loss), taken
 
 
 def _peak(contender: Contender, problem: Problem, steps: int = 2) -> float:

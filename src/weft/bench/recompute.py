@@ -20,11 +20,12 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+
+from weft.bench.turns import there_and_back, watch
 
 __all__ = ["Way", "checkpointed", "compiled", "eager", "gpt_with_dropout", "limited", "measured", "take_turns"]
 
@@ -150,12 +151,12 @@ def take_turns(ways: list[Way], batch: Any, rounds: int) -> None:
                     way.step(batch, seed=0)
                 way.peak = _peak(way, batch)
     for number in range(rounds):
-        for way in ways if number % 2 == 0 else reversed(ways):
+        for way in there_and_back(ways, number):
             with _named(way), way.around():
-                cpu, wall = time.process_time(), time.perf_counter()
-                way.step(batch, seed=number)
-                way.seconds.append(time.process_time() - cpu)
-                way.wall.append(time.perf_counter() - wall)
+                with watch() as taken:
+                    way.step(batch, seed=number)
+                way.seconds.append(taken.cpu)
+                way.wall.append(taken.wall)
 
 
 def measured(ways: list[Way]) -> list[dict[str, float]]:

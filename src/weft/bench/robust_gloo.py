@@ -115,10 +115,10 @@ def _train(rank: int, size: int, liars: int, seed: int, steps: int) -> dict[str,
 
 
 def _lie(peer: Any, size: int, steps: int) -> None:
-    vectors = torch.zeros(1, peer._post.nbytes // 4)
+    vectors = torch.zeros(1, peer.post.nbytes // 4)
     for step in range(steps):
         lie = SignFlip(10.0).messages(vectors, 1, torch.Generator())[0]
-        peer._post.send(step, lie.numpy().tobytes())
-        came = peer._post.collect(step, size - 1, 30.0)
+        peer.post.send(step, lie.numpy().tobytes())
+        came = peer.post.collect(step, size - 1, 30.0)
         if came:
             vectors = torch.stack([torch.frombuffer(bytearray(v), dtype=torch.float32) for v in came.values()])

@@ -7,7 +7,6 @@ far off. The selections are judged by distances in float64 of the same float32 m
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,11 +15,14 @@ from torch import Tensor
 
 from weft.bench.byzfl_rules import load
 from weft.bench.system import Row
+from weft.bench.turns import least
 from weft.comm.combine import Combine, Info
 from weft.comm.gram import gram
 from weft.comm.rules import NNM, Flag, GeometricMedian, Krum, Meamed, Mean, Median, MultiKrum, NearestToOwn, TrimmedMean
 
-__all__ = ["combine_rows", "compare", "flag_by_svd", "messages", "seconds_in_turns"]
+__all__ = ["combine_rows", "compare", "flag_by_svd", "messages"]
+
+ENOUGH = 4.0  # CPU seconds of a round, of both: what takes longer is measured once
 
 
 def messages(count: int, faulty: int, length: int, seed: int) -> Tensor:
@@ -55,21 +57,6 @@ def flag_by_svd(stack: Tensor, size: int, iters: int = 5) -> Tensor:
     return basis @ (basis.T @ unit.mean(1)) * norms.quantile(0.5)
 
 
-def seconds_in_turns(rivals: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Least processor seconds of each, taking turns `repeats` times, and what they returned; one turn for what takes long."""
-    best = dict.fromkeys(rivals, float("inf"))
-    found: dict[str, Any] = {}
-    for _ in range(repeats):
-        for name, call in rivals.items():
-            found.pop(name, None)
-            begin = time.process_time()
-            found[name] = call()
-            best[name] = min(best[name], time.process_time() - begin)
-        if sum(best.values()) > 4:
-            break
-    return best, found
-
-
 def compare(count: int, faulty: int, length: int, seed: int) -> Iterator[Row]:
     """One row a rule: seconds of both, and whether weft's float32 weights are those of float64."""
     byzfl = load()
@@ -92,7 +79,7 @@ def combine_rows(seed: int) -> Iterator[Row]:
             rule, theirs = NearestToOwn(faulty), byzfl.MoNNA(faulty, idx=0)
             rule(stack, 0)
             rivals: dict[str, Any] = {"weft": lambda r=rule, s=stack: r(s, 0), "byzfl": lambda r=theirs, s=stack: r(s)}
-            best, _ = seconds_in_turns(rivals, 5)
+            best, _ = least(rivals, 5, ENOUGH)
             yield Row(f"combine, n = {count}", weft_seconds=best["weft"], byzfl_seconds=best["byzfl"])
     finally:
         torch.set_num_threads(before)
@@ -124,7 +111,7 @@ def _rows(byzfl: Any, count: int, faulty: int, stack: Tensor) -> Iterator[Row]:
         if isinstance(rule, NNM):
             same = torch.equal(rule.mix(fast, faulty), rule.mix(exact, faulty))
         rule(stack)
-        found, made = seconds_in_turns({"weft": lambda r=rule: r(stack), "baseline": baseline}, 3)
+        found, made = least({"weft": lambda r=rule: r(stack), "baseline": baseline}, 3, ENOUGH)
         gap = float((made["weft"] - made["baseline"]).norm() / made["baseline"].norm())
         yield Row(
             f"{name}, n = {count}",
@@ -142,7 +129,7 @@ def _rows(byzfl: Any, count: int, faulty: int, stack: Tensor) -> Iterator[Row]:
     }
     for name, (rule, baseline) in entries.items():
         print(f"{name}, n = {count}", file=sys.stderr)
-        found, _ = seconds_in_turns({"weft": lambda r=rule: r(stack), "baseline": baseline}, 2)
+        found, _ = least({"weft": lambda r=rule: r(stack), "baseline": baseline}, 2, ENOUGH)
         yield Row(
             f"{name}, n = {count}",
             weft_seconds=found["weft"],

@@ -46,12 +46,8 @@ from weft.comm.straggler import (
 
 __all__ = ["SETTINGS", "real", "replays"]
 
-SETTINGS = (
-    (0.02, 0.8, 8.0),
-    (0.02, 0.8, 20.0),
-    (0.04, 0.8, 8.0),
-    (0.02, 0.5, 8.0),
-)  # late, recover, slope: the card's rows
+# late, recover, slope: the card's rows
+SETTINGS = ((0.02, 0.8, 8.0), (0.02, 0.8, 20.0), (0.04, 0.8, 8.0), (0.02, 0.5, 8.0))
 WORKERS, JOBS, MODELS = 256, 480, 9
 FAMILIES = ("Uncoded", "GC", "SRSGC", "MSGC")
 

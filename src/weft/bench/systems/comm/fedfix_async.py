@@ -122,9 +122,7 @@ def run(seed: int) -> Iterator[Row]:
     ticks = {f"FedFix({dt:g})": dt for dt in DELTAS}
     schedules = {"asynchronous": Any(), "FedFix(0.2)": Clock(0.2), "FedFix(0.5)": Clock(0.5), "FedBuff(5)": Count(5)}
     for name, schedule in schedules.items():
-        long = (
-            600.0 if isinstance(schedule, Clock) else 150.0
-        )  # a thousand aggregations and more: each moves by a hundredth
+        long = 600.0 if isinstance(schedule, Clock) else 150.0  # 1,000 aggregations or more: each moves by a hundredth
         mean, centres, importance = long_run_mean(schedule, "unbiased", seed, long)
         scale = centres.norm(dim=1).mean()
         yield Row(UNBIASED.format(name), error=float((mean - importance @ centres).norm() / scale))

@@ -5,6 +5,9 @@ parameters and state on disk, in turns and overlapped; with parameters, gradient
 quarter may be resident, as much memory as weft may use; and the bytes that weft moves, by plain threads, which is what the disk
 alone takes. 64 tokens a step, which the disk bounds, and 512, which computing bounds.
 
+Then what plans say of activations that wait on disk: a GPT whose activations, half of their bytes or all that can go, leave and
+come back within `weft.memory.limit` on a tier measured just before; `predicted` is what the plan says, over the step in memory.
+
 Then processes with a throttled link each: every process reading its 1/N of each parameter, against one process reading it and
 broadcasting; on demand, where only one link of the latter is busy, and with one parameter read ahead, where two are.
 
@@ -26,6 +29,8 @@ RATE = 16e6  # bytes per second of a throttled link
 
 
 LONG = ", 512 tokens"
+WAITING = ", its activations"
+HALF, MOST = "half of the activations on disk", "most activations on disk"
 
 
 def _ideal(results: Results, tokens: str = "") -> float:
@@ -50,12 +55,12 @@ SYSTEM = System(
     keywords=("ZeRO", "offload", "NVMe", "disk", "host memory", "optimizer state", "crash", "resume"),
     use=(
         "weft.memory.tiers.Tiered", "weft.memory.tiers.Tiers", "weft.memory.tiers.DiskOptimizer", "weft.memory.tiers.tile",
-        "weft.memory.tiers.choose",
+        "weft.memory.tiers.choose", "weft.memory.tiers.measured",
     ),
     baselines=(MEMORY, MAPPED, RAW, "owner broadcast"),
     tests=(
         "tests/memory/tiers/test_tiered.py", "tests/memory/tiers/test_processes.py", "tests/memory/tiers/test_kill.py",
-        "tests/memory/tiers/test_disk_optimizer.py",
+        "tests/memory/tiers/test_disk_optimizer.py", "tests/memory/tiers/test_rates.py",
     ),
     claims=(
         Claim("step seconds, weft overlapped / max(compute, bytes / bandwidth)",
@@ -116,6 +121,16 @@ def run(seed: int) -> Iterator[Row]:
         here + "gpt_wide",
         Setting(processes=1, rounds=6, warmup=3),
         {"seed": seed, "batch": 4, "tokens": 128},
+    )
+    yield from side_by_side(
+        (
+            Contender(MEMORY + WAITING, "weft.bench.baselines:single"),
+            Contender(HALF, here + "waiting", {"share": 0.5}),
+            Contender(MOST, here + "waiting", {"share": 0.0}),
+        ),
+        here + "gpt_wide",
+        Setting(processes=1, rounds=8, warmup=9),
+        {"seed": seed, "layers": 4, "width": 192, "batch": 8, "tokens": 192},
     )
     size = {"nbytes": 384 << 20}
     yield from side_by_side(
