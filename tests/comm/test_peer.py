@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 import warnings
 
@@ -95,7 +96,7 @@ def one_round_ahead():
     found = [post.collect(0, 1, 20)]
     if rank == 1:
         post.send(1, bytes([11]))
-        while post._links[0].out:
+        while post._links[0].connection.busy:
             time.sleep(0.001)
         post.send(2, bytes([12]))
     else:
@@ -113,13 +114,43 @@ def test_a_peer_one_round_ahead_replaces_nothing(pool):
     assert ahead == [{1: bytes([10])}, {1: bytes([11])}, {1: bytes([12])}]
 
 
+def with_strangers():
+    """Two call rank 0 before rank 1 can: one says nothing, one nonsense. They hold up nobody."""
+    make, strangers = socket.create_server, []
+
+    def create_server(*args, **options):
+        listener = make(*args, **options)
+        strangers.extend(socket.create_connection(listener.getsockname()) for _ in range(2))
+        strangers[1].sendall(bytes(20))
+        return listener
+
+    rank, start = dist.get_rank(), time.monotonic()
+    if rank == 0:
+        socket.create_server = create_server
+    try:
+        post = Post(1, seconds=20)
+    finally:
+        socket.create_server = make
+    took = time.monotonic() - start
+    post.send(0, bytes([rank]))
+    found = post.collect(0, 1, 20)
+    post.close()
+    for stranger in strangers:
+        stranger.close()
+    return took < 10, found
+
+
+def test_strangers_hold_up_nobody(pool):
+    assert pool(2).run(with_strangers) == [(True, {1: bytes([1])}), (True, {0: bytes([0])})]
+
+
 def with_a_liar(value):
     """Rank 2 of 5 sends `value` everywhere, to everybody; or other things to each."""
     rank = dist.get_rank()
     model = line()
     peer = MoNNA(model, torch.optim.SGD(model.parameters(), 0.3), f=1, beta=0.5, timeout=20)
     if rank == 2:
-        honest = torch.zeros(1, peer._post.nbytes // 4)
+        honest = torch.zeros(1, peer.post.nbytes // 4)
         for step in range(30):
             for other in (0, 1, 3, 4):
                 lie = (
@@ -127,8 +158,8 @@ def with_a_liar(value):
                     if value != 2.0
                     else TwoFaced().messages(honest, 1, None, other)[0]
                 )
-                peer._post.send(step, lie.numpy().tobytes(), to=other)
-            peer._post.collect(step, 4, 20)
+                peer.post.send(step, lie.numpy().tobytes(), to=other)
+            peer.post.collect(step, 4, 20)
         vector, kept = torch.zeros(15), {}
     else:
         vector = train(model, peer.optimizer, 30, rank)
@@ -166,7 +197,7 @@ def late_and_dead(dies):
         train(model, peer.optimizer, 12, rank, pause=0.02)
         seconds = time.monotonic() - begin
     report = peer.report()
-    alive = len(peer._post.alive())
+    alive = len(peer.post.alive())
     dist.barrier()
     peer.remove()
     return seconds, report, alive
@@ -247,6 +278,29 @@ def test_buffers_skips_period_and_state(pool):
     first, second = pool(2).run(odds_and_ends)
     assert abs(float(first.mean()) - 0.9**4 * 0.5e6) < 10  # 10^6 and 0, averaged; each forward pass keeps 0.9 of it
     torch.testing.assert_close(first, second)
+
+
+def turned(maximize):
+    """Up the negative loss is down the loss, decay included; what is frozen stays, decay or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1, maximize=maximize)
+    peer = attach_peer(model, optimizer, f=0, beta=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 4)).square().mean()
+        (-loss if maximize else loss).backward()
+        optimizer.step()
+    peer.remove()
+    assert torch.equal(model[0].weight, before)
+    return model[1].weight.detach()
+
+
+def test_frozen_parameters_and_maximisation(pool):
+    up, down = pool(2).run(turned, True), pool(2).run(turned, False)
+    torch.testing.assert_close(up[0], down[0])
 
 
 def refusals():

@@ -360,6 +360,8 @@ def test_changes_travel_through_a_codec_with_memory():
         (lambda: setting(Clock(0.5), people=[]), "at least one, got none"),
         (lambda: setting(Count(7)), "at most the number of workers 6, got 7"),
         (lambda: setting(All(), "fair"), 'must be "unbiased", "equal" or a rule'),
+        (lambda: setting("clok"), "did you mean clock"),
+        (lambda: setting("count"), "known are all, any, clock"),
         (lambda: setting(All(), server_lr=0.0), "server_lr must be > 0"),
         (lambda: setting(All(), limit=0.0), "limit must be seconds > 0"),
         (lambda: setting(All()).simulate(0.0), "seconds must be > 0 and finite"),

@@ -112,3 +112,5 @@ def test_mesh_knows_its_lines():
     mesh = Mesh((2, 3), ranks=(5, 4, 3, 2, 1, 0))
     assert mesh.coordinates(3) == (0, 2) and mesh.at((1, 0)) == 2
     assert mesh.group(0, 4) == (4, 1) and mesh.group(1, 4) == (5, 4, 3)
+    assert mesh.lines((1,)) == [(5, 4, 3), (2, 1, 0)] and mesh.lines((0,)) == [(5, 2), (4, 1), (3, 0)]
+    assert mesh.lines((0, 1)) == [mesh.ranks] and mesh.lines(()) == [(rank,) for rank in mesh.ranks]

@@ -14,8 +14,21 @@ from torch import Tensor, nn
 import weft
 from weft.cluster import Cluster, Level, Link
 from weft.cluster.costs import ring_link
-from weft.comm import AllGather, Cast, ErrorFeedback, Exchange, LowRank, ScatterGather, Spec, TopK, auto, dgc
+from weft.comm import (
+    AllGather,
+    Cast,
+    ErrorFeedback,
+    Exchange,
+    GeometricMedian,
+    LowRank,
+    ScatterGather,
+    Spec,
+    TopK,
+    auto,
+    dgc,
+)
 from weft.placement.axes import find_cuts
+from weft.placement.layout import Partial, Replicate, Shard
 from weft.planner import OptimizerCost
 from weft.planner.coding import Coding, carries, described
 from weft.planner.costs import Costs
@@ -152,14 +165,56 @@ def test_memories_count_as_memory():
     assert coded.peak - plain.peak >= weights  # what error feedback keeps
 
 
-def test_gradients_that_only_some_sum_go_plain():
-    for strategy in ("tp", ("dp", "tp")):
-        plans = [manual(strategy, exchange) for exchange in (None, EXCHANGES["top-k"]())]
+def test_gradients_without_a_common_axis_go_plain():
+    rule = lambda: Exchange(combine=GeometricMedian())  # weighs by the whole model, of which each group has a part
+    for strategy, make in (("tp", EXCHANGES["top-k"]), (("dp", "tp"), rule)):
+        plans = [manual(strategy, exchange) for exchange in (None, make())]
         assert plans[1].exchange == "" and plans[0].prediction == plans[1].prediction
-    assert carries([((), (0, 1)), ((0, 1), ())], (2, 2)) and carries([((), (0,))], (2, 1))
-    for owed in ([((0,), (1,))], [((), (0,))], [((), (0, 1)), None], []):
-        assert not carries(owed, (2, 2))
-    assert not carries([((), ())], (1, 1))
+    assert carries([((), (0, 1)), ((0, 1), ())]) == (0, 1) and carries([((), (0, 1)), ((0,), ()), ((0,), (1,))]) == (0,)
+    for owed in (
+        [((0,), (1,))],
+        [((), (0,)), ((), (1,))],
+        [((), (0, 1)), None],
+        [((0, 1), ()), ((), (0,))],
+        [((), ())],
+        [],
+    ):
+        assert carries(owed) == ()
+
+
+@pytest.mark.parametrize("inner", [FAST, SLOW])
+def test_beside_tensor_parallelism_parts_travel_along_the_axis_of_data_parallelism(inner):
+    """Two nodes of two: local parts over the link between nodes, which the two groups share; whole ones summed inside first."""
+    nodes = Level("node", ((0, 1), (2, 3)), (inner, inner))
+    net = Level("net", ((0, 1, 2, 3),), (dataclasses.replace(SLOW, shared=True),))
+    cluster, exchange = Cluster(Cluster.local(processes=4).devices, (nodes, net)), EXCHANGES["top-k"]()
+    options: dict[str, Any] = {"loss": MSE, "cluster": cluster, "mesh": (2, 2), "optimizer": "SGD"}
+    without = weft.Plan.manual(wide(), BATCH, strategy=("dp", "tp"), **options)
+    plan = weft.Plan.manual(wide(), BATCH, strategy=("dp", "tp"), exchange=exchange, **options)
+    assert plan.exchange == exchange.options and plan.prediction.seconds < without.prediction.seconds
+    which = Choice.of(auto(candidates=lambda: {"it": EXCHANGES["top-k"]()}), without)
+    predicted = which.predict(without.graph, without.assignment, find_cuts(without.graph, finest=4))
+    assert predicted["it"] == pytest.approx(plan.prediction.seconds, rel=1e-12)
+    prepared = Prepared(plan.graph, find_cuts(plan.graph, finest=4))
+    costs, coding = Costs(cluster, plan.mesh), Coding.of(exchange, plan.graph, cluster)
+    buckets = Pricing(prepared, Roles(prepared), costs, OptimizerCost.of("SGD"), None, coding).buckets(plan.assignment)
+    link, seen = ring_link(cluster, (0, 2), concurrent=2), 0
+    assert link.bandwidth == pytest.approx(SLOW.bandwidth / 2)
+    for bucket in buckets:
+        specs = []
+        for name in bucket.names:
+            shape = list(plan.graph.parameters[name].outputs[0].shape)
+            used = plan.assignment.parameters[name].used[1]
+            seen += isinstance(used, Shard)
+            specs.append(Spec(name, tuple(n // 2 if used == Shard(d) else n for d, n in enumerate(shape))))
+        hops, nbytes = exchange.wire(specs, 2)
+        numel = sum(spec.numel for spec in specs)
+        whole = all(plan.assignment.parameters[name].used == (Replicate(), Replicate()) for name in bucket.names)
+        first = costs.flat(numel, 4, (Replicate(), Partial()), costs.whole).forward if whole else 0.0
+        expected = hops * link.latency + nbytes / link.bandwidth + first
+        assert bucket.coded and bucket.reduce.forward == pytest.approx(expected)
+        assert bucket.code == pytest.approx(PER_ELEMENT * sum(spec.numel for spec in specs if len(spec.shape) > 1))
+    assert seen == 6  # four weights and two biases in halves; the other biases whole
 
 
 def test_an_axis_of_data_parallelism_beside_another_is_one_exchange():

@@ -72,9 +72,11 @@ def all_reduce(
     return _cost(cluster, "all_reduce", ranks, nbytes, None, concurrent, algorithm)
 
 
-def ring_link(cluster: Cluster, ranks: Sequence[int] | None = None, nbytes: float = 1 << 24) -> Link:
+def ring_link(
+    cluster: Cluster, ranks: Sequence[int] | None = None, nbytes: float = 1 << 24, concurrent: int = 1
+) -> Link:
     """The link on which a ring of some devices (None: all) costs what an all-reduce costs on the cluster, at 8 and at `nbytes`
-    bytes: those of a model, not of a message.
+    bytes: those of a model, not of a message. `concurrent`: as for `all_reduce`.
 
     >>> link = ring_link(Cluster.local(processes=2))
     >>> link.latency > 0 and link.bandwidth > 0
@@ -84,7 +86,7 @@ def ring_link(cluster: Cluster, ranks: Sequence[int] | None = None, nbytes: floa
     n = len(members)
     if n == 1:
         return Link(0.0, 1e12)
-    small, large = all_reduce(cluster, members, 8), all_reduce(cluster, members, nbytes)
+    small, large = (all_reduce(cluster, members, size, concurrent=concurrent) for size in (8, nbytes))
     return Link(small / (2 * (n - 1)), 2 * (n - 1) / n * (nbytes - 8) / max(large - small, 1e-12))
 
 

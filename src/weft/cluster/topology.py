@@ -92,9 +92,8 @@ class Cluster:
         )
         object.__setattr__(self, "_member", member)  # [level][device] -> number of its group
         object.__setattr__(self, "_hash", hash(key))
-        object.__setattr__(
-            self, "_curves", {}
-        )  # of weft.cluster.costs: cost as a function of bytes, by collective and ranks
+        # of weft.cluster.costs: cost as a function of bytes, by collective and ranks
+        object.__setattr__(self, "_curves", {})
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined,no-any-return]

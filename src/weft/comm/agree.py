@@ -22,7 +22,7 @@ __all__ = ["agree", "announce", "describe", "mix"]
 
 
 def describe(thing: Any) -> str:
-    """Options in words, the same on every rank for the same options: fields of dataclasses and plain attributes, by name."""
+    """Options in words, the same on every rank for the same options: fields of dataclasses, and what `options` names, by name."""
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         inner = ", ".join(
             f"{field.name}={describe(getattr(thing, field.name))}" for field in dataclasses.fields(thing) if field.repr
@@ -32,6 +32,9 @@ def describe(thing: Any) -> str:
         return "(" + ", ".join(describe(part) for part in thing) + ")"
     if isinstance(thing, dict):
         return "{" + ", ".join(f"{key}: {describe(thing[key])}" for key in sorted(thing, key=str)) + "}"
+    names = getattr(type(thing), "options", ())
+    if isinstance(names, tuple) and names:  # an object with state, which says what of it are options
+        return f"{type(thing).__name__}({', '.join(f'{name}={describe(getattr(thing, name))}' for name in names)})"
     if thing is None or isinstance(thing, bool | int | float | str | torch.dtype):
         return str(thing)
     if isinstance(thing, type) or callable(thing):

@@ -146,7 +146,7 @@ def codec_seconds(exchange: Exchange, specs: Sequence[Spec], ranks: int) -> floa
 
 def tried(exchange: Exchange, specs: Sequence[Spec], ranks: int) -> tuple[float, float]:
     """Codec and memory on random tensors of the given shapes: CPU seconds a step on this machine, bytes kept between steps."""
-    chosen = [spec for spec in specs if exchange.select(spec)]
+    chosen = [spec for spec in specs if exchange.selects(spec)]
     total = sum(spec.numel for spec in chosen)
     some, size = [], 0
     for spec in sorted(chosen, key=lambda spec: -spec.numel):

@@ -29,11 +29,16 @@ State = MutableMapping[str, Any]  # of one tensor on one rank; tensors and plain
 
 @dataclass(frozen=True)
 class Spec:
-    """The tensor that is exchanged: its name in the model, shape and dtype. Codecs get it flat, as float32 or wider."""
+    """The tensor that is exchanged: its name in the model, shape and dtype. Codecs get it flat, as float32 or wider.
+
+    `part` says which part of the tensor of that name it is, as one would index it, where groups exchange one each: random numbers
+    differ from part to part.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    part: str = ""
 
     @property
     def numel(self) -> int:

@@ -18,15 +18,22 @@ class Controller(abc.ABC):
         every: steps between decisions, >= 1; the first is for step 0.
         agreed: decisions depend on the step alone, so that every rank makes them itself and nothing is broadcast.
         needs_gradient: `observe` is to be called.
+        options: names of the attributes that are options, for a class that is no dataclass: they must be the same on all ranks
+            and in a checkpoint.
     """
 
     every: int = 1
     agreed: bool = False
     needs_gradient: bool = True
+    options: tuple[str, ...] = ()
 
     def bind(self, codec: Codec, seconds: Callable[[Spec, Setting], float] | None = None) -> None:
         """Told once by the exchange: its codec, and what a message of a setting costs in seconds, as far as that is known."""
         return
+
+    def initial(self, spec: Spec, default: Setting) -> Setting:
+        """In force until the first decision, given the codec's default: that."""
+        return default
 
     @abc.abstractmethod
     def observe(self, spec: Spec, gradient: Any, step: int) -> None:

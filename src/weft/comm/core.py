@@ -9,7 +9,7 @@ what a bucket does last         `end`      undo a bad step, tell those who wait 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from weft.comm.exchange import Exchange
     from weft.comm.routes import Bucket, CombiningBucket, Item
 
-__all__ = ["LOOK_EVERY", "Core", "options_of"]
+__all__ = ["LOOK_EVERY", "Core", "first", "options_of", "seeds"]
 
 LOOK_EVERY = 20  # steps between looks at the norm of delivered velocities, see `attach`
 SMALL = 1 << 16  # bytes of uncompressed tensors that ride along in a bucket's message; more are all-reduced
@@ -71,7 +71,7 @@ class Core:
         self.plain_steps = 0  # steps that went by plain all-reduce, without the thread
         self.delivered = 0.0  # squared norm of what the step delivers, for velocity memories
         self._undo: list[tuple[State, dict[str, Any]]] = []
-        self._poisoned = False
+        self.poisoned = False  # the step, as far as it has come
         self.gram: Tensor | None = None  # of the step's messages as far as they have come
         self.gram_of_pieces: Tensor | None = None  # of those that went to this rank alone
         self.held: list[CombiningBucket] = []  # whose results wait for it
@@ -94,18 +94,18 @@ class Core:
             self.step = bucket.step
             self._undo.clear()
             self.held.clear()
-            self._poisoned, self.gram, self.gram_of_pieces, self._row, self.delivered = False, None, None, None, 0.0
+            self.poisoned, self.gram, self.gram_of_pieces, self._row, self.delivered = False, None, None, None, 0.0
             if self.decides(bucket.step):
                 self._decide(bucket.step)
         for item in bucket.items:
-            item.assign(self.codec, self.setting(item.spec), self.select(item.spec))
+            item.assign(self.codec, self.setting(item.spec), self.selects(item.spec))
             self.tally(item.spec.name).steps += 1
         bucket.key = (bucket.specs, tuple(item.setting for item in bucket.items))
 
     def _decide(self, step: int) -> None:
         controller = self.controller
         assert controller is not None
-        chosen = {name: spec for name, spec in self.specs.items() if self.select(spec)}
+        chosen = {name: spec for name, spec in self.specs.items() if self.selects(spec)}
         alone = controller.agreed or self.wired.ranks == 1
         decision = dict(controller.decide(step, chosen)) if alone or self.wired.own == 0 else {}
         if not alone:
@@ -115,12 +115,12 @@ class Core:
         self.settings.update(decision)
 
     def end(self, bucket: Bucket, poisoned: bool) -> None:
-        self._poisoned |= poisoned
+        self.poisoned |= poisoned
         if not bucket.last:
             if not self.held:
                 bucket.done(None)
             return
-        if self._poisoned:
+        if self.poisoned:
             self._restore()
             self.skipped += 1
         held, self.held = self.held, []
@@ -133,35 +133,42 @@ class Core:
         """Forget that a bucket's messages were sent: the rule goes on without them."""
         self._restore({id(item.state) for item in bucket.items})
 
+    def give_back(self, names: Set[str]) -> None:
+        """Forget the step for these tensors, whose results nobody has used: their memories owe what they owed before."""
+        used = {f"{where}{name}" for name in names for where in ("", "server of ")}
+        pieces = tuple(f"owner of {name}[" for name in names)
+        self._restore({id(state) for key, state in self.states.items() if key in used or key.startswith(pieces)})
+
+    def selects(self, spec: Spec) -> bool:
+        """Whether the codec is for this tensor; it never is for one without entries."""
+        return spec.numel > 0 and self.select(spec)
+
     def setting(self, spec: Spec) -> Setting:
         """In force now; None for a tensor that goes uncompressed."""
-        if not self.select(spec):
+        if not self.selects(spec):
             return None
-        setting = self.settings[spec.name] if spec.name in self.settings else self.codec.default(spec)
+        setting = self.settings[spec.name] if spec.name in self.settings else first(self.codec, self.controller, spec)
         return None if setting is None or self.codec.bypass(spec, setting) else setting
 
     def words(self, specs: Sequence[Spec]) -> str:
-        lines = [f"{spec.name} {spec.shape} {spec.dtype} setting {self.setting(spec)}" for spec in specs]
+        lines = [f"{spec.name}{spec.part} {spec.shape} {spec.dtype} setting {self.setting(spec)}" for spec in specs]
         return "\n".join((options_of(self), *lines))
 
     # ---- states
 
-    def state(self, name: str) -> State:
-        """Of one tensor, or of a server's part of one; seeds depend on the name, never on the bucket."""
+    def state(self, name: str, part: str = "") -> State:
+        """Of one tensor, or of a server's part of one; seeds depend on the name and `Spec.part`, never on the bucket."""
         found = self.states.get(name)
         if found is None:
-            found = self.states[name] = {
-                "seed": mix(self.seed, name, self.wired.own),
-                "shared_seed": mix(self.seed, name),
-            }
+            found = self.states[name] = seeds(self.seed, name + part, self.wired.own)
         return found
 
-    def inner(self, state: State, key: str, name: str) -> State:
+    def inner(self, state: State, spec: Spec) -> State:
         """The state of a segment of a tensor, inside the tensor's."""
-        found = state.get(key)
+        found = state.get(spec.name)
         if found is None:
-            found = {"seed": mix(self.seed, name, self.wired.own), "shared_seed": mix(self.seed, name)}
-        state[key] = found = dict(found)  # replaced, so that the undo keeps the old one
+            found = seeds(self.seed, spec.name + spec.part, self.wired.own)
+        state[spec.name] = found = dict(found)  # replaced, so that the undo keeps the old one
         return found
 
     def save(self, item: Item) -> None:
@@ -185,7 +192,7 @@ class Core:
         where: str,
     ) -> None:
         """Encode a combined result for the way back, with the memory of the server or owner, into the message's places."""
-        state = self.state(f"{where} of {spec.name}")
+        state = self.state(f"{where} of {spec.name}", spec.part)
         self._undo.append((state, dict(state)))
         y = memory.before(mean, spec, state)
         message = codec.encode(y, spec, state, setting, step)
@@ -245,7 +252,7 @@ class Core:
     def observe(self, item: Item, step: int) -> None:
         """Show the controller this rank's gradient, before any code."""
         controller = self.controller
-        if controller is None or not controller.needs_gradient or not self.select(item.spec):
+        if controller is None or not controller.needs_gradient or not self.selects(item.spec):
             return
         if controller.agreed or self.wired.own == 0:
             controller.observe(item.spec, item.x, step)
@@ -254,6 +261,17 @@ class Core:
         """Now and then, add up the squared norm of what a velocity memory delivers."""
         if self.memory.velocity and step % LOOK_EVERY == 1:
             self.delivered += float(mean.square().sum())
+
+
+def first(codec: Codec, controller: Controller | None, spec: Spec) -> Setting:
+    """The setting to begin with."""
+    default = codec.default(spec)
+    return default if controller is None else controller.initial(spec, default)
+
+
+def seeds(seed: int, name: str, own: int) -> dict[str, Any]:
+    """What a state begins with: a seed of this rank's own, and one that all ranks have."""
+    return {"seed": mix(seed, name, own), "shared_seed": mix(seed, name)}
 
 
 def options_of(exchange: Core | Exchange) -> str:

@@ -23,6 +23,7 @@ import statistics
 import threading
 import time
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -45,16 +46,23 @@ DECAY = "decay"  # entry of a tensor's state: the momentum of its weight decay, 
 
 
 class _Switch:
-    """The one hook that DDP allows, pointing at whoever is attached; nobody: plain all-reduce."""
+    """The one hook that DDP allows, pointing at whoever is attached; nobody: plain all-reduce.
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
+    A copy of the model (deepcopy, pickle) has a reducer of its own without any hook: its copy of this is of no use and says so.
+    """
+
+    def __init__(self, ddp: DistributedDataParallel | None = None):
+        self.group: dist.ProcessGroup | None = None if ddp is None else ddp.process_group
         self.handle: Handle | None = None
+
+    def __reduce__(self) -> tuple[type[_Switch], tuple[()]]:
+        return _Switch, ()
 
 
 def _hook(switch: _Switch, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     if switch.handle is not None:
         return switch.handle.take(bucket)
+    assert switch.group is not None
     buffer = bucket.buffer().mul_(1 / switch.group.size())
     return dist.all_reduce(buffer, group=switch.group, async_op=True).get_future().then(_first)
 
@@ -69,28 +77,31 @@ def _first(done: torch.futures.Future[list[Tensor]]) -> Tensor:
 def attach(
     ddp: DistributedDataParallel,
     exchange: Exchange | Auto,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     *,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Handle:
     """Exchange the gradients of `ddp` by `exchange` from the next backward pass on. Every rank calls this at the same time.
 
     Args:
-        ddp: without a communication hook of its own.
-        exchange: see `Exchange`; or `auto(link)`, which is decided here.
-        optimizer: needed by memories that exchange velocities (DGC), and to skip steps that are not finite.
+        ddp: without a communication hook of its own; `torch.compile(ddp)` is taken as ddp.
+        exchange: see `Exchange`, one for each model; or `auto(link)`, which is decided here.
+        optimizer: that of the model, or a list of them; needed by memories that exchange velocities (DGC), and to skip steps that
+            are not finite.
         scaler: the loss scaler in use, if any.
     Returns:
         A handle; `handle.remove()` restores plain DDP.
     Raises:
-        TypeError: gradients are sparse.
-        ValueError: momentum in two places, an Adam-like optimizer under a velocity memory, another hook or group.
+        TypeError: gradients are sparse, or parameters complex.
+        ValueError: momentum in two places, an Adam-like optimizer under a velocity memory or one that holds other parameters too,
+            another hook or group, an exchange at work for another model.
         ExchangeMismatch: on every rank, if ranks differ in options or tensors.
 
     >>> attach(torch.nn.Linear(2, 2), Exchange())
     Traceback (most recent call last):
     TypeError: attach: ddp must be a DistributedDataParallel, got Linear; wrap the model in torch.nn.parallel first
     """
+    ddp = getattr(ddp, "_orig_mod", ddp)
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(
             f"attach: ddp must be a DistributedDataParallel, got {type(ddp).__name__}; wrap the model in torch.nn.parallel first"
@@ -100,6 +111,10 @@ def attach(
             raise TypeError(
                 f"attach: {name} ({type(module).__name__}) has sparse gradients, which no codec takes; make it with sparse=False"
             )
+    for name, parameter in ddp.module.named_parameters():
+        if not parameter.is_floating_point():
+            raise TypeError(f"attach: {name} is {parameter.dtype}; an exchange takes real floating-point gradients")
+    ddp._comm_hooks[:] = [(hook, state) for hook, state in ddp._comm_hooks if getattr(state, "group", ddp) is not None]
     switch = next((state for _, state in ddp._comm_hooks if isinstance(state, _Switch)), None)
     if switch is None and ddp._comm_hooks:
         raise ValueError("attach: ddp already has a communication hook, and DDP allows one; wrap the model anew")
@@ -108,13 +123,13 @@ def attach(
     choice = exchange if isinstance(exchange, Auto) else None
     if isinstance(exchange, Auto):
         exchange = Exchange()
-    if exchange.group is None:
-        exchange.group = ddp.process_group
-    elif dist.get_process_group_ranks(exchange.group) != dist.get_process_group_ranks(ddp.process_group):
-        raise ValueError("attach: exchange.group must have the ranks of ddp's own process group; leave it out")
-    handle = Handle(ddp, exchange, optimizer, scaler, choice)
+    if exchange.group is not None:
+        if dist.get_process_group_ranks(exchange.group) != dist.get_process_group_ranks(ddp.process_group):
+            raise ValueError("attach: exchange.group must have the ranks of ddp's own process group; leave it out")
+    optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer or ())
+    handle = Handle(ddp, exchange, optimizers, scaler, choice)
     if switch is None:
-        switch = _Switch(ddp.process_group)
+        switch = _Switch(ddp)
         ddp.register_comm_hook(switch, _hook)
     switch.handle = handle
     handle._switch = switch
@@ -145,31 +160,39 @@ class Handle:
         self,
         ddp: DistributedDataParallel,
         exchange: Exchange,
-        optimizer: torch.optim.Optimizer | None,
+        optimizers: Sequence[torch.optim.Optimizer],
         scaler: torch.amp.GradScaler | None,
         choice: Auto | None = None,
     ):
         self.chosen, self.predicted = "", dict[str, float]()
         self._choice, self._trials = choice, list[tuple[float, float, float]]()
         self._began, self._ended, self._buckets, self._plain_step = 0.0, 0.0, 0, 0.0
-        self.ddp, self.exchange, self.optimizer, self.scaler = ddp, exchange, optimizer, scaler
+        self.ddp, self.exchange, self.optimizers, self.scaler = ddp, exchange, optimizers, scaler
         self._switch: _Switch | None = None
         self._parameters = {id(p): name for name, p in ddp.module.named_parameters()}
         self._layouts: dict[tuple[int, ...], tuple[list[Spec], list[int]]] = {}
-        momenta = _check_momentum(exchange, optimizer)
-        exchange.open(_specs(ddp))
-        self.step = exchange.core.step + 1
-        self._momenta = momenta
-        self._take_momentum()
+        self.step = 0
+        self._open(exchange)
         self._works: list[tuple[dist.Work, Tensor]] = []
         self._over = threading.Event()
         self._error: BaseException | None = None
-        self._under_way = False
+        self._under_way = self._backward = False
         self._scale = 1.0
         self._skip = False
         self._arrived = 0.0  # norm of what was delivered, on steps where clipping is looked for
         self._warned = False
-        self._pre = optimizer.register_step_pre_hook(self._before_step) if optimizer is not None else None
+        self._pre = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+
+    def _open(self, exchange: Exchange) -> None:
+        """Begin with an exchange: its group, its momentum."""
+        moved = _check_momentum(exchange, self.optimizers, self._parameters)
+        given, exchange.group = exchange.group, exchange.group or self.ddp.process_group
+        try:
+            exchange.open(_specs(self.ddp))
+        finally:
+            exchange.group = given  # the group is the model's, and another model may have another
+        self.exchange, self.step, self._moved = exchange, exchange.core.step + 1, moved
+        self._take_momentum()
 
     # ---- during the backward pass
 
@@ -183,7 +206,10 @@ class Handle:
             work = dist.all_reduce(buffer.mul_(1 / self.exchange.core.wired.ranks), group=group, async_op=True)
             self._works.append((work, buffer))
             self._buckets += 1
-            return work.get_future().then(_first)
+            result = work.get_future().then(_first)
+            if bucket.is_last() and not self._backward:
+                self._end()
+            return result
         parameters = bucket.parameters()
         key = tuple(map(id, parameters))
         specs, sizes = self._layouts.get(key) or self._layout(key, parameters)
@@ -203,6 +229,8 @@ class Handle:
             future.set_result(buffer)
 
         self.exchange.submit(list(zip(specs, buffer.split(sizes), strict=True)), self.step, last, done)
+        if last and not self._backward:
+            self._end()
         return future
 
     def _layout(self, key: tuple[int, ...], parameters: list[Tensor]) -> tuple[list[Spec], list[int]]:
@@ -220,8 +248,11 @@ class Handle:
         self._works.clear()
         self._before = self.exchange.skipped
         self._scale = float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
-        # Ours comes before DDP's own callback, which would lose the class of an error.
-        torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+        self.step = self.exchange.core.step + 1  # which a checkpoint may have set
+        # Under `ddp.join()` a rank without data goes through the steps of the others with zeros, outside of a backward pass.
+        self._backward = torch._C._current_graph_task_id() >= 0
+        if self._backward:  # ours comes before DDP's own callback, which would lose the class of an error
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
 
     def _end(self) -> None:
         """The end of the backward pass: wait for the last bucket."""
@@ -234,7 +265,7 @@ class Handle:
             except RuntimeError as error:  # torch has no finer class: a closed connection, a timeout
                 raise PeerLost(-1, "the all-reduce of gradients", str(error).splitlines()[0]) from error
             core = self.exchange.core
-            if self.optimizer is not None and not all(bool(buffer.sum().isfinite()) for _, buffer in self._works):
+            if self.optimizers and not all(bool(buffer.sum().isfinite()) for _, buffer in self._works):
                 self._skip = not all(bool(buffer.isfinite().all()) for _, buffer in self._works)
                 core.skipped += self._skip
             core.step = self.step
@@ -244,12 +275,32 @@ class Handle:
             if self._error is not None:
                 raise self._error
             self._skip = self.exchange.skipped > self._before
+            if self.ddp.find_unused_parameters and not self.ddp.static_graph and self._backward:
+                grads = [(p, p.grad, None if p.grad is None else p.grad._version) for p in self.ddp.module.parameters()]
+                torch.autograd.Variable._execution_engine.queue_callback(  # type: ignore[attr-defined]
+                    lambda: self._give_back(
+                        grads
+                    )  # after DDP's own callback, which hands the results to the parameters
+                )
         ended = time.perf_counter()
         self.exchange.waited(ended - began)
         if self._choice is not None:
             self._trials.append((ended - self._ended, began - self._began, ended - began))
             self._ended = ended
         self.step += 1
+
+    def _give_back(self, before: list[tuple[Tensor, Tensor | None, int | None]]) -> None:
+        """Undo the step for parameters that no rank has used: DDP drops their results, and what a memory sent would be lost.
+
+        DDP leaves their gradient as it was; every other one it has set or written, or it is a view of the bucket.
+        """
+        view = self.ddp.gradient_as_bucket_view
+        unused = {
+            self._parameters[id(parameter)]
+            for parameter, grad, version in before
+            if parameter.grad is None or (not view and parameter.grad is grad and grad._version == version)
+        }
+        self.exchange.core.give_back(unused)
 
     def _decide(self, choice: Auto) -> None:
         """End the trial of `auto`: nothing is on the wire, and the momentum is where plain steps left it."""
@@ -281,12 +332,9 @@ class Handle:
             self._replace(Exchange())
 
     def _replace(self, exchange: Exchange) -> None:
-        self._momenta = _check_momentum(exchange, self.optimizer)
-        exchange.group = self.exchange.group
-        exchange.open(_specs(self.ddp))
-        self.exchange.close()
-        self.exchange, self.step = exchange, 0
-        self._take_momentum()
+        last = self.exchange
+        self._open(exchange)
+        last.close()
 
     # ---- at the optimizer's step
 
@@ -343,11 +391,10 @@ class Handle:
     # ---- momentum of velocity memories
 
     def _take_momentum(self) -> None:
-        memory, optimizer = self.exchange.memory, self.optimizer
-        if not memory.velocity or optimizer is None:
+        memory, core = self.exchange.memory, self.exchange.core
+        if not memory.velocity:
             return
-        core = self.exchange.core
-        for group in optimizer.param_groups:
+        for optimizer, group in _groups(self.optimizers):
             group["momentum"], group["nesterov"] = 0.0, False
             for parameter in group["params"]:
                 buffer = optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
@@ -358,17 +405,16 @@ class Handle:
                     core.state(name)[memory.buffer] = held.mul_(_unit(memory, group))
 
     def _give_momentum_back(self) -> None:
-        memory, optimizer = self.exchange.memory, self.optimizer
-        if optimizer is None or not self._momenta:
+        memory, core = self.exchange.memory, self.exchange.core
+        if not self._moved:
             return
-        core = self.exchange.core
-        for group, (momentum, nesterov) in zip(optimizer.param_groups, self._momenta, strict=True):
-            group["momentum"], group["nesterov"] = momentum, nesterov
+        for optimizer, group in _groups(self.optimizers):
+            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov  # type: ignore[attr-defined]
             for parameter in group["params"]:
                 name = self._parameters.get(id(parameter))
                 state = core.states.get(name, {}) if name is not None else {}
                 held, decayed = state.pop(memory.buffer, None), state.pop(DECAY, None)
-                if held is None or not momentum:
+                if held is None:
                     continue
                 share = core.wired.ranks * _unit(memory, group)
                 mean = held / share  # ranks hold their own; equal ones again keep the ranks bit-identical
@@ -385,8 +431,8 @@ class Handle:
         if self._switch is None or self._switch.handle is not self:
             return
         self._give_momentum_back()
-        if self._pre is not None:
-            self._pre.remove()
+        for hook in self._pre:
+            hook.remove()
         self._switch.handle = None
         self.exchange.close()
 
@@ -411,24 +457,30 @@ def _unit(memory: Memory, group: dict[str, Any]) -> float:
     return -ahead if group.get("maximize") else ahead
 
 
-def _check_momentum(exchange: Exchange, optimizer: torch.optim.Optimizer | None) -> list[tuple[float, bool]]:
-    """(momentum, nesterov) of every group of the optimizer, to be given back; [] if the memory has no velocity."""
+def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any]]]:
+    return ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def _check_momentum(
+    exchange: Exchange, optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[int, str]
+) -> bool:
+    """Whether momentum moves from the optimizers into the memory, to be given back."""
     memory = exchange.memory
     if not memory.velocity:
-        return []
+        return False
     name = type(memory).__name__
-    if optimizer is None:
+    if not optimizers:
         raise ValueError(
             f"attach: optimizer must be given with {name}, which exchanges velocities: momentum moves out of the optimizer"
         )
-    if not isinstance(optimizer, torch.optim.SGD):
-        raise ValueError(
-            f"attach: optimizer must be torch.optim.SGD with {name}, got {type(optimizer).__name__}: what arrives is a velocity, "
-            "not a gradient; use ErrorFeedback() with other optimizers"
-        )
     own, nesterov = float(getattr(memory, "momentum", 0.0)), bool(getattr(memory, "nesterov", False))
-    momenta = []
-    for group in optimizer.param_groups:
+    found = set()
+    for optimizer, group in _groups(optimizers):
+        if not isinstance(optimizer, torch.optim.SGD):
+            raise ValueError(
+                f"attach: optimizer must be torch.optim.SGD with {name}, got {type(optimizer).__name__}: what arrives is a "
+                "velocity, not a gradient; use ErrorFeedback() with other optimizers"
+            )
         if group["momentum"] and group["momentum"] != own:
             raise ValueError(
                 f"attach: momentum must be in one place, got {group['momentum']} in the optimizer and {own} in {name}; give both "
@@ -440,5 +492,15 @@ def _check_momentum(exchange: Exchange, optimizer: torch.optim.Optimizer | None)
             )
         if group["dampening"]:
             raise ValueError(f"attach: dampening must be 0 with {name}, got {group['dampening']}")
-        momenta.append((float(group["momentum"]), bool(group["nesterov"])))
-    return momenta
+        for parameter in group["params"]:
+            if parameter.requires_grad and id(parameter) not in parameters:
+                raise ValueError(
+                    f"attach: optimizer must hold parameters of ddp alone with {name}, got another one of shape "
+                    f"{tuple(parameter.shape)}, which would lose its momentum; give it an optimizer of its own"
+                )
+        found.add(float(group["momentum"]))
+    if len(found) > 1:
+        raise ValueError(
+            f"attach: momentum must be the same in all parameter groups with {name}, which has one for all, got {sorted(found)}"
+        )
+    return found == {own} and own > 0

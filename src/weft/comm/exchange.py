@@ -25,7 +25,7 @@ from weft.comm.codec import Codec, LinearCodec, Spec
 from weft.comm.codecs.plain import Identity
 from weft.comm.combine import Combine
 from weft.comm.controller import Controller
-from weft.comm.core import Core, options_of
+from weft.comm.core import Core, first, options_of
 from weft.comm.memory import Memory, NoMemory
 from weft.comm.report import Report, TensorReport
 from weft.comm.routes import Bucket, GatherBucket, Item, RingBucket, StarBucket
@@ -129,6 +129,12 @@ class Exchange:
                 f"Exchange: {type(self.combine).__name__} weighs messages by when they arrive, but an exchange waits for all; "
                 "use weft.comm.straggler or weft.federated"
             )
+        kept = getattr(self.topology, "memory", None)
+        if kept is not None and (kept.velocity or type(kept).delivered is not Memory.delivered):
+            raise ValueError(
+                f"Exchange: memory of {type(self.topology).__name__} must keep what was not sent, and nothing else, got {kept}: "
+                "ranks decode results as they come; use ErrorFeedback() there"
+            )
         if self.wait is not None and type(self.wait).__name__ != "All":
             raise ValueError(
                 f"Exchange: wait must be None or All(), got {self.wait}; rounds that go on without late ranks are run by "
@@ -151,6 +157,10 @@ class Exchange:
             and self.controller is None
         )
 
+    def selects(self, spec: Spec) -> bool:
+        """Whether the codec is for this tensor; it never is for one without entries."""
+        return spec.numel > 0 and self.select(spec)
+
     @property
     def options(self) -> str:
         """In words, one a line; exchanges of the same options understand each other, and each other's checkpoints."""
@@ -163,21 +173,33 @@ class Exchange:
 
     # ---- the work
 
-    def open(self, specs: Sequence[Spec] = ()) -> None:
+    def open(self, specs: Sequence[Spec] = (), rows: Sequence[Sequence[int]] = ()) -> None:
         """Make the process group and compare options and tensors over the ranks; every rank calls this at the same time.
 
         `reduce` does it on first use. Open again after `close` with the same states.
 
+        Args:
+            specs: the tensors, so far as they are known.
+            rows: groups of the ranks, equally long, that exchange side by side, each by itself: ranks of a row are numbered in
+                its order. A step that is not finite in one is undone in all. Ask `one_group` whether that may be.
         Raises:
             ExchangeMismatch: on every rank, if any has other options or tensors; or a loaded checkpoint is of others.
             PeerLost: a rank did not come.
+            ValueError: it is at work already, with tensors of another model; their memories would be mixed up.
         """
-        if self._core is None:
+        if self._core is not None and self._core.specs and specs:
+            raise ValueError(
+                "Exchange: is at work already; make one for each model, or end the other use first (handle.remove(), close())"
+            )
+        fresh = self._core is None
+        if fresh:
             if not dist.is_available() or not dist.is_initialized():
                 raise ValueError(
                     "Exchange: torch.distributed is not initialised; call init_process_group first, or use torchrun"
                 )
-            wired = Wired(self.group, self.timeout)
+            if len(rows) > 1 and self.group is not None:
+                raise ValueError("Exchange: rows are groups of all ranks; leave group out")
+            wired = Wired(self.group, self.timeout, rows)
             self._core = Core(
                 self.codec,
                 self.memory,
@@ -190,6 +212,16 @@ class Exchange:
                 wired,
             )
         core = self._core
+        assert core is not None
+        try:
+            self._compare(core, specs)
+        except BaseException:
+            if fresh:
+                core.wired.close()
+                self._core = None
+            raise
+
+    def _compare(self, core: Core, specs: Sequence[Spec]) -> None:
         if isinstance(self.topology, Star) and self.topology.root >= core.wired.ranks:
             raise ValueError(f"Star: root must be < {core.wired.ranks}, the number of ranks, got {self.topology.root}")
         if isinstance(self.topology, Gossip) and len(self.topology.weights) != core.wired.ranks:
@@ -227,7 +259,7 @@ class Exchange:
             cuts: of each tensor, if rank r wants nothing but piece r; what then stands beside it is undefined.
         """
         core = self.core
-        items = [Item(spec, flat, core.state(spec.name)) for spec, flat in named]
+        items = [Item(spec, flat, core.state(spec.name, spec.part)) for spec, flat in named]
         bucket: Bucket
         if cuts and self.scatters:
             bucket = ShardBucket(core, items, step, last, done, cuts=cuts)
@@ -313,6 +345,18 @@ class Exchange:
         )
         return pieces and stateless
 
+    @property
+    def one_group(self) -> str:
+        """Why groups may not exchange parts of a model side by side, "" if they may.
+
+        What several groups hold must get the same bits in each, so nothing may depend on the other tensors of a group.
+        """
+        if self.combine.needs == "gram":
+            return f"{type(self.combine).__name__} weighs workers by the whole model, of which each group has a part"
+        if self.controller is not None and not self.controller.agreed:
+            return f"{type(self.controller).__name__} would decide in each group by itself; use Schedule"
+        return ""
+
     def waited(self, seconds: float) -> None:
         """Count wall seconds that somebody waited for results."""
         self._waited += seconds
@@ -389,7 +433,7 @@ class Exchange:
         """In force now, or the one to begin with; None for a tensor that goes as it is."""
         if self._core is not None:
             return self._core.setting(spec)
-        setting = self.codec.default(spec) if self.select(spec) else None
+        setting = first(self.codec, self.controller, spec) if self.selects(spec) else None
         return None if setting is None or self.codec.bypass(spec, setting) else setting
 
     def _seconds(self, spec: Spec, setting: Any) -> float:

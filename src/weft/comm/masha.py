@@ -210,7 +210,7 @@ class MASHA(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in betas) or not eps > 0:
             raise ValueError(f"MASHA: betas must be in [0, 1) and eps > 0, got betas={betas}, eps={eps}")
         specs = [Spec(name, tuple(p.shape), p.dtype) for name, p in named.items()]
-        coded = [spec for spec in specs if exchange.select(spec)]
+        coded = [spec for spec in specs if exchange.selects(spec)]
         _check(exchange, coded, mode)
         if refresh is not None and (refresh.memory != Shift(1.0) or paired):
             raise ValueError(
@@ -402,7 +402,7 @@ def _share(exchange: Exchange, specs: Sequence[Spec]) -> float:
     """Bytes of a message / bytes of the tensors."""
     sent = 0.0
     for spec in specs:
-        setting = exchange.codec.default(spec) if exchange.select(spec) else None
+        setting = exchange.codec.default(spec) if exchange.selects(spec) else None
         plain = setting is None or exchange.codec.bypass(spec, setting)
         sent += spec.numel * spec.dtype.itemsize if plain else exchange.codec.nbytes(spec, setting)
     return sent / sum(spec.numel * spec.dtype.itemsize for spec in specs)

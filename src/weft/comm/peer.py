@@ -79,7 +79,10 @@ class MoNNA:
         keep: how many vectors to average at most, None for n - 2f.
         clip: norm to which a gradient is shortened before it enters the momentum, None for never.
         address: where other machines reach this process, None finds it.
+    Attributes:
+        post: what vectors go by.
     Raises:
+        PeerLost: a peer cannot be reached at the start.
         ValueError: a number out of range, momentum in two places, a DDP module that averages gradients, or peers whose
             parameters differ in shape (on every rank).
     """
@@ -115,7 +118,7 @@ class MoNNA:
         length = sum(t.numel() for t in self._tensors())
         shapes = [tuple(t.shape) for t in self._tensors()]
         digest = hashlib.sha256(repr((shapes, self._dtype)).encode()).hexdigest()[:8]
-        self._post = Post(
+        self.post = Post(
             length * self._dtype.itemsize, f"{len(shapes)} tensors, {length} values, shapes {digest}", group, address
         )
         self._handles = [
@@ -129,14 +132,14 @@ class MoNNA:
 
     def report(self) -> PeerReport:
         """Counts and last measures."""
-        self._report.late = self._post.late
+        self._report.late = self.post.late
         return self._report
 
     def remove(self) -> None:
         """Give the optimizer back as it was and close the connections."""
         for handle in self._handles:
             handle.remove()
-        self._post.close()
+        self.post.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Momentum and counters; tensors are copies."""
@@ -165,7 +168,11 @@ class MoNNA:
                 "MoNNA: step(closure) computes gradients after this peer's momentum; call step() without one"
             )
         self._decay = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
-        decay = [d for d, group in zip(self._decay, optimizer.param_groups, strict=True) for _ in group["params"]]
+        decay = [
+            -d if group.get("maximize") else d  # the optimizer turns gradients round, and not its own decay
+            for d, group in zip(self._decay, optimizer.param_groups, strict=True)
+            for _ in group["params"]
+        ]
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
@@ -177,6 +184,8 @@ class MoNNA:
             return
         shorten = min(1.0, self.clip / norm) if self.clip is not None and norm > 0 else 1.0
         for p, g, m, d in zip(self._parameters, grads, self._momentum, decay, strict=True):
+            if not p.requires_grad:
+                continue  # frozen: not even by the decay does it move
             m.mul_(self.beta).add_(torch.add(g * shorten, p, alpha=d), alpha=1 - self.beta)
             p.grad = m.clone()  # zero_grad in place, or the user's reading of it, must not reach the momentum
 
@@ -191,9 +200,9 @@ class MoNNA:
     def _round(self) -> None:
         own = torch.cat([t.detach().reshape(-1).to("cpu", self._dtype) for t in self._tensors()])
         report = self._report
-        self._post.send(report.rounds, own.numpy().tobytes())
+        self.post.send(report.rounds, own.numpy().tobytes())
         wanted = self.size - self.f - 1
-        came = self._post.collect(report.rounds, wanted, self.timeout)
+        came = self.post.collect(report.rounds, wanted, self.timeout)
         report.rounds += 1
         senders = sorted([self.rank, *came])
         me = senders.index(self.rank)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.comm.agree import mix
 from weft.comm.combine import Combine
+from weft.comm.core import seeds
 from weft.comm.memory import Memory
 from weft.comm.rules.mean import Mean
 from weft.errors import ExchangeMismatch
@@ -26,13 +26,20 @@ __all__ = ["regrouped"]
 
 
 def regrouped(
-    saved: Sequence[Mapping[str, Any]], memory: Memory, combine: Combine, seed: int, own: int, ranks: int
+    saved: Sequence[Mapping[str, Any]],
+    memory: Memory,
+    combine: Combine,
+    seed: int,
+    own: int,
+    ranks: int,
+    parts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A `state_dict` for rank `own` of `ranks`, made of those of all ranks that saved, in their order.
 
     Args:
         saved: what `Exchange.state_dict` gave on ranks 0..n-1.
         memory, combine, seed: of the exchange that goes on.
+        parts: `Spec.part` by tensor name; of those left out "".
     Raises:
         ExchangeMismatch: what the ranks kept has no exact form on another number of them.
     """
@@ -54,7 +61,7 @@ def regrouped(
         )  # fmt: skip
     states = {}
     for name in sorted(keepers):
-        states[name] = {"seed": mix(seed, name, own), "shared_seed": mix(seed, name)}
+        states[name] = seeds(seed, name + (parts or {}).get(name, ""), own)
         for key, value in first["states"][name].items():
             if isinstance(value, Tensor):
                 states[name][key] = _mean([state["states"][name][key] for state in saved])

@@ -137,12 +137,16 @@ class Bucket(Job):
             self.exchange.tally(item.spec.name).measure(item.y, sent, where)
         self.exchange.memory.after(item.y, sent, where, item.state)
 
-    def finish(self, poisoned: bool) -> None:
-        """The results are in place: count, undo a bad step, tell whoever waits."""
+    def finish(self, poisoned: bool) -> Iterator[dist.Work]:
+        """The results are in place: count, undo a bad step, tell whoever waits. A step is bad in all groups or in none."""
         exchange = self.exchange
         if poisoned:
             for item in self.items:
                 item.out.fill_(math.nan)
+        if self.last and exchange.wired.across is not None:
+            bad = torch.full((1,), float(poisoned or exchange.poisoned), device=self.device)
+            yield dist.all_reduce(bad, group=exchange.wired.across, async_op=True)
+            poisoned = bool(bad)
         exchange.end(self, poisoned)
 
     def check(self, headers: Sequence[int]) -> list[bool]:
@@ -204,7 +208,7 @@ class RingBucket(Bucket):
                 if answer is not None:
                     following.append((item, talk, answer))
             live, first = following, False
-        self.finish(poisoned or self.overflowed())
+        yield from self.finish(poisoned or self.overflowed())
 
     def go_on(self, item: Item, talk: Any, mean: Tensor) -> Tensor | None:
         """Give an average to a codec; its next tensor to average, or None when the tensor is done."""
@@ -254,7 +258,7 @@ class CombiningBucket(Bucket):
             exchange.take_back(self)
         if exchange.combine.needs != "gram":
             yield from self.down()
-            self.finish(self.poisoned)
+            yield from self.finish(self.poisoned)
             return
         for number in range(len(self.combined) if self.rows else 0):
             exchange.add_gram(gram(self.stacked(number)), self.sees_all)
@@ -265,7 +269,7 @@ class CombiningBucket(Bucket):
                 exchange.add_gram(exchange.gram_of_pieces, True)
             for bucket in exchange.held:
                 yield from bucket.down()
-        self.finish(self.poisoned)
+        yield from self.finish(self.poisoned)
 
     def up(self) -> Iterator[dist.Work]:
         raise NotImplementedError
@@ -396,8 +400,11 @@ class StarBucket(PackedBucket):
     def down(self) -> Iterator[dist.Work]:
         exchange, star = self.exchange, self.exchange.topology
         assert isinstance(star, Star)
-        down = star.down or PLAIN
-        legs = [(down, item.spec, down.default(item.spec)) for item in self.packed]
+        down: Codec = star.down or PLAIN
+        legs = [
+            (down, item.spec, down.default(item.spec)) if item.coded else (PLAIN, item.spec, None)
+            for item in self.packed
+        ]  # what goes up as it is comes down as it is
         _, row, views = exchange.wired.row((*self.key, "down"), lambda: legs, self.device)
         header = row[:HEADER].view(torch.int64)
         if self.serves:

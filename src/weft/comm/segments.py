@@ -155,7 +155,7 @@ class SegmentBucket(CombiningBucket):
             values, places, nbytes = [], [], 0
             for r in range(n):
                 codec, spec, setting = self.pieces[r][number]
-                state = exchange.inner(item.state, spec.name, spec.name)
+                state = exchange.inner(item.state, spec)
                 message = codec.encode(cut.piece(item.y, r), spec, state, setting, self.step)
                 for view, part in zip(views[r][number], message, strict=True):
                     view.copy_(part.view(view.shape))
@@ -275,7 +275,7 @@ class ShardBucket(SegmentBucket):
 
 
 def _piece(item: Item, cut: Cut, rank: int) -> Spec:
-    return Spec(f"{item.spec.name}{cut.name(rank)}", cut.piece_shape(rank), item.spec.dtype)
+    return Spec(f"{item.spec.name}{cut.name(rank)}", cut.piece_shape(rank), item.spec.dtype, item.spec.part)
 
 
 def _leg(down: Codec | None, codec: Codec, spec: Spec, setting: Setting) -> tuple[Codec, Spec, Setting]:

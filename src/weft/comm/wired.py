@@ -22,18 +22,26 @@ Views = list[tuple[Tensor, ...]]
 
 @final
 class Wired:
-    """Made on every rank of `parent` at the same time (None: of the default group); `timeout` in seconds for each round."""
+    """Made on every rank of `parent` at the same time (None: of the default group); `timeout` in seconds for each round.
 
-    def __init__(self, parent: dist.ProcessGroup | None, timeout: float):
+    Args:
+        rows: groups side by side that are all of `parent`'s ranks together, equally long; this rank's own is the `group`. Then
+            those at one place of their rows are a group as well, `across`, by which rows agree.
+    """
+
+    def __init__(self, parent: dist.ProcessGroup | None, timeout: float, rows: Sequence[Sequence[int]] = ()):
         members = dist.get_process_group_ranks(parent if parent is not None else dist.group.WORLD)
-        backend = dist.get_backend(parent)
+        backend, limit = dist.get_backend(parent), timedelta(seconds=timeout)
+        self.across: dist.ProcessGroup | None = None
         # A group of some ranks must be made without the others, and is then named by its ranks: destroying it would let the next
         # one find its stale addresses under the same name in the store.
         self._part = len(members) < dist.get_world_size()
-        self.group = dist.new_group(
-            members, timeout=timedelta(seconds=timeout), backend=backend, use_local_synchronization=self._part
-        )
-        self.ranks, self.own, self.timeout = len(members), dist.get_rank(self.group), timeout
+        if len(rows) > 1:
+            self.group = _own(rows, limit, backend)
+            self.across = _own(list(zip(*rows, strict=True)), limit, backend)
+        else:
+            self.group = dist.new_group(members, timeout=limit, backend=backend, use_local_synchronization=self._part)
+        self.ranks, self.own, self.timeout = dist.get_world_size(self.group), dist.get_rank(self.group), timeout
         self.device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
         self._known: set[tuple[object, ...]] = set()
         self._buffers: dict[tuple[object, ...], Tensor] = {}
@@ -100,33 +108,45 @@ class Wired:
     # ---- failures, and the end
 
     @property
-    def _board(self) -> str:
-        return f"weft/exchange/{self.group.group_name}/failed"
+    def _groups(self) -> list[dist.ProcessGroup]:
+        return [self.group] if self.across is None else [self.group, self.across]
+
+    @property
+    def _boards(self) -> list[str]:
+        return [f"weft/exchange/{group.group_name}/failed" for group in self._groups]
+
+    @property
+    def _signature(self) -> int:
+        """This rank on the boards: among all where there are several groups."""
+        return self.own if self.across is None else dist.get_rank()
 
     def _broken(self, error: BaseException) -> None:
         """Tell the other ranks, which would wait for this one until their timeout: gloo closes no connection by request."""
         try:
             store = dist.distributed_c10d._get_default_store()
-            if not store.check([self._board]):
-                store.set(self._board, f"{self.own} {type(error).__name__}: {error}")
+            for board in self._boards:
+                if not store.check([board]):
+                    store.set(board, f"{self._signature} {type(error).__name__}: {error}")
         except RuntimeError:  # the store is gone with the rank that kept it
             return
 
     def _listen(self) -> tuple[int, str] | None:
         try:
             store = dist.distributed_c10d._get_default_store()
-            if not store.check([self._board]):
-                return None
-            rank, _, what = store.get(self._board).decode().partition(" ")
+            for board in self._boards:
+                if store.check([board]):
+                    rank, _, what = store.get(board).decode().partition(" ")
+                    return (int(rank), what) if int(rank) != self._signature else None
         except RuntimeError as error:
             return -1, f"the loss of its store: {error}"
-        return (int(rank), what) if int(rank) != self.own else None
+        return None
 
     def _destroy(self) -> None:
         if self._open:
             self._open = False
             try:
-                dist.destroy_process_group(self.group)
+                for group in self._groups:
+                    dist.destroy_process_group(group)
             except (RuntimeError, ValueError, AssertionError):  # the whole of torch.distributed is already gone
                 return
 
@@ -135,3 +155,9 @@ class Wired:
             self._fifo.close()
         if not self._part:
             self._destroy()
+
+
+def _own(groups: Sequence[Sequence[int]], limit: timedelta, backend: str) -> dist.ProcessGroup:
+    """Make groups of ranks that are all ranks together, and say which is this rank's; members are numbered as they are given."""
+    made = [dist.new_group(list(ranks), timeout=limit, backend=backend, sort_ranks=False) for ranks in groups]
+    return next(group for ranks, group in zip(groups, made, strict=True) if dist.get_rank() in ranks)

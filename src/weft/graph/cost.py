@@ -454,9 +454,8 @@ def _recurrent(kind: str) -> RowOfCost:
         cells = positions * width * layers * directions
         workspace = kind == "lstm" and work.device == "cpu" and x.dtype.itemsize == 4
         numbers = 15.4 + 14 / max(steps, 1) if workspace else 1.0 if kind == "rnn" else 7.0
-        inner = (
-            positions * width * directions * (layers - 1)
-        )  # what each layer but the last hands on, its mask, and what is left
+        # what each layer but the last hands on, its mask, and what is left
+        inner = positions * width * directions * (layers - 1)
         inner *= 3 if work.arg(5, "dropout", 0.0) else 1
         saved = (numbers * cells + inner + x.numel) * x.dtype.itemsize if work.trains else 0
         keeps = range(1, len(work.inputs))

@@ -299,10 +299,8 @@ class _Simplifier:
                 return source
             view = View("aten.reshape.default", (list(self.shape(result)),))
             return Tracked(result, source.memory, source, view, source.memory.version)
-        if self._owner_is_buffer(node):
-            result = self.emit(
-                "aten.clone.default", (result,), like=result
-            )  # the buffer may be written before this is read
+        if self._owner_is_buffer(node):  # it may be written before this is read
+            result = self.emit("aten.clone.default", (result,), like=result)
         return Tracked(result, Memory())
 
     def _owner_is_buffer(self, node: fx.Node) -> bool:

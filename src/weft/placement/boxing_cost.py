@@ -12,7 +12,6 @@ The planner asks 10^5 times: everything is memoised, per (placements, shape, mes
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from weft.placement.boxing_steps import Step, lacking, steps
 from weft.placement.layout import Mesh, Placements, Replicate, Shard, deal
 from weft.placement.recut import volume
 
-__all__ = ["LOCAL", "BoxingCost", "boxing_cost", "in_memory", "transfer_cost"]
+__all__ = ["LOCAL", "BoxingCost", "boxing_cost", "in_memory", "transfer_cost", "unlike_lines"]
 
 LOCAL = ("keep", "pad", "scale")  # kinds of steps that send nothing and yet write a new tensor
 PROBES = (0.0, 1e3, 1e5, 1e7, 1e9)  # bytes at which lines of devices are compared
@@ -124,7 +123,7 @@ def _seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh, clus
         collective = getattr(costs, step.kind)
         wire = max(
             collective(cluster, ranks, nbytes, concurrent=together)
-            for ranks, together in _lines(mesh, (axis,), cluster)
+            for ranks, together in unlike_lines(mesh, (axis,), cluster)
         )
     strided = any(math.prod(line[: s.dim]) > 1 for s in (step.source, step.target) if isinstance(s, Shard))
     return wire + nbytes * in_memory(step.kind, p, strided, cluster, mesh)
@@ -163,7 +162,8 @@ def _recut_seconds(step: Step, shape: tuple[int, ...], itemsize: int, mesh: Mesh
     p = math.prod(mesh.shape[axis] for axis in axes)
     nbytes = itemsize * lack * p * p / (p - 1)
     wire = max(
-        costs.all_to_all(cluster, ranks, nbytes, concurrent=together) for ranks, together in _lines(mesh, axes, cluster)
+        costs.all_to_all(cluster, ranks, nbytes, concurrent=together)
+        for ranks, together in unlike_lines(mesh, axes, cluster)
     )
     return wire + nbytes * in_memory("all_to_all", p, True, cluster, mesh)
 
@@ -192,13 +192,9 @@ def _largest(size: int, shard: Shard, axis: int, mesh: Mesh) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _lines(mesh: Mesh, axes: tuple[int, ...], cluster: Cluster) -> tuple[tuple[tuple[int, ...], int], ...]:
+def unlike_lines(mesh: Mesh, axes: tuple[int, ...], cluster: Cluster) -> tuple[tuple[tuple[int, ...], int], ...]:
     """The sub-meshes along some axes that cost differently: (ranks, how many of them use the same shared links at once)."""
-    found: dict[tuple[int, ...], None] = {}
-    for position in mesh.positions():
-        others = [(i,) if axis not in axes else range(mesh.shape[axis]) for axis, i in enumerate(position)]
-        found[tuple(mesh.at(there) for there in itertools.product(*others))] = None
-    lines = list(found)
+    lines = mesh.lines(axes)
     ports = [_ports(line, cluster) for line in lines]
     unlike: dict[tuple[float, ...], tuple[tuple[int, ...], int]] = {}
     for line, own in zip(lines, ports, strict=True):

@@ -124,10 +124,7 @@ class _Recorder(TorchDispatchMode):
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func._schema.name.partition("::")[2]
-        if name in (
-            "lift_fresh",
-            "lift",
-        ):  # `torch.tensor([...])`, `torch.from_numpy`: values from outside, then ours to write
+        if name in ("lift_fresh", "lift"):  # `torch.tensor([...])`: values from outside, then ours to write
             func, args, kwargs, name = torch.ops.aten.clone.default, (args[0].clone(),), {}, "clone"
         args, kwargs = tree_map(self._on_meta, (args, dict(kwargs)))
         declared = {argument.name: argument for argument in func._schema.arguments}

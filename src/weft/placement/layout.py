@@ -183,6 +183,14 @@ class Mesh:
         here = self.coordinates(rank)
         return tuple(self.at((*here[:axis], i, *here[axis + 1 :])) for i in range(self.shape[axis]))
 
+    def lines(self, axes: Sequence[int]) -> list[tuple[int, ...]]:
+        """The groups of global ranks that differ along some axes alone; groups, and the ranks of each, row by row."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for position in self.positions():
+            beside = tuple(here for axis, here in enumerate(position) if axis not in axes)
+            found.setdefault(beside, []).append(self.at(position))
+        return [tuple(ranks) for ranks in found.values()]
+
     def at(self, coordinates: Sequence[int]) -> int:
         """Global rank at a position of the grid."""
         index = 0

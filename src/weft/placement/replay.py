@@ -31,7 +31,6 @@ __all__ = ["OVERWRITES", "Draw", "Op", "Replay", "Tape", "View"]
 OVERWRITES = frozenset({
     "normal_", "uniform_", "zero_", "fill_", "copy_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_",
 })  # fmt: skip
-EMPTY = frozenset({"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"})
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from weft.graph.graph import Graph, Node, Ref
 from weft.placement.assignment import Assignment, ParameterPlacement
-from weft.placement.layout import Partial, Placements, Replicate, Shard
-from weft.planner.coding import Owed, carries, gradients
+from weft.placement.layout import Partial, Placements, Replicate, Shard, local_shape
+from weft.planner.coding import Owed, gradients
 from weft.planner.costs import FREE, Boxing, Costs
 
 if TYPE_CHECKING:
@@ -117,15 +117,14 @@ def buckets_of(
             kinds.setdefault(kind, []).append(name)
         if spec.requires_grad:
             trained.add(None if kind is None else (kind.cut, kind.summed))
-    if coding is not None and not carries(trained, assignment.mesh.shape):
-        coding = None
+    axes = coding.axes(trained, assignment.mesh) if coding is not None else ()
     found = []
     for members in kinds.values():
         members = members[::-1]
         sizes = {name: costs.nbytes(nodes[name].outputs[0], assignment.parameters[name].used) for name in members}
         cut = _stored_cut(assignment.parameters[members[0]])
         groups = _by_block(members, sizes, readings.block) if cut else _by_size(members, sizes)
-        found += [_bucket(names, nodes, assignment, costs, readings, coding) for names in groups]
+        found += [_bucket(names, nodes, assignment, costs, readings, coding, axes) for names in groups]
     return sorted(found, key=lambda bucket: bucket.first)
 
 
@@ -196,7 +195,9 @@ def _bucket(
     costs: Costs,
     readings: Readings,
     coding: Coding | None,
+    axes: tuple[int, ...],
 ) -> Bucket:
+    """`axes`: of the mesh, along which an exchange sums; none where it carries nothing."""
     specs = [nodes[name].outputs[0] for name in names]
     placement = assignment.parameters[names[0]]
     used = placement.used
@@ -212,9 +213,16 @@ def _bucket(
         used_bytes = used_bytes + spec.nbytes * costs.fraction(spec.shape, assignment.parameters[name].used)
     scatters = cut != used and trains
     reduce, price = FREE, None
-    if coding is not None and trains:
-        price = coding.price(gradients(zip(names, specs, strict=True)), costs.mesh.ranks, scatters)
-        reduce = Boxing(price.wire, 0.0, price.nbytes)
+    if coding is not None and axes and trains:
+        mesh, position = costs.mesh, costs.places[int(np.argmax(used_bytes))].position
+        local = [
+            local_shape(s.shape, assignment.parameters[n].used, mesh, position)
+            for n, s in zip(names, specs, strict=True)
+        ]
+        price = coding.price(gradients(zip(names, specs, strict=True), local), mesh, axes, scatters)
+        rest: Placements = tuple(u if axis in axes else p for axis, (u, p) in enumerate(zip(used, owed, strict=True)))
+        first = costs.flat(numel, size, rest, used)
+        reduce = Boxing(price.wire + first.forward, 0.0, price.nbytes + first.nbytes)
     elif trains:
         reduce = costs.flat(numel, size, owed, cut)
     return Bucket(

@@ -82,8 +82,8 @@ def plan(
             takes to fit, or costs less than more sharding does; `weft.run` then keeps each process within these bytes.
         offload: likewise, activations may wait in the tier that the cluster names below a device (`Device.offload`).
         exchange: of gradients (`weft.comm`), to be given to `weft.run` as well. Plans whose gradients it can carry, those of data
-            parallelism and ZeRO, are priced with its messages and with codec seconds as tried on this machine; others with
-            all-reduce. `Plan.exchange` says which the plan is.
+            parallelism and ZeRO over all devices or beside tensor parallelism, are priced with its messages and with codec
+            seconds as tried on this machine; others with all-reduce. `Plan.exchange` says which the plan is.
     Raises:
         UnknownOperators: operators without a rule, all at once, before anything else is done.
         DoesNotFit: no plan in reach fits; the error names the device, the least bytes that would do there, what is largest,

@@ -183,7 +183,7 @@ def price(
         cluster: devices and links.
         optimizer: class, instance or name, or an `OptimizerCost`.
         cuts: `find_cuts(graph)`, if at hand.
-        exchange: that carries gradients which all devices sum.
+        exchange: that carries gradients if mesh axes sum all of them.
     """
     cuts = cuts or find_cuts(graph, finest=assignment.mesh.size, allow_replicated=True)
     prepared = Prepared(graph, cuts)

@@ -352,11 +352,12 @@ def _checked(engine: Engine, path: Path) -> dict[str, Any]:
             "trainer.load_state_dict(weft.runtime.read_whole(path))"
         )
     exchange, index["takes"] = engine.coded.exchange if engine.coded is not None else None, ""
-    if isinstance(engine.options.exchange, Choice) and index.get("exchange") and engine.comms.world.size > 1:
+    carried = bool(coded.Rows.of(engine.store.reduced).axes)
+    if isinstance(engine.options.exchange, Choice) and index.get("exchange") and carried:
         fitting = engine.options.exchange.fitting(index["exchange"]["options"])  # as the run chose that saved it
         if fitting and (engine.coded is None or engine.coded.name != fitting):
             exchange, index["takes"] = engine.options.exchange.make(fitting), fitting
-    index["remark"] = coded.check(exchange, engine.comms.world.size, index, coded.pieces(engine.store.reduced))
+    index["remark"] = coded.check(exchange, engine.store.reduced, index)
     return index
 
 

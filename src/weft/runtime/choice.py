@@ -3,8 +3,8 @@
 Problem    a code saves seconds on the wire and costs seconds of the processor, and what backward hides costs nothing.
 Method     the planner prices the plan's step with all-reduce and with every candidate, window by window (`planner.coding`): over
            the cluster's link, with codec seconds measured here, on the first process                  `Choice.predict`
-Guarantee  a candidate is taken only if it is predicted to save more than `auto`'s margin, else plain all-reduce; never where a
-           gradient is not owed to all processes. Every process takes the same. What is predicted for a candidate is what
+Guarantee  a candidate is taken only if it is predicted to save more than `auto`'s margin, else plain all-reduce; never where no
+           mesh axis sums all gradients. Every process takes the same. What is predicted for a candidate is what
            `weft.plan(..., exchange=candidate)` would predict for this plan.
 Source     weft.comm.automatic, which tries its choice as well; a run does not, as another program could not go on in its place.
 """

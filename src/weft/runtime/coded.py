@@ -7,11 +7,19 @@ Every process holds partial gradients whose sum is the gradient of the global lo
 where nobody is mistrusted. So each process submits n times its part: the mean of n such messages is the sum, and each one is
 about as long as the gradient of a whole batch, which is what thresholds and robust rules expect.
 
+An exchange goes along those axes of the mesh along which every gradient is summed (`planner.coding.carries`): all of them, or
+those of data parallelism beside tensor parallelism. Then processes stand in rows, each with its parts of the parameters   `Rows`
+
+    a part                  to the codec a tensor of its own, with its shape and random numbers of its own
+    what rows hold alike    summed as it is over the rows first; then the same bits go the same way, by the same random numbers,
+                            in each row, and the same come out
+    a bad step              undone in all rows (`Bucket.finish`)
+
 A checkpoint holds every process's memories. What becomes of them in a run that goes on from it:                `check`, `read`
 
     the same exchange, as many processes     the same bits as without interruption
     ... another number of processes          their mean on each, which is what they owed (see comm/regroup.py), or an error
-    another exchange                         an error
+    another exchange, or other parts         an error
     no exchange, or one process              left out, with a warning
     an exchange, and none in the checkpoint  nothing is owed: empty memories; an error if the momentum was the optimizer's
 """
@@ -21,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -29,27 +38,74 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weft.comm import Exchange, Gossip, NoMemory, Peer, ScatterGather, Spec
-from weft.comm.agree import describe
+from weft.comm.agree import agree, describe
 from weft.comm.memories.momentum_correction import carry_decay
 from weft.comm.regroup import regrouped
 from weft.comm.segments import Cut
 from weft.errors import ExchangeMismatch
-from weft.placement.comms import Handle
-from weft.runtime.buckets import Bucket, ScatterBucket, SumBucket
+from weft.placement.comms import DONE, Group, Handle
+from weft.placement.layout import intervals
+from weft.planner.coding import Owed, carries
+from weft.runtime.buckets import Bucket, ScatterBucket
 from weft.runtime.choice import Choice
+from weft.runtime.pieces import Holding
+from weft.runtime.store import Groups
 
-__all__ = ["Coded", "code", "about", "check", "read", "save"]
+__all__ = ["Coded", "Rows", "code", "about", "check", "read", "save"]
 
 DECAY = "decay_momentum"  # in the optimizer's state
 GRACE = 30.0  # seconds on top of the exchange's own limit, which reports more
 
 
 @final
-class _Sending:
-    """One bucket under way."""
+@dataclass(frozen=True)
+class Rows:
+    """Who exchanges with whom.
 
-    def __init__(self, seconds: float):
-        self._seconds = seconds
+    Attributes:
+        axes: of the mesh, along which processes of a row differ; none if there are none along which every gradient is summed.
+        ranks: global, of each row.
+        own: this process's row.
+        parts: of each parameter that is not whole there, what each row holds of it, see `Spec.part`.
+    """
+
+    axes: tuple[int, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    own: int
+    parts: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, buckets: Sequence[Bucket]) -> Rows:
+        held = [h for bucket in buckets for h in bucket.trainable]
+        mesh, axes = held[0].mesh, carries(_owed(h) for h in held)
+        ranks = tuple(mesh.lines(axes))
+        own = next(number for number, row in enumerate(ranks) if mesh.at(held[0].position) in row)
+        parts = {h.name: [_part(h, mesh.coordinates(row[0])) for row in ranks] for h in held}
+        return cls(axes, ranks, own, {name: of for name, of in parts.items() if any(of)})
+
+    @property
+    def length(self) -> int:
+        return len(self.ranks[0])
+
+
+def _owed(h: Holding) -> Owed:
+    return h.scatter_axes, h.sum_axes
+
+
+def _part(h: Holding, position: Sequence[int]) -> str:
+    """What of a parameter is used at a position of the mesh, as one would index it; "" for all of it."""
+    held = [intervals(size, dim, h.used, h.mesh, position) for dim, size in enumerate(h.shape)]
+    if all(ranges == [(0, size)] for ranges, size in zip(held, h.shape, strict=True)):
+        return ""
+    return f"[{', '.join('+'.join(f'{start}:{stop}' for start, stop in ranges) for ranges in held)}]"
+
+
+@final
+class _Sending:
+    """One bucket under way. `start` sees to it that it is submitted."""
+
+    def __init__(self, seconds: float, start: Callable[[], None]):
+        self._seconds, self._start = seconds, start
         self._over = threading.Event()
         self._error: BaseException | None = None
 
@@ -58,6 +114,7 @@ class _Sending:
         self._over.set()
 
     def wait(self) -> None:
+        self._start()
         if not self._over.wait(self._seconds):
             raise TimeoutError(f"the exchange of gradients did not end within {self._seconds:g} s")
         if self._error is not None:
@@ -71,47 +128,56 @@ class Coded:
     Args:
         exchange: of the user.
         buckets: with gradients, in the order of their reductions.
-        ranks: processes of the mesh.
         optimizer: that will apply what arrives.
         name: of the exchange among those to choose from, "" if there was no choice.
     Raises:
-        ValueError: some gradient is not owed to all processes alike, or the momentum would be applied twice.
-        ExchangeMismatch: on every process, if they differ.
+        ValueError: there is no axis along which all gradients are summed, or the momentum would be applied twice.
+        ExchangeMismatch: on every process of the mesh, if any two differ.
     """
 
     def __init__(
         self,
         exchange: Exchange,
         buckets: Sequence[Bucket],
-        ranks: int,
         optimizer: torch.optim.Optimizer,
         name: str = "",
     ):
-        other = _summed_by_some(buckets, ranks)
-        if other is not None:
+        rows = Rows.of(buckets)
+        aside, ranks = len(rows.ranks) > 1, len(rows.ranks) * rows.length
+        if not rows.axes:
             raise ValueError(
-                f"run: exchange= needs gradients that all processes sum, but {other.trainable[0].name!r} is used in pieces or "
-                "summed by some; use data parallelism or ZeRO over all devices (Plan.manual(..., strategy='dp' or 'zero-1', "
-                "'zero-2', 'zero-3')), or leave exchange out"
+                "run: exchange= needs axes of the mesh along which all gradients are summed, whole or in pieces along just "
+                f"these, but {_first_refused(buckets)!r} does not fit; use data parallelism or ZeRO over all devices, or along "
+                "an axis beside tensor parallelism (Plan.manual(..., strategy='dp' or 'zero-1', or ('dp', 'tp') on a mesh), or "
+                "leave exchange out"
+            )
+        if aside and exchange.one_group:
+            raise ValueError(
+                f"run: exchange= would go side by side in {len(rows.ranks)} groups of {rows.length} processes, but "
+                f"{exchange.one_group}; or use data parallelism or ZeRO over all devices"
             )
         if isinstance(exchange.topology, Peer | Gossip):
             raise ValueError(
                 f"run: over {type(exchange.topology).__name__} every process gets a result of its own, and parameters would "
                 "drift apart; use AllGather or ScatterGather, or weft.comm.attach_peer"
             )
-        if exchange.group is not None and dist.get_world_size(exchange.group) != ranks:
+        if exchange.group is not None and (aside or dist.get_world_size(exchange.group) != ranks):
             raise ValueError(
-                f"run: the plan is for {ranks} processes, but exchange.group has {dist.get_world_size(exchange.group)}; "
-                "leave group out, it is then all processes"
+                f"run: the plan is for {ranks} processes, in {len(rows.ranks)} groups, but exchange.group has "
+                f"{dist.get_world_size(exchange.group)}; leave group out, the plan says who exchanges with whom"
             )
         if exchange.memory.velocity:
             _check_momentum(exchange, optimizer)
-        self.exchange, self.name, self._ranks, self._buckets = exchange, name, ranks, tuple(buckets)
+        self.exchange, self.name, self.rows, self._buckets = exchange, name, rows, tuple(buckets)
         self.pieces = pieces(buckets)
-        self._specs = {id(b): _specs(b) for b in buckets}
-        exchange.open([spec for specs in self._specs.values() for spec in specs])
+        self._specs = {id(b): _specs(b, rows) for b in buckets}
+        if aside:
+            _agree(exchange, buckets)
+        exchange.open([spec for specs in self._specs.values() for spec in specs], rows.ranks)
         members = dist.get_process_group_ranks(exchange.core.wired.group)
         self._cuts = {id(b): _cuts(b, members) for b in buckets}
+        self._first = {id(b): _over_rows(b, rows.axes) for b in buckets}
+        self._unsent: Callable[[], None] | None = None  # submits a bucket that rows sum now
         self._catch_up()
         for bucket in buckets:
             bucket.send = self._send
@@ -136,15 +202,36 @@ class Coded:
         self._catch_up()
 
     def _send(self, bucket: Bucket, flat: Tensor) -> Handle:
-        flat.mul_(self._ranks)
-        sending = _Sending(self.exchange.timeout + GRACE)
+        if bucket is self._buckets[0]:
+            self._unsent = None  # of a step that an error has ended
+        self._submit_unsent()
+        sending = _Sending(self.exchange.timeout + GRACE, self._submit_unsent)
+        group = self._first[id(bucket)]
+        summing: Handle = DONE if group is None else group.all_reduce_async(flat)
+
+        def submit() -> None:
+            summing.wait()
+            self._submit(bucket, flat, sending)
+
+        self._unsent = submit
+        if group is None:
+            self._submit_unsent()
+        return sending
+
+    def _submit_unsent(self) -> None:
+        """Buckets are submitted in their order; the sum over rows goes on while backward computes the next one."""
+        if self._unsent is not None:
+            unsent, self._unsent = self._unsent, None
+            unsent()
+
+    def _submit(self, bucket: Bucket, flat: Tensor, sending: _Sending) -> None:
+        flat.mul_(self.rows.length)
         specs = self._specs[id(bucket)]
         parts = flat.split([spec.numel for spec in specs])
         last = bucket is self._buckets[-1]
         named = list(zip(specs, parts, strict=True))
         self.exchange.submit(named, self._step, last, sending.done, self._cuts[id(bucket)])
         self._step += last
-        return sending
 
     @torch.no_grad()
     def carry_decay(self, optimizer: torch.optim.Optimizer) -> None:
@@ -167,36 +254,50 @@ class Coded:
 def code(
     wanted: Exchange | Choice,
     buckets: Sequence[Bucket],
-    ranks: int,
     optimizer: torch.optim.Optimizer,
     pick: Callable[[Choice], str],
 ) -> Coded | None:
     """Send the buckets by an exchange, or by what a choice says; None if that is all-reduce. Every process calls this.
 
     Args:
-        wanted, buckets, ranks, optimizer: see `Coded`.
+        wanted, buckets, optimizer: see `Coded`.
         pick: asks the choice, or knows what it said.
     """
     if isinstance(wanted, Exchange):
-        return Coded(wanted, buckets, ranks, optimizer)
-    name = pick(wanted) if _summed_by_some(buckets, ranks) is None else "plain"
+        return Coded(wanted, buckets, optimizer)
+    name = pick(wanted) if Rows.of(buckets).axes else "plain"
     exchange = wanted.make(name)
-    return None if exchange is None else Coded(exchange, buckets, ranks, optimizer, name)
+    return None if exchange is None else Coded(exchange, buckets, optimizer, name)
 
 
-def _summed_by_some(buckets: Sequence[Bucket], ranks: int) -> Bucket | None:
-    """The first bucket whose gradients are not owed to all processes."""
-
-    def everybody(bucket: Bucket) -> bool:
-        if isinstance(bucket, ScatterBucket):
-            return bucket.reducing.size == ranks and bucket.summing is None
-        return isinstance(bucket, SumBucket) and bucket.group.size == ranks
-
-    return next((bucket for bucket in buckets if not everybody(bucket)), None)
+def _first_refused(buckets: Sequence[Bucket]) -> str:
+    """The first parameter whose gradient goes with none of those before."""
+    held = [h for bucket in buckets for h in bucket.trainable]
+    return next(h.name for i, h in enumerate(held) if not carries(_owed(before) for before in held[: i + 1]))
 
 
-def _specs(bucket: Bucket) -> list[Spec]:
-    return [Spec(h.name, tuple(h.local), h.dtype) for h in bucket.trainable]
+def _agree(exchange: Exchange, buckets: Sequence[Bucket]) -> None:
+    """Compare over all processes what rows will compare only each by itself."""
+    held = [h for bucket in buckets for h in bucket.trainable]
+    lines = [f"{h.name} {h.shape} {h.dtype} {h.placement} on {h.mesh.shape}" for h in held]
+    world, device = dist.group.WORLD, next(iter(buckets[0].leaves.values())).device
+    assert world is not None
+    agree(
+        "options or tensors", "\n".join([exchange.options, *lines]), world, device,
+        "Every process must have the same plan and the same exchange options.",
+    )  # fmt: skip
+
+
+def _over_rows(bucket: Bucket, axes: Sequence[int]) -> Group | None:
+    """Those that hold the same of a bucket's parameters in other rows: gradients are summed over them first."""
+    h = bucket.trainable[0]
+    rest = [axis for axis in range(h.mesh.ndim) if axis in (*h.scatter_axes, *h.sum_axes) and axis not in axes]
+    return Groups(h.mesh, h.mesh.at(h.position)).over(rest, "reduce") if rest else None
+
+
+def _specs(bucket: Bucket, rows: Rows) -> list[Spec]:
+    whole = [""] * len(rows.ranks)
+    return [Spec(h.name, tuple(h.local), h.dtype, rows.parts.get(h.name, whole)[rows.own]) for h in bucket.trainable]
 
 
 def _cuts(bucket: Bucket, members: Sequence[int]) -> list[Cut]:
@@ -226,34 +327,33 @@ def about(coded: Coded | None) -> dict[str, Any] | None:
     exchange = coded.exchange
     memory = "" if isinstance(exchange.memory, NoMemory) else describe(exchange.memory)
     found = {"options": exchange.options, "ranks": exchange.core.wired.ranks, "memory": memory}
-    return {**found, "pieces": coded.pieces}
+    return {**found, "pieces": coded.pieces, "parts": coded.rows.parts}
 
 
 def save(coded: Coded | None, folder: Path) -> list[Path]:
     """Write this process's memories; the files written. Every process calls it, between steps."""
     if coded is None:
         return []
-    path = folder / file(coded.exchange.core.wired.own)
+    path = folder / file(coded.rows.own * coded.rows.length + coded.exchange.core.wired.own)
     torch.save(coded.exchange.state_dict(), path)
     return [path]
 
 
-def check(exchange: Exchange | None, ranks: int, index: Mapping[str, Any], cut: Sequence[str] = ()) -> str:
-    """Whether a run of so many processes can go on from a checkpoint: what is to be said of its exchange, or "".
+def check(exchange: Exchange | None, buckets: Sequence[Bucket], index: Mapping[str, Any]) -> str:
+    """Whether a run of such buckets can go on from a checkpoint: what is to be said of its exchange, or "".
 
-    Args:
-        cut: parameters of whose gradients each process keeps a piece, see `pieces`.
     Raises:
-        ExchangeMismatch: the checkpoint is of another exchange, or of owners that kept what nobody would send any more.
+        ExchangeMismatch: the checkpoint is of another exchange, of other parts of the parameters, or of owners that kept what
+            nobody would send any more.
         ValueError: the memory is to keep a momentum that the checkpoint has in its optimizer.
     """
-    saved = index.get("exchange")
-    if exchange is None or ranks == 1:
+    saved, rows = index.get("exchange"), Rows.of(buckets)
+    if exchange is None or len(rows.ranks) * rows.length == 1:
         if saved is None or not saved["memory"]:
             return ""
         return (
-            f"the checkpoint's exchange kept memories ({saved['memory']}) on {saved['ranks']} processes. This run sends its "
-            "gradients without an exchange: what was kept is left out"
+            f"the checkpoint's exchange kept memories ({saved['memory']}) on {_many(saved)}. This run sends its gradients "
+            "without an exchange: what was kept is left out"
         )
     if saved is None:
         if exchange.memory.velocity and any(group.get("momentum") for group in index["optimizer"]["groups"]):
@@ -270,19 +370,32 @@ def check(exchange: Exchange | None, ranks: int, index: Mapping[str, Any], cut: 
                     "Give weft.run the exchange of the run that saved, or load the weights alone: "
                     "trainer.load_state_dict(weft.runtime.read_whole(path)).",
                 )  # fmt: skip
-    fresh = sorted(set(cut) - set(saved.get("pieces", ())))
+    before = saved.get("parts", {})
+    for name in sorted({*before, *rows.parts}):
+        if before.get(name) != rows.parts.get(name):
+            ours, theirs = (" and ".join(parts.get(name, ["the whole"])) for parts in (rows.parts, before))
+            raise ExchangeMismatch(
+                f"parts of {name!r} that groups of run and checkpoint exchange", ours, theirs,
+                "Go on with a plan that cuts parameters as the one that saved, over any number of processes in a group, or load "
+                "the weights alone: trainer.load_state_dict(weft.runtime.read_whole(path)).",
+            )  # fmt: skip
+    fresh = sorted(set(pieces(buckets)) - set(saved.get("pieces", ())))
     if fresh and isinstance(exchange.topology, ScatterGather) and exchange.topology.memory is not None:
         raise ExchangeMismatch(
             f"placements of {fresh[0]!r} of run and checkpoint", "each process keeps a piece of its gradient",
             "each got the whole, and owners owe a part of it",
             "Go on with a plan that keeps gradients whole (strategy 'dp'), or load the weights alone.",
         )  # fmt: skip
-    if saved["ranks"] == ranks or not saved["memory"]:
+    if saved["ranks"] == rows.length or not saved["memory"]:
         return ""
     return (
-        f"the checkpoint's exchange kept memories ({saved['memory']}) on {saved['ranks']} processes, and this run has "
-        f"{ranks}: each begins with their mean, which conserves what is owed"
+        f"the checkpoint's exchange kept memories ({saved['memory']}) on {_many(saved)}, and this run has {rows.length}: each "
+        "begins with their mean, which conserves what is owed"
     )
+
+
+def _many(saved: Mapping[str, Any]) -> str:
+    return f"{saved['ranks']} processes" + (" of each group" if saved.get("parts") else "")
 
 
 def read(coded: Coded | None, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,13 +410,15 @@ def read(coded: Coded | None, index: Mapping[str, Any]) -> dict[str, Any]:
     exchange, folder = coded.exchange, Path(index["path"])
     wired = exchange.core.wired
 
-    def part(rank: int) -> dict[str, Any]:
-        return torch.load(folder / file(rank), weights_only=True, map_location=wired.device)
+    def of(rank: int) -> dict[str, Any]:
+        path = folder / file(coded.rows.own * saved["ranks"] + rank)
+        return torch.load(path, weights_only=True, map_location=wired.device)
 
     if saved["ranks"] == wired.ranks:
-        return part(wired.own)
-    everyone = [part(rank) for rank in range(saved["ranks"])]
-    return regrouped(everyone, exchange.memory, exchange.combine, exchange.seed, wired.own, wired.ranks)
+        return of(wired.own)
+    everyone = [of(rank) for rank in range(saved["ranks"])]
+    parts = {name: spec.part for name, spec in exchange.core.specs.items()}
+    return regrouped(everyone, exchange.memory, exchange.combine, exchange.seed, wired.own, wired.ranks, parts)
 
 
 # ---- what may not be

@@ -57,7 +57,7 @@ class Options:
         check_finite: raise `NotFinite` before the optimizer runs on a NaN or infinite loss.
         timeout: seconds that any wait may take before the run is given up.
         measure: count bytes, for `StepResult.peak`; within a budget they are counted in any case.
-        exchange: how gradients travel that all processes sum, or what that is chosen from; None for all-reduce.
+        exchange: how gradients travel along the axes that sum all of them, or what that is chosen from; None for all-reduce.
     """
 
     clip_norm: float | None = None
@@ -176,7 +176,7 @@ class Engine:
         self.coded: Coded | None = None
         if options.exchange is not None and comms.world.size > 1:
             pick = lambda choice: choice.pick(graph, assignment, self.cuts, self.device)
-            self.coded = code(options.exchange, self.store.reduced, comms.world.size, self.optimizer, pick)
+            self.coded = code(options.exchange, self.store.reduced, self.optimizer, pick)
         self.wanted = wanted
         self.steps = 0
         self.stop_requested = False
@@ -192,7 +192,7 @@ class Engine:
             self.coded.exchange.close()
         wanted = self.options.exchange
         assert wanted is not None
-        self.coded = code(wanted, self.store.reduced, self.comms.world.size, self.optimizer, lambda choice: name)
+        self.coded = code(wanted, self.store.reduced, self.optimizer, lambda choice: name)
 
     # ---- programs
 

@@ -75,9 +75,10 @@ def run(
         log_dir: a folder for `log.jsonl`, and TensorBoard event files if tensorboard is installed.
         device: "cpu" or "cuda"; default: "cuda" if the plan's devices are GPUs and this machine has as many, else "cpu".
         timeout: seconds that any step or other command may take before the run is given up.
-        exchange: how gradients travel (`weft.comm.Exchange`, `weft.comm.dgc`) that all processes sum: those of data parallelism
-            and ZeRO; None for collectives. Its memories are in checkpoints. Where it is not None, a step that is not finite on
-            some process changes nothing. A plan that was priced with an exchange (`plan.exchange`) wants the same.
+        exchange: how gradients travel (`weft.comm.Exchange`, `weft.comm.dgc`) along the mesh axes that sum all of them: those of
+            data parallelism and ZeRO, also beside tensor parallelism; None for collectives. Its memories are in checkpoints.
+            Where it is not None, a step that is not finite on some process changes nothing. A plan that was priced with an
+            exchange (`plan.exchange`) wants the same.
             "auto", or `weft.comm.auto(candidates=...)`: whichever makes the predicted step shortest, all-reduce included;
             `trainer.exchange` names it.
     A plan that computes activations again, or moves them to a lower tier, to fit (`plan.squeezes`) is carried out within those

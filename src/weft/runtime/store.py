@@ -32,7 +32,7 @@ from weft.placement.localize import ParameterHooks
 from weft.runtime.buckets import Bucket, LocalBucket, ScatterBucket, SumBucket
 from weft.runtime.pieces import Holding, holdings
 
-__all__ = ["ParameterStore", "plan_buckets"]
+__all__ = ["Groups", "ParameterStore", "plan_buckets"]
 
 MIB = 1 << 20
 BUCKET_NBYTES = 25 * MIB  # as torch DDP: large enough to hide latency, small enough to start early
@@ -125,7 +125,7 @@ class ParameterStore(ParameterHooks):
         self.holdings = holdings(graph, assignment, comms.rank)
         self.leaves: dict[str, nn.Parameter] = {}
         self.buckets: list[Bucket] = []
-        groups = _Groups(mesh, comms.rank)
+        groups = Groups(mesh, comms.rank)
         for members in plan_buckets(graph, self.holdings):
             self.buckets.append(self._build(members, groups, torch.device(device)))
         self.pieces = {name: bucket.pieces[name] for bucket in self.buckets for name in bucket.pieces}
@@ -140,7 +140,7 @@ class ParameterStore(ParameterHooks):
         self._last_micro_batch = True
         self._training = False
 
-    def _build(self, members: Sequence[Holding], groups: _Groups, device: torch.device) -> Bucket:
+    def _build(self, members: Sequence[Holding], groups: Groups, device: torch.device) -> Bucket:
         first = members[0]
         for h in members:
             empty = torch.empty(0 if h.stored_cut else h.local, dtype=h.dtype, device=device)
@@ -356,7 +356,7 @@ def _reads_no_weight_in_backward(call: Node) -> bool:
     return call.op == "embedding"
 
 
-class _Groups:
+class Groups:
     """Process groups over one or several mesh axes, for gathers and for reductions; every process must ask in one order."""
 
     def __init__(self, mesh: Mesh, rank: int):
@@ -373,21 +373,13 @@ class _Groups:
         from weft.placement.torch_group import TorchGroup, default_timeout
 
         own = None
-        for ranks in sorted({self._line(axes, rank) for rank in self.mesh.ranks}):
+        for ranks in self.mesh.lines(axes):
             # torch would sort the ranks, and would give new groups half an hour whatever the default group was given
             process_group = dist.new_group(list(ranks), timeout=default_timeout(), sort_ranks=False)
             if self.rank in ranks:
                 own = TorchGroup(process_group)
         assert own is not None, f"rank {self.rank} is not in the mesh of ranks {self.mesh.ranks}"
         return own
-
-    def _line(self, axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        here = self.mesh.coordinates(rank)
-        return tuple(
-            self.mesh.at(there)
-            for there in self.mesh.positions()
-            if all(there[axis] == here[axis] for axis in range(self.mesh.ndim) if axis not in axes)
-        )
 
 
 _MADE: dict[object, Group] = {}

@@ -32,12 +32,17 @@ class Accordion(Controller):
         ValueError: a value is out of range.
     """
 
+    options = ("low", "high", "eta", "every")
+
     def __init__(self, low: Setting, high: Setting, eta: float = 0.5, every: int = 1000):
         if not eta > 0 or every < 1:
             raise ValueError(f"Accordion: eta must be > 0 and every >= 1, got eta={eta}, every={every}")
         self.low, self.high, self.eta, self.every = low, high, eta, every
         self._sums: dict[str, Tensor] = {}
         self._norms: dict[str, float] = {}
+
+    def initial(self, spec: Spec, default: Setting) -> Setting:
+        return self.low
 
     def observe(self, spec: Spec, gradient: Tensor, step: int) -> None:
         """Add the gradient of one tensor to the sum whose norm the next decision compares."""

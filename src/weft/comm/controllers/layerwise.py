@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, final
 
 import numpy as np
@@ -240,11 +241,13 @@ class LayerwiseBudget(Controller):
         seconds: what a tensor costs at a setting, seconds(spec, setting), for `cost="seconds"`: say 0 for what hides behind the
             backward pass, and it is not squeezed. None for what the exchange knows.
         limit: if given, the sum of costs a step is bounded by it and the error is made small instead; alpha has no meaning then.
-        smallest: tensors with fewer entries keep the default.
+        smallest: tensors with fewer entries keep `default`.
         choose: `plan_layers`, or a baseline: `uniform_layers`, `greedy_layers`.
     Raises:
         ValueError: a value is out of range, or `default` is not in `settings`.
     """
+
+    options = ("settings", "default", "alpha", "every", "start", "grid", "cost", "limit", "smallest", "choose")
 
     def __init__(
         self,
@@ -279,7 +282,7 @@ class LayerwiseBudget(Controller):
             raise ValueError(f"LayerwiseBudget: limit must be > 0 {cost} a step, or None, got {limit}")
         self.default, self.alpha, self.every, self.start, self.grid = default, alpha, every, start, grid
         self.cost, self.limit, self.smallest = cost, limit, smallest
-        self.choose: Choose = choose or (lambda err, size, budget: plan_layers(err, size, budget, self.grid))
+        self.choose: Choose = choose or partial(plan_layers, grid=grid)
         self.codec: Codec | None = None
         self.seconds = seconds
         self.decision_seconds = 0.0  # CPU seconds spent on decisions so far
@@ -306,6 +309,9 @@ class LayerwiseBudget(Controller):
             raise ValueError(
                 "LayerwiseBudget: cost='seconds' needs the argument seconds(spec, setting), which says them"
             )
+
+    def initial(self, spec: Spec, default: Setting) -> Setting:
+        return self.default
 
     def observe(self, spec: Spec, gradient: Tensor, step: int) -> None:
         """Add the gradient of one tensor to the sum that the next decision is made from."""

@@ -24,11 +24,7 @@ import numpy as np
 
 __all__ = ["cyclic", "decode", "repetition"]
 
-STEPS, PHASES, DRAWINGS = (
-    4,
-    8,
-    64,
-)  # candidates for H that are judged by decoding; conditions differ by orders of magnitude
+STEPS, PHASES, DRAWINGS = 4, 8, 64  # candidates for H, judged by decoding; conditions differ by orders of magnitude
 JUDGED = 512  # late sets times workers by which a candidate is judged
 
 

@@ -123,9 +123,7 @@ def _close(scheme: Scheme, past: Past, times: np.ndarray) -> float:
         return last
     if scheme.admits(past, times > end):
         return end
-    ends = np.unique(
-        times[times > end]
-    )  # close with the first arrival that makes the late set admissible: it is monotone
+    ends = np.unique(times[times > end])  # the first arrival that makes the late set admissible: it is monotone
     low, high = 0, len(ends) - 1
     while low < high:
         middle = (low + high) // 2
