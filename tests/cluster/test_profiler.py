@@ -12,10 +12,11 @@ import pytest
 
 from weft.cluster import KINDS, Cluster, ClusterError, ProfileError, costs, profile, profiler
 from weft.cluster.probes import operator_probes
+from weft.memory.tiers import copies
 
 
 def test_a_quick_profile_of_this_machine(tmp_path):
-    cluster, report = profile(processes=2, quick=True)
+    cluster, report = profile(processes=2, quick=True, offload=str(tmp_path), copies=copies)
     assert len(cluster) == 2 and cluster.uniform and len(cluster.hosts) == 1
     device = cluster[0]
     assert set(device.rates) == set(KINDS)
@@ -25,6 +26,12 @@ def test_a_quick_profile_of_this_machine(tmp_path):
         assert {"float32", "float64", "bfloat16"} <= set(rate.flops), kind
     assert 1e8 < device.rates["matmul"].flops["float32"] < 1e13
     assert 1e6 < cluster.link(0, 1).bandwidth < 1e12 and cluster.link(0, 1).latency < 0.1
+    tier = device.offload
+    assert (
+        tier == cluster[1].offload and (tier.name, tier.folder) == ("disk", str(tmp_path)) and tier.capacity > 1 << 20
+    )
+    assert 1e6 < tier.bandwidth < 1e11 and 0 <= tier.overlap <= 1 and len(report.collectives["disk copies"]) == 8
+    assert str(tmp_path) in str(report)
     assert set(report.operators) == set(KINDS)
     assert {name.split()[-1] for name in report.collectives} >= {"send", "all_reduce", "all_gather"}
     cluster.save(tmp_path / "cluster.yaml", str(report))

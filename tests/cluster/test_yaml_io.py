@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ kinds:
       default: {flops: {float32: 1 TFLOP/s, bfloat16: 8e12}, bandwidth: 100 GB/s, overhead: 2 us}
 devices:
   - {device: A100-80GB, count: 4, host: alpha}
-  - {device: V100-16GB, count: 2, host: beta, offload: {to: host, type: pcie3, latency: 50 us, capacity: 64 GiB}}
+  - {device: V100-16GB, count: 2, host: beta, offload: {to: host, type: pcie3, latency: 50 us, capacity: 64 GiB, overlap: 0.75}}
   - device: edge-core
     name: edge
     host: edge
@@ -65,7 +66,11 @@ def test_what_a_file_means(lab):
     assert edge.rate("norm") == cluster.subset([6])[0].rate("norm")
     assert asic.memory == 16_000_000_000 and asic.rate("conv").flops_of("bfloat16") == 8e12
     assert asic.rate("conv").overhead == 2e-6
-    assert cluster[4].offload == cluster[5].offload == Tier(LINKS["pcie3"].bandwidth, 50 * 1e-6, 64 << 30, "host")
+    assert (
+        cluster[4].offload
+        == cluster[5].offload
+        == Tier(LINKS["pcie3"].bandwidth, 50 * 1e-6, 64 << 30, "host", "", 0.75)
+    )
     assert (
         edge.offload == Tier(LINKS["pcie3"].bandwidth, name="disk")
         and asic.offload is None
@@ -142,6 +147,7 @@ MISTAKES = [
     ("to: disk", "to: host", 3, "the host's memory is that of a cpu-core itself; offload to: disk"),
     ("to: disk, ", "", 3, "to is missing (host or disk)"),
     ("capacity: 64 GiB", "capacity: 0", 11, "capacity must be > 0 bytes, got 0"),
+    ("overlap: 0.75", "overlap: 2", 11, "overlap must be in [0, 1], got 2"),
     ("capacity: 64 GiB", "shared: true", 11, "offload has no 'shared'"),
 ]
 
@@ -218,6 +224,13 @@ def test_quantities(text, dimension, value):
 def test_what_is_not_a_quantity(text):
     with pytest.raises(ValueError, match="80 GiB"):
         quantity(text, "bytes")
+
+
+def test_a_measured_tier_is_written_and_read_back(tmp_path):
+    tier = Tier(9e8, 1e-4, 1e12, "disk", "/fast/disk", 0.625)
+    cluster = Cluster((replace(DEVICES["cpu-core"], name="a", host="h", offload=tier),), ())
+    cluster.save(tmp_path / "cluster.yaml")
+    assert Cluster.load(tmp_path / "cluster.yaml")[0].offload == tier
 
 
 def test_the_documentation_holds():

@@ -6,6 +6,7 @@ Steps for `weft.bench.pair`, all on one GPT with the same batches:
     mapped      parameters, gradients and state in memory-mapped files (`torch.from_file`), at most `cap` bytes of them resident
     raw         nothing but the bytes that weft moves, by plain threads: what the disk alone takes
     reader, raw_reader      reading one file with `weft.memory.tiers`, and with plain threads
+    waiting     activations within a share of what they take, copied to the disk and back by `weft.memory.limit`
     gathered, broadcast     fetching parameters over links that a token bucket throttles, one per process
 
 `mapped` is kept fair: the kernel's own readahead serves it, its activations do not count, and what exceeds the cap is written and
@@ -43,6 +44,7 @@ __all__ = [
     "raw_reader",
     "reader",
     "tiered",
+    "waiting",
 ]
 
 
@@ -97,6 +99,52 @@ def tiered(problem: Problem, overlap: bool = True) -> Iterator[Step]:
             return {"read_bytes": float(moved[-1][0]), "written_bytes": float(moved[-1][1])}
 
         yield Step(step, facts=facts)
+
+
+@contextlib.contextmanager
+def waiting(problem: Problem, share: float) -> Iterator[Step]:
+    """Activations within `share` of their bytes, or the least that will do, by copies alone: no operator is repeated, so that
+    what copies cost is all that differs from training in memory. `predicted` is the plan's seconds over those of the step as
+    traced."""
+    from dataclasses import replace
+
+    from weft.memory import least, limit, plan, trace
+    from weft.memory.tiers import measured
+
+    model = problem.model()
+    optimizer = problem.optimizer(model.parameters())
+    with tempfile.TemporaryDirectory(prefix="weft-bench-") as folder:
+        whole = trace(model, problem.batches[0], optimizer=problem.optimizer)
+        kept = replace(whole, ops=tuple(replace(op, repeatable=False) for op in whole.ops))
+        tier = measured(folder, quick=False)
+        found = plan(kept, max(int(kept.fixed + share * (kept.peak - kept.fixed)), least(kept, tier)), tier=tier)
+        context = limit(
+            replace(found, budget=found.budget + (64 << 10)), model=model
+        )  # for what the trace does not have
+
+        def step(batch: tuple[Any, ...]) -> Any:
+            if context.resting:
+                context.wake()
+            else:
+                context.__enter__()
+            optimizer.zero_grad()
+            loss = model(*batch)
+            loss.backward()
+            optimizer.step()
+            context.step()
+            context.rest()
+            return loss.detach()
+
+        def facts() -> dict[str, float]:
+            return {
+                "predicted": found.seconds / kept.seconds, "copied_bytes": float(found.checked.saved_bytes),
+                "waited_seconds": found.checked.waited_seconds, "bandwidth": tier.bandwidth, "latency": tier.latency,
+                "overlap": tier.hidden, "notes": float(len(context.notes)),
+            }  # fmt: skip
+
+        yield Step(step, facts=facts)
+        context.wake()
+        context.__exit__(None, None, None)
 
 
 def peak(steps: int = 2, **options: Any) -> float:

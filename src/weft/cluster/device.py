@@ -80,12 +80,17 @@ class Tier:
         latency: seconds that each copy costs besides, >= 0.
         capacity: bytes that one device may put there, > 0; `math.inf` is allowed.
         name: for people ("host", "disk").
+        folder: of the disk, where there are several; "" is the folder for temporary files (`TMPDIR`).
+        overlap: fraction of a copy's seconds, in [0, 1], that the device need not spend itself; None where it is not known: then
+            the device's, or 1.
     """
 
     bandwidth: float
     latency: float = 0.0
     capacity: float = math.inf
     name: str = "host"
+    folder: str = ""
+    overlap: float | None = None
 
     def __post_init__(self) -> None:
         for what, value, unit in (
@@ -95,6 +100,13 @@ class Tier:
             if isinstance(value, bool) or not value > 0:
                 raise ClusterError("", f"{what} must be > 0 {unit}, got {value}")
         _not_negative("latency", self.latency, "seconds")
+        if self.overlap is not None and not 0.0 <= self.overlap <= 1.0:
+            raise ClusterError("", f"overlap must be in [0, 1], got {self.overlap}")
+
+    @property
+    def hidden(self) -> float:
+        """`overlap`, 1 where it is not known."""
+        return 1.0 if self.overlap is None else self.overlap
 
     def seconds(self, nbytes: float) -> float:
         """Seconds to copy `nbytes` one way.

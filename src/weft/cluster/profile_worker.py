@@ -7,12 +7,14 @@ started). Every wait is bounded: the process group has a timeout, and a process 
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import os
 import platform
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +29,14 @@ SIZES = (1 << 10, 16 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)  # bytes of t
 QUICK_SIZES = (1 << 10, 64 << 10, 1 << 20, 8 << 20)
 
 
-def measure(quick: bool, host: str | None = None) -> dict[str, Any]:
+def measure(
+    quick: bool, host: str | None = None, offload: str = "", copies: Callable[..., Any] | None = None
+) -> dict[str, Any]:
     """Run all probes with the default process group; every process of it must call this.
 
     Returns, as JSON types, for this process: "host", "kind", "device", "memory", "operators" [(kind, label, phases, seconds)],
-    "dtypes" {dtype: speed relative to float32}, "disturbance", "links" [(level, collective, nbytes, ranks, seconds)], "overlap".
+    "dtypes" {dtype: speed relative to float32}, "disturbance", "links" [(level, collective, nbytes, ranks, seconds)], "overlap";
+    with `offload` the fields of what `copies(offload, device, quick, sharing)` gives, as "copies".
     """
     world, device = dist.group.WORLD, _device()
     assert world is not None
@@ -68,6 +73,10 @@ def measure(quick: bool, host: str | None = None) -> dict[str, Any]:
                     result["links"].append((level, name, nbytes, list(ranks), seconds / 2))
     if dist.get_world_size() > 1:
         result["overlap"] = probes.measure_overlap(device, world, probes.Clock(device, 3 * window, world))
+    if offload:
+        assert copies is not None
+        dist.barrier()  # all copy at once
+        result["copies"] = vars(copies(offload, device, quick, sharing))
     return result
 
 
@@ -117,15 +126,22 @@ def _dtypes(device: torch.device, clock: probes.Clock) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m weft.cluster.profile_worker RENDEZVOUS_FILE RANK PROCESSES QUICK TIMEOUT OUTPUT`; writes JSON to OUTPUT."""
-    rendezvous, rank, processes, quick, timeout, output = arguments
+    """`python -m weft.cluster.profile_worker RENDEZVOUS_FILE RANK PROCESSES QUICK TIMEOUT OUTPUT [OFFLOAD MODULE:FUNCTION]`
+
+    Writes JSON to OUTPUT.
+    """
+    rendezvous, rank, processes, quick, timeout, output, *below = arguments
     _end_with_parent()
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=float(timeout))
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(processes), timeout=limit
     )
-    result = measure(quick == "1")
+    offload, copies = "", None
+    if below:
+        offload, (module, _, function) = below[0], below[1].partition(":")
+        copies = getattr(importlib.import_module(module), function)
+    result = measure(quick == "1", offload=offload, copies=copies)
     partial = f"{output}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(result, file)

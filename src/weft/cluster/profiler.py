@@ -4,6 +4,7 @@
     2. every process times real operators and collectives                                        `weft.cluster.probes`
     3. fit a roofline per operator kind and a latency and bandwidth per level                    `weft.cluster.fit`
     4. devices of one host that are the same machine get the same figures, the medians over its processes
+    5. if asked, a tier below each device: copies there and back, again by all at once, and its free room shared out  `tier_of`
 
 Nothing waits without a bound, started processes end with this one, and a failure is a `ProfileError` that shows the failing
 process's last words.
@@ -18,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from weft.cluster import costs
-from weft.cluster.device import ClusterError, Device, Link, Rate
+from weft.cluster.device import ClusterError, Device, Link, Rate, Tier
 from weft.cluster.topology import Cluster, Level
 from weft.errors import WeftError
 
@@ -58,7 +59,8 @@ class ProfileReport:
         disturbance: fraction of the time that other programs held the cores; above a tenth, links and overlap are doubtful.
         machine: host name -> processor or GPU.
         operators: for each operator kind, (label, measured seconds, predicted seconds) of its samples.
-        collectives: likewise, by "level collective".
+        collectives: likewise, by "level collective"; copies to a tier by "disk copies" or "host copies".
+        offload: what the tiers lie on, by host.
     """
 
     processes: int
@@ -67,6 +69,7 @@ class ProfileReport:
     machine: Mapping[str, str]
     operators: Mapping[str, tuple[tuple[str, float, float], ...]]
     collectives: Mapping[str, tuple[tuple[str, float, float], ...]]
+    offload: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, name: str) -> float:
         """Median relative error of an operator kind or a collective ("host all_reduce")."""
@@ -85,6 +88,7 @@ class ProfileReport:
             "seconds": self.seconds,
             "disturbance": self.disturbance,
             "machine": dict(self.machine),
+            "offload": dict(self.offload),
             "errors": errors,
             **tables,
         }
@@ -97,6 +101,7 @@ class ProfileReport:
                 f"warning: other programs had {self.disturbance:.0%} of the cores' time; latencies and overlap are doubtful, "
                 "measure again on a quiet machine"
             )
+        lines += [f"{host} offloads to {place}" for host, place in self.offload.items()]
         for title, table in (("operators", self.operators), ("collectives", self.collectives)):
             if table:
                 lines.append(
@@ -112,7 +117,13 @@ class ProfileReport:
 
 
 def profile(
-    processes: int = 2, quick: bool = False, *, host: str | None = None, timeout: float | None = None
+    processes: int = 2,
+    quick: bool = False,
+    *,
+    host: str | None = None,
+    timeout: float | None = None,
+    offload: str = "",
+    copies: Callable[..., Any] | None = None,
 ) -> tuple[Cluster, ProfileReport]:
     """Measure devices and links as training will use them: all processes at once, one intra-op thread each.
 
@@ -124,27 +135,34 @@ def profile(
         quick: fewer sizes and shorter samples: under 20 s, and less exact.
         host: what to call this host; by default its node name.
         timeout: seconds after which a process counts as stuck; the default is many times what measuring takes.
+        offload: also measure the tier below each device: a folder of a disk, or "host" for accelerators.
+        copies: what measures it, called as `copies(offload, device, quick, sharing)` in every process:
+            `weft.memory.tiers.copies`, of a package that this one knows nothing of.
     Returns:
         The cluster, and a report of how well it reproduces the measurements.
     Raises:
-        ClusterError: `processes` is below 1.
+        ClusterError: `processes` is below 1, or `offload` comes without `copies`.
         ProfileError: a process died or got stuck.
     """
     begin = time.monotonic()
+    if offload and copies is None:
+        raise ClusterError("", "offload is measured by what `copies` says; give weft.memory.tiers.copies")
     limit = timeout if timeout is not None else STARTING + MEASURING[quick]
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-        results = _under_torchrun(quick, host, limit)
+        results = _under_torchrun(quick, host, limit, offload, copies)
     else:
         if processes < 1:
             raise ClusterError("", f"processes must be >= 1, got {processes}")
-        results = _started(processes, quick, limit)
+        results = _started(processes, quick, limit, offload, copies)
     return assemble(results, lambda: time.monotonic() - begin)
 
 
 # -- running the processes ---------------------------------------------------------------------------------------------
 
 
-def _under_torchrun(quick: bool, host: str | None, limit: float) -> list[dict[str, Any]]:
+def _under_torchrun(
+    quick: bool, host: str | None, limit: float, offload: str, copies: Callable[..., Any] | None
+) -> list[dict[str, Any]]:
     import torch
     import torch.distributed as dist
 
@@ -160,11 +178,11 @@ def _under_torchrun(quick: bool, host: str | None, limit: float) -> list[dict[st
             if on_gpu:
                 torch.cuda.set_device(local)
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=limit))
-        own = measure(quick, host)
+        own = measure(quick, host, offload, copies)
         results: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(results, own)
         return results
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ProfileError(int(os.environ.get("RANK", "-1")), "could not measure with its peers", str(error)) from error
     finally:
         torch.set_num_threads(threads)
@@ -172,12 +190,15 @@ def _under_torchrun(quick: bool, host: str | None, limit: float) -> list[dict[st
             dist.destroy_process_group()
 
 
-def _started(processes: int, quick: bool, limit: float) -> list[dict[str, Any]]:
+def _started(
+    processes: int, quick: bool, limit: float, offload: str = "", copies: Callable[..., Any] | None = None
+) -> list[dict[str, Any]]:
     """Start the processes, wait for their results, and end them whatever happens."""
     package = Path(__file__).resolve().parents[2]
     path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     environment = {**os.environ, **threads, "PYTHONPATH": path}
+    below = [] if copies is None else [offload, f"{copies.__module__}:{copies.__qualname__}"]
     with tempfile.TemporaryDirectory(prefix="weft-profile-") as folder:
         running: list[subprocess.Popen[bytes]] = []
         try:
@@ -189,6 +210,7 @@ def _started(processes: int, quick: bool, limit: float) -> list[dict[str, Any]]:
                     str(int(quick)),
                     str(limit),
                     f"{folder}/{rank}.json",
+                    *below,
                 ]
                 with open(f"{folder}/{rank}.log", "wb") as log:
                     command = [sys.executable, "-m", WORKER, *arguments]
@@ -237,12 +259,19 @@ def assemble(results: Sequence[dict[str, Any]], elapsed: Any = lambda: 0.0) -> t
         alike.setdefault((result["host"], result["kind"], result["machine"]), []).append(rank)
     devices: list[Device | None] = [None] * len(results)
     operators: dict[str, tuple[tuple[str, float, float], ...]] = {}
+    tables: dict[str, tuple[tuple[str, float, float], ...]] = {}
+    hosts, places = [result["host"] for result in results], {}
     for (host, kind, _), ranks in alike.items():
         rates, fits = _rates([results[rank] for rank in ranks])
         memory = min(results[rank]["memory"] for rank in ranks)
         overlap = round(median(results[rank]["overlap"] for rank in ranks), 3)
+        tier = None
+        if "copies" in results[ranks[0]]:
+            tier, rows = tier_of([results[rank]["copies"] for rank in ranks], hosts.count(host))
+            tables[f"{tier.name} copies" if len(alike) == 1 else f"{host} {kind} {tier.name} copies"] = rows
+            places[host] = f"{tier.folder or tier.name} ({results[ranks[0]]['copies']['place']})"
         for rank in ranks:
-            devices[rank] = Device(f"{host}-{rank}", kind, memory, rates, host, overlap)
+            devices[rank] = Device(f"{host}-{rank}", kind, memory, rates, host, overlap, tier)
         for name, rows in fits.items():
             operators[name if len(alike) == 1 else f"{host} {kind} {name}"] = rows
     levels, collectives = _levels(results)
@@ -251,7 +280,39 @@ def assemble(results: Sequence[dict[str, Any]], elapsed: Any = lambda: 0.0) -> t
     machines = {
         result["host"]: result["machine"] if result["kind"] == "cpu-core" else result["kind"] for result in results
     }
-    return cluster, ProfileReport(len(results), elapsed(), disturbance, machines, operators, collectives)
+    collectives.update(tables)
+    return cluster, ProfileReport(len(results), elapsed(), disturbance, machines, operators, collectives, places)
+
+
+def tier_of(measured: Sequence[Mapping[str, Any]], sharing: int) -> tuple[Tier, tuple[tuple[str, float, float], ...]]:
+    """The tier below devices that are alike, and its fit, from what `copies` found in each of their processes: "to", "folder",
+    "room" in bytes, "seconds" [(bytes of a copy, there, back)], "overlap".
+
+    Copies there and back share one link, so that their mean is fitted; the rows say how far each direction is from it.
+
+    Args:
+        sharing: processes of the machine, which share the room.
+    """
+    from weft.cluster.fit import CollectiveSample, fit_link
+
+    sizes = [nbytes for nbytes, _, _ in measured[0]["seconds"]]
+    both = [[median(one["seconds"][n][way] for one in measured) for way in (1, 2)] for n in range(len(sizes))]
+    samples = [CollectiveSample("", 1.0, nbytes, sum(pair) / 2) for nbytes, pair in zip(sizes, both, strict=True)]
+    link = _rounded(fit_link("copies", samples)[0])
+    tier = Tier(
+        link.bandwidth,
+        link.latency,
+        min(one["room"] for one in measured) // sharing,
+        measured[0]["to"],
+        measured[0]["folder"],
+        None if measured[0]["overlap"] is None else median(one["overlap"] for one in measured),
+    )
+    rows = [
+        (f"{_size(nbytes)} {way}", seconds, tier.seconds(nbytes))
+        for nbytes, pair in zip(sizes, both, strict=True)
+        for way, seconds in zip(("there", "back"), pair, strict=True)
+    ]
+    return tier, tuple(rows)
 
 
 def _rates(

@@ -35,7 +35,7 @@ LEVEL = ("name", "by", "groups", "link", "links")
 GROUP = ("devices", "link")
 LINK = ("type", "latency", "bandwidth", "shared")
 PAIR = ("between", "link", *LINK)
-OFFLOAD = ("to", "type", "latency", "bandwidth", "capacity")
+OFFLOAD = ("to", "type", "latency", "bandwidth", "capacity", "folder", "overlap")
 DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 
 
@@ -200,7 +200,9 @@ def _tier(entry: Any, path: Path_, source: Source) -> Tier | None:
     to = _needed(entry, "to", path, source, f" ({' or '.join(TIERS)})")
     link = _link({key: value for key, value in entry.items() if key in LINK}, path, source)
     capacity = _number(entry["capacity"], (*path, "capacity"), "bytes", source) if "capacity" in entry else math.inf
-    return _at_first_bad(source, path, lambda: Tier(link.bandwidth, link.latency, capacity, str(to)))  # type: ignore[no-any-return]
+    folder = str(entry.get("folder", ""))
+    overlap = _number(entry["overlap"], (*path, "overlap"), "a plain number", source) if "overlap" in entry else None
+    return _at_first_bad(source, path, lambda: Tier(link.bandwidth, link.latency, capacity, str(to), folder, overlap))  # type: ignore[no-any-return]
 
 
 def _rates(entry: Any, path: Path_, base: Mapping[str, Rate], source: Source) -> dict[str, Rate]:
@@ -445,7 +447,9 @@ def _kind_dict(name: str, device: Device) -> dict[str, Any]:
 
 def _tier_dict(tier: Tier) -> dict[str, Any]:
     capacity = {"capacity": tier.capacity} if tier.capacity < math.inf else {}
-    return {"to": tier.name, "latency": tier.latency, "bandwidth": tier.bandwidth, **capacity}
+    folder = {"folder": tier.folder} if tier.folder else {}
+    overlap = {} if tier.overlap is None else {"overlap": tier.overlap}
+    return {"to": tier.name, "latency": tier.latency, "bandwidth": tier.bandwidth, **capacity, **folder, **overlap}
 
 
 def _level_dict(level: Level) -> dict[str, Any]:

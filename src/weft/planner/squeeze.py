@@ -60,8 +60,10 @@ class Moves:
     offload: bool = True
 
     def tier(self, story: Story, place: int) -> Tier | None:
-        """Where a class of devices may move activations to."""
-        return story.pricing.costs.places[place].device.offload if self.offload else None
+        """Where a class of devices may move activations to; its copies hide as well as others do where nobody has measured it."""
+        device = story.pricing.costs.places[place].device
+        tier = device.offload if self.offload else None
+        return tier if tier is None or tier.overlap is not None else replace(tier, overlap=device.overlap)
 
 
 @final
@@ -183,7 +185,7 @@ def _fitted(story: Story, place: int, budget: int, moves: Moves) -> list[tuple[M
     """
     from weft.memory import plan as fitted  # not before a plan needs it: most do not
 
-    tier, overlap = moves.tier(story, place), story.pricing.costs.places[place].device.overlap
+    tier = moves.tier(story, place)
     found: list[tuple[float, MemoryPlan, Rows, Rows]] = []
     refused: BudgetError | None = None
     for lower in (tier, None) if tier is not None else (None,):
@@ -193,7 +195,7 @@ def _fitted(story: Story, place: int, budget: int, moves: Moves) -> list[tuple[M
         except BudgetError as error:
             refused = error
             continue
-        waits = _waits(plan, moments, overlap)
+        waits = _waits(plan, moments)
         seconds = plan.checked.repeated_seconds + sum(seconds for _, seconds in waits)
         found.append((seconds, plan, _repeated_before(plan, moments), waits))
         if not seconds:
@@ -240,13 +242,10 @@ def _repeated_before(plan: MemoryPlan, moments: Moments) -> Rows:
     return found
 
 
-def _waits(plan: MemoryPlan, moments: Moments, overlap: float) -> Rows:
+def _waits(plan: MemoryPlan, moments: Moments) -> Rows:
     """(call that waits, seconds) of the copies to and from the lower tier."""
-    from weft.memory.planning.check import check  # as above
-
-    waits = check(plan.trace, plan.schedule, plan.tier, overlap).waits
     last = len(plan.trace.ops) - 1
-    return [(moments[min(op, last)], seconds) for op, seconds in enumerate(waits) if seconds]
+    return [(moments[min(op, last)], seconds) for op, seconds in enumerate(plan.checked.waits) if seconds]
 
 
 # ---------------------------------------------------------------------------------------------------------------- trace

@@ -12,7 +12,7 @@ from tests.memory.core.live import Live, run_live, tile
 from tests.memory.core.synthetic import Draft, chain, scramble, transformer
 
 from weft.errors import BudgetError
-from weft.memory.core import POLICIES, Arena, Block, Core, Step, price, simulate
+from weft.memory.core import POLICIES, Arena, Block, Core, simulate
 
 MIB = 2**20
 
@@ -370,33 +370,6 @@ def test_settled_results_let_go_of_their_recipe():
     p.core.evict(y)
     p.core.settle(y)
     assert y.resident and recipe() is None and not p.core.evict(y)
-
-
-def test_taking_over_in_the_middle():
-    """Somebody else ran a, b, c and d; b is gone. A fresh core with room for two keeps what has no recipe and can rebuild."""
-    leaf = Block(64)
-    leaf.payload = "leaf"
-    blocks = [leaf]
-    for order, name in enumerate("abcd"):
-        step = Step(blocks[-1:], 0, 1.0, True, (), order)
-        step.payload = name
-        block = Block(64, 1.0, step)
-        block.payload = name
-        step.outputs, step.sizes = [weakref.ref(block)], [64]
-        blocks[-1].read = True
-        blocks.append(block)
-    _, a, b, c, d = blocks
-    b.resident = False
-    p = Program(3 * 64)
-    p.core.take_over(blocks, 4)
-    assert leaf.resident and p.core.arena.used == 192 and p.machine.dropped == ["d"]
-    assert price(c) == 2.0 and not b.resident
-    p.core.ensure(d)
-    assert p.machine.repeated == ["d"] and p.machine.dropped == ["d", "a"], "a costs 1 to rebuild, c 2"
-    tile(p.core)
-    for block in (a, b, c, d):
-        p.core.release(block)
-    assert p.core.arena.used == 64 and not any(block.wanted for block in blocks)
 
 
 def test_outputs_whose_size_is_learnt_by_running():

@@ -47,6 +47,26 @@ def test_a_copy_without_time_is_made_only_when_it_is_cheaper_than_rebuilding():
         assert checked.seconds == pytest.approx(trace.seconds + (0 if sent else 1), abs=0.21)
 
 
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 1.0])
+def test_what_a_copy_costs_the_device_is_paid_though_it_has_time(overlap):
+    trace, tier = one_long_gap(), Tier(bandwidth=500.0, overlap=overlap)  # 2 s each way
+    plan = Retention(Shape(trace))
+    trips = Offload(plan, tier, 1)
+    trips.unload(1100)
+    checked = check(trace, plan.schedule(), tier)
+    assert checked.saved_bytes == 1000 and checked.waited_seconds == pytest.approx(4 * (1 - overlap))
+    assert trips.seconds() == pytest.approx(checked.waited_seconds) == pytest.approx(sum(checked.waits))
+
+
+@pytest.mark.parametrize(("overlap", "sent"), [(1.0, True), (0.2, False)])
+def test_a_copy_that_the_device_makes_itself_is_dearer_than_rebuilding(overlap, sent):
+    trace, tier = one_long_gap(), Tier(bandwidth=1000.0, overlap=overlap)  # 1 s each way, against 1 s of rebuilding
+    plan = Retention(Shape(trace))
+    assert descend(plan, Gaps(plan, 1), 1100) and plan.seconds == 1
+    Offload(plan, tier, 1).exchange(1100)
+    assert (check(trace, plan.schedule(), tier).saved_bytes > 0) == sent
+
+
 def test_capacity_of_the_tier_is_kept():
     trace = transformer(4)
     tier = Tier(bandwidth=1e9, capacity=500)

@@ -15,7 +15,7 @@ def state(plan: Retention):
     """Everything that decides what a plan is, comparable."""
     return (
         plan.stages, plan.reasons, plan.kept, plan.stays, plan.again, plan.trips, plan.loads,
-        plan.base.tolist(), plan.top.tolist(), round(plan.seconds, 9),
+        plan.base.tolist(), plan.peaks().tolist(), round(plan.seconds, 9),
     )  # fmt: skip
 
 
@@ -73,6 +73,21 @@ def test_random_moves_are_priced_as_the_judge_prices_them(seed):
         if not moves(plan, draw):
             break
         judged(trace, plan)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_an_excess_that_is_too_large_is_known_early_and_any_other_exactly(seed):
+    trace = random_step(seed, ops=20)
+    plan, draw = Retention(Shape(trace)), random.Random(seed)
+    budget = int(0.7 * plan.peaks().max())
+    for _ in range(20):
+        moves(plan, draw)
+        most = draw.randint(1, 2 * int(plan.copy().excess(budget).sum()) + 1)
+        moves(plan, draw)
+        found = plan.excess_below(most, budget)
+        whole = np.maximum(plan.copy().peaks() - budget, 0)
+        assert (found is None) == (whole.sum() >= most)
+        assert found is None or found.tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize("seed", range(30))

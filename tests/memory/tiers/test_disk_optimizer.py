@@ -300,6 +300,80 @@ def run_and_steps(tmp_path):
         return streamed.steps
 
 
+def test_parameters_without_elements(tmp_path):
+    """They have no place in the file, and no state; a file without any place is none."""
+    shapes = ((0, 5), (7,), (0,), ())
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    memory = torch.optim.AdamW(theirs)
+
+    def step(optimizer, parameters):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 2.0)
+        optimizer.step()
+
+    for resume in (False, True):
+        with DiskOptimizer(ours, torch.optim.AdamW, tmp_path / "some", resume=resume) as optimizer:
+            step(optimizer, ours)
+            packed = optimizer.state_dict()
+        step(memory, theirs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    torch.optim.AdamW(ours).load_state_dict(packed)
+    for resume in (False, True):
+        with DiskOptimizer(ours[:1], torch.optim.AdamW, tmp_path / "none", resume=resume) as optimizer:
+            step(optimizer, ours[:1])
+            assert optimizer.steps == 1 + resume
+
+
+def test_a_refused_gradient_leaves_none_behind(tmp_path):
+    """What came before it in the same step must not count twice in the next."""
+    dense, sparse = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    with DiskOptimizer([("dense", dense), ("sparse", sparse)], torch.optim.SGD, tmp_path, lr=1.0) as optimizer:
+        dense.grad, sparse.grad = torch.ones(4), torch.ones(4).to_sparse()
+        with pytest.raises(ValueError, match="gradient of sparse has the layout"):
+            optimizer.step()
+        assert not dense.any() and optimizer.steps == 0
+        sparse.grad = None
+        optimizer.step()
+    assert torch.equal(dense, -torch.ones(4))
+
+
+def test_what_the_files_have_no_place_for(tmp_path):
+    model = nn.Linear(3, 3)
+    optimizer = DiskOptimizer(model.parameters(), torch.optim.AdamW, tmp_path / "state")
+    with pytest.raises(ValueError, match="cannot be added later"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert len(optimizer.param_groups) == 1
+    model.double()
+    with pytest.raises(ValueError, match="parameter 0 is now"):
+        optimizer.step()
+    model.float()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.close()
+    with pytest.raises(RuntimeError, match="closed; make a new one with resume=True"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "kind", "match"),
+    [
+        ([nn.Parameter(torch.zeros(2))], "AdamW", "must be an optimizer's class"),
+        ([nn.Parameter(torch.zeros(2))], torch.optim.LBFGS, "cannot be run on flat pieces"),
+        ([nn.Parameter(torch.zeros(2, device="meta"))], torch.optim.AdamW, "parameter 0 is on the meta device"),
+        ([nn.Parameter(torch.zeros(2))] * 2, torch.optim.AdamW, "given twice"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_what_cannot_be_streamed(tmp_path, parameters, kind, match):
+    with pytest.raises(ValueError, match=match):
+        DiskOptimizer(parameters, kind, tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "/dev/null", "/dev/null/below"])
+def test_folders_that_cannot_be(folder):
+    with pytest.raises(ValueError, match="name a folder to write in"):
+        DiskOptimizer([nn.Parameter(torch.zeros(2))], torch.optim.AdamW, folder)
+
+
 @pytest.mark.parametrize("options", [{"buffers": 0}, {"chunk": "16 apples"}, {"chunk": 0}, {"threads": 0}])
 def test_bad_options(tmp_path, options):
     with pytest.raises(ValueError):

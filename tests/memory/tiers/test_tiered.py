@@ -396,6 +396,8 @@ def test_groups_by_name_and_a_schedule(tmp_path):
                 schedule.step()
         assert not differing(tiered.state_dict(), reference.state_dict())
         assert [g["lr"] for g in tiered.optimizer.param_groups] == [g["lr"] for g in optimizer.param_groups]
+        with pytest.raises(ValueError, match="cannot be added later"):
+            tiered.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 
 # ---- building a model piece by piece

@@ -27,7 +27,7 @@ from typing import Any, final
 
 from weft.errors import BudgetError
 from weft.memory.core.arena import Arena, Space
-from weft.memory.core.blocks import BY_ORDER, Block, Gone, Step, found, lost, missing_steps, overwritten, rebuildable
+from weft.memory.core.blocks import Block, Gone, Step, found, lost, missing_steps, overwritten, rebuildable
 from weft.memory.core.machine import Lower, Machine
 from weft.memory.core.policy import POLICIES, Policy, drop_greedily
 from weft.names import pick
@@ -131,37 +131,6 @@ class Core:
         if inside and not self.arena.put(block):
             self._room(block, None)
         return block
-
-    def take_over(self, blocks: Iterable[Block], count: int) -> None:
-        """Go on, with a fresh core, where somebody else has run `count` steps: their recipes are set, and what is there (in
-        nobody's arena) gets room or is dropped.
-
-        Args:
-            blocks: all that are alive or part of a recipe, with `step`, `resident`, `alive` and `read` as they are now.
-        Raises:
-            BudgetError: what cannot be dropped does not fit.
-        """
-        self._count, there, losses = count, [], {}
-        for block in blocks:
-            block.last = self.clock
-            if block.step is None:
-                block.evictable = False
-            if block.resident:
-                there.append(block)
-            elif block.step is not None:
-                losses[block.step] = None
-                if block.alive:
-                    self._missed(block)
-        for step in sorted(losses, key=BY_ORDER):
-            lost(step)
-        for block in sorted(there, key=lambda block: block.evictable):
-            block.offset = -1
-            if not self.arena.put(block):
-                if block.evictable:
-                    self._missed(block)
-                    self._drop(block)
-                else:
-                    self._room(block, None)
 
     def begin(
         self,

@@ -88,12 +88,21 @@ class Greedy(Policy):
 
     Attributes:
         size: what h is divided by: the block's "bytes" (DTR), or "gap", its bytes and the free ones beside it (DTE).
+        ahead: share of the memory that is left free beyond what is asked for: fewer searches, nearly the same drops.
     """
 
     size: Literal["bytes", "gap"] = "bytes"
+    ahead: float = 0.0
 
     def make_room(self, core: Core, block: Block) -> bool:
-        return drop_greedily(core, self.size == "gap", lambda: core.fits(block))
+        spare, fits = int(self.ahead * core.arena.size), False
+
+        def done() -> bool:
+            nonlocal fits
+            fits = fits or core.fits(block)
+            return fits and core.arena.free >= spare
+
+        return drop_greedily(core, self.size == "gap", done) or fits
 
 
 def drop_greedily(core: Core, gaps: bool, done: Callable[[], bool]) -> bool:

@@ -7,7 +7,7 @@ Bytes      while an operator runs:  all values that are there + all it makes (co
            of a repetition also what it makes needlessly) + its workspace.
 Seconds    a clock of the device and one of the link to the lower tier (`Tier`). A copy begins when both are ready, and the
            device waits for a save when it drops the value, for a load when it reads it: per window max(compute, transfer).
-           Where copies do not overlap fully, a part of each is the device's own time.
+           Where copies do not overlap fully (`Tier.overlap`), a part of each is the device's own time.
 Guarantee  what passes has every operator of the step exactly once and in order, each with its inputs at hand, ends with exactly
            the values that outlive the step, and never puts two things at one address.
 """
@@ -62,16 +62,13 @@ class Checked:
     at: int
 
 
-def check(
-    trace: Trace, schedule: Schedule, tiers: Sequence[Tier] | Tier | None = None, overlap: float = 1.0
-) -> Checked:
+def check(trace: Trace, schedule: Schedule, tiers: Sequence[Tier] | Tier | None = None) -> Checked:
     """Carry `schedule` out on paper and say what it costs.
 
     Args:
         trace: the step.
         schedule: what is to be judged.
         tiers: the lower tier that "save" and "load" go to (one; a sequence may hold at most one for now).
-        overlap: fraction of a copy's seconds, 0 to 1, that the device need not spend itself.
 
     Raises:
         ValueError: the first action that cannot be done, by number and name: an operator missing, twice or out of order, a
@@ -82,7 +79,7 @@ def check(
     several = [tiers] if isinstance(tiers, Tier) else list(tiers or ())
     if len(several) > 1:
         raise ValueError(f"check: one lower tier at a time, got {[tier.name for tier in several]}")
-    judge = _Judge(trace, schedule, several[0] if several else None, overlap)
+    judge = _Judge(trace, schedule, several[0] if several else None)
     for number, action in enumerate(schedule.actions):
         judge.act(number, action)
     return judge.verdict()
@@ -117,8 +114,8 @@ class _Arena:
 class _Judge:
     """The state of the step between two actions."""
 
-    def __init__(self, trace: Trace, schedule: Schedule, tier: Tier | None, overlap: float):
-        self.trace, self.schedule, self.tier, self.overlap = trace, schedule, tier, overlap
+    def __init__(self, trace: Trace, schedule: Schedule, tier: Tier | None):
+        self.trace, self.schedule, self.tier = trace, schedule, tier
         self.end = len(trace.ops)
         self.next = 0  # operator that the program calls next
         self.arena = _Arena(schedule.arena)
@@ -316,9 +313,10 @@ class _Judge:
 
     def _copy(self, v: int, after: float) -> float:
         """When a copy of `v` that is asked for now is complete."""
-        seconds = self._lower().seconds(self.trace.values[v].nbytes)
-        self._wait(self.clock + (1.0 - self.overlap) * seconds)
-        self.link = max(self.link, self.clock, after) + self.overlap * seconds
+        tier = self._lower()
+        seconds = tier.seconds(self.trace.values[v].nbytes)
+        self._wait(self.clock + (1.0 - tier.hidden) * seconds)
+        self.link = max(self.link, self.clock, after) + tier.hidden * seconds
         return self.link
 
     def _wait(self, until: float) -> None:

@@ -19,7 +19,7 @@ from typing import final
 from weft.cluster.units import quantity
 from weft.errors import BudgetError
 from weft.graph.capture import rarely_collecting
-from weft.memory.core.policy import POLICIES
+from weft.memory.core.policy import POLICIES, Greedy, Policy
 from weft.memory.core.simulate import simulate
 from weft.memory.planning import improve
 from weft.memory.planning.check import Tier, check
@@ -38,6 +38,10 @@ __all__ = ["MemoryPlan", "frontier", "least", "plan"]
 WORK_PER_SECOND = 200_000  # elementary steps of `Retention` in a second, on a core of 2020
 USUAL = 0.2  # seconds of search per 650 operators
 LONGEST = 2.0  # seconds of search unless more is asked for
+MANY = 1500  # operators from which on policies are not simulated, but for one that is quick and not told about
+QUICK = Greedy(paged=True, ahead=0.01)
+HOPELESS = 2  # a start that costs so many times the best one is no better either when it is filled up
+REPAIR = 200_000  # elementary steps at most for making a plan a little smaller
 SMALL = 14  # operators up to which the optimum is looked for, too
 GRAIN = 20_000  # values smaller than this part of the peak are never given up
 
@@ -67,7 +71,7 @@ def plan(
         ValueError: `budget` is neither a number of bytes nor text that says one; a policy is unknown.
     """
     limit = _bytes(budget)
-    names = tuple(policies) if policies is not None else (("pager",) if len(trace.ops) <= 1500 else ())
+    names = tuple(policies) if policies is not None else (("pager",) if len(trace.ops) <= MANY else ())
     for name in names:
         pick(name, POLICIES, "policy")
     if effort_seconds is None:
@@ -150,7 +154,9 @@ class _Desk:
                 return self.judged(limit, schedule, "nothing has to go")
             if trace.peak <= limit:  # too little to round sizes up in an arena, but enough as it is
                 return self.judged(limit, whole.schedule(), "nothing has to go, bytes are counted")
-        rows, starts = self._simulated(limit, policies)
+        done = {name: self._simulated(limit, POLICIES[name]) for name in policies}
+        rows = tuple((name, cost) for name, (cost, _) in done.items())
+        starts = {name: schedule for name, (_, schedule) in done.items() if schedule is not None}
         for target in (limit, limit - limit // 50, limit - limit // 20):  # less, if no addresses are found
             state, method, spent = self._start(target, starts, work)
             if state is None:
@@ -244,50 +250,50 @@ class _Desk:
         where = f" of {module}" if module else ""
         return f"{name}{where} alone takes {floor} bytes with what it reads, what it makes and what cannot go"
 
-    def _simulated(self, limit: int, policies: Sequence[str]) -> tuple[Rows, list[tuple[str, Schedule]]]:
-        """What policies cost at this budget, and the schedules of those that fit."""
-        rows, starts = [], []
-        for name in policies:
-            try:
-                done = simulate(self.shape.trace, limit, name)
-            except BudgetError:
-                rows.append((name, -1.0))
-                continue
-            rows.append((name, done.overhead))
-            if done.schedule is not None:
-                starts.append((name, done.schedule))
-        return tuple(rows), starts
+    def _simulated(self, limit: int, policy: Policy) -> tuple[float, Schedule | None]:
+        """What a policy costs at this budget (-1: more than there is), and what it does."""
+        try:
+            done = simulate(self.shape.trace, limit, policy)
+        except BudgetError:
+            return -1.0, None
+        return done.overhead, done.schedule
 
-    def _start(
-        self, limit: int, schedules: Sequence[tuple[str, Schedule]], work: int
-    ) -> tuple[Retention | None, str, int]:
+    def _start(self, limit: int, schedules: dict[str, Schedule], work: int) -> tuple[Retention | None, str, int]:
         """The cheapest of greedy descents, of what the policies did and of the smallest plan, each filled up to `limit`.
 
         Returns:
-            it, how it was found, and how much work that took; as soon as that is `work`, the cheapest so far will do.
+            it, how it was found, and how much work that took; as soon as that is `work`, the cheapest so far will do, but one
+            descent is always tried.
         """
         best, method, spent = None, "", 0
         powers = {"descent": 0.0, "descent by excess": 1.0}
-        names = ("descent", "descent in steps", "descent by excess", *(name for name, _ in schedules), "smallest plan")
-        for name in names:
-            if best is not None and (spent > work or (name == "smallest plan" and self.smallest is None)):
+        descents = ("descent", "descent in steps", "descent by excess")
+        simulated = schedules or (["quick pager"] if self.shape.end > MANY else [])
+        order = (*simulated, *descents) if self.shape.end > MANY else (*descents, *simulated)
+        for name in (*order, "smallest plan"):
+            enough = spent > work and name != "descent"
+            if best is not None and (enough or (name == "smallest plan" and self.smallest is None)):
                 continue
             state = Retention(self.shape)
-            share = max(work - spent, work // 4)  # of the work: on a long step each may take all of it, and fail
+            # of the work: on a long step each may take all of it, and fail
+            share = max(work - spent, work // 2)
+            dear = best.seconds * HOPELESS if best is not None else float("inf")
             if name == "smallest plan":
                 self.least()
                 state = self.smallest.copy()
-            for policy, schedule in schedules:
-                if policy == name:
-                    state.adopt(schedule)
+            elif name in simulated:
+                schedule = schedules.get(name) or self._simulated(limit, QUICK)[1]
+                if schedule is None:
+                    continue
+                state.adopt(schedule)
             gaps = improve.Gaps(state, self.grain)
             if name == "descent in steps" and not improve.step_down(state, gaps, limit, share):
                 fits = False
             else:
                 power = powers.get(name, 0.0)
-                fits = improve.descend(state, gaps, limit, power=power, patience=12, work=state.work + share)
+                fits = improve.descend(state, gaps, limit, power=power, patience=12, work=state.work + share, dear=dear)
             if fits:
-                improve.fill(state, limit)
+                improve.fill(state, limit, state.work + share)
                 if best is None or state.seconds < best.seconds:
                     best, method = state, name
             spent += state.work
@@ -306,10 +312,10 @@ class _Desk:
                 return schedule
             target = min(target, int(state.peaks().max())) - max(excess, attempt * limit // 200)
             if not improve.descend(
-                state, improve.Gaps(state, self.grain), target, patience=12, work=state.work + 200_000
+                state, improve.Gaps(state, self.grain), target, patience=12, work=state.work + REPAIR
             ):
                 return None
-            improve.fill(state, target)
+            improve.fill(state, target, state.work + REPAIR)
         return None
 
 

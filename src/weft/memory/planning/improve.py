@@ -34,6 +34,7 @@ __all__ = ["Gaps", "descend", "fill", "search", "smallest", "step_down"]
 
 INF = float("inf")
 LONG = 1250  # operators from which on the least budget is looked for in one way only
+DEAR = 1.1  # a repair that has come to cost so many times what was there before is given up
 ENTAILED = 1000  # changes that keeping one value may entail where it is only tried
 
 
@@ -129,6 +130,7 @@ def descend(
     banned: Collection[int] = (),
     patience: int = 0,
     work: float = INF,
+    dear: float = INF,
 ) -> bool:
     """Give up gaps until no stage needs more than `budget`.
 
@@ -137,12 +139,12 @@ def descend(
         noise, spread: scores are multiplied by exp(spread x a normal draw).
         banned: values whose gaps stay.
         patience: how many moves that make things worse may follow each other.
-        work: stop when `plan.work` has come so far.
+        work: stop when `plan.work` has come so far. dear: stop when `plan.seconds` have.
     Returns:
         whether it succeeded; if not, the plan is left as far down as it came.
     """
     gaps.update()
-    excess = np.maximum(plan.peaks() - budget, 0)
+    excess = plan.excess(budget)
     total = least = int(excess.sum())
     low, waited, hopeless, fresh = plan.mark(), 0, set(), True  # hopeless: tried in vain; fresh: nothing helped since
     until = np.zeros(len(excess) + 1)
@@ -161,7 +163,7 @@ def descend(
         if not moved and waited < patience:
             moved, after = _least_harm(plan, gaps, budget, gaps.scores(until), banned)
             waited += 1
-        if not moved or plan.work > work:
+        if not moved or plan.work > work or plan.seconds > dear:
             plan.undo(low)
             return False
         excess = after
@@ -205,8 +207,8 @@ def _give_up(
                 continue
         mark = plan.mark()
         plan.drop(v, stop)
-        after = np.maximum(plan.peaks() - budget, 0)
-        if after.sum() < total:
+        after = plan.excess_below(total, budget)
+        if after is not None:
             gaps.cost[n] = INF
             return True, after
         plan.undo(mark)
@@ -226,7 +228,7 @@ def _least_harm(
             continue
         mark = plan.mark()
         plan.drop(v, stop)
-        found.append((int(np.maximum(plan.peaks() - budget, 0).sum()), n))
+        found.append((int(plan.excess(budget).sum()), n))
         plan.undo(mark)
         if len(found) == tries:
             break
@@ -235,11 +237,15 @@ def _least_harm(
     n = min(found)[1]
     plan.drop(gaps.items[n][0], gaps.items[n][2])
     gaps.cost[n] = INF
-    return True, np.maximum(plan.peaks() - budget, 0)
+    return True, plan.excess(budget)
 
 
-def fill(plan: Retention, budget: int) -> None:
-    """Keep again what was given up, wherever there is room and it saves time. The plan is within `budget` before and after."""
+def fill(plan: Retention, budget: int, work: float = INF) -> None:
+    """Keep again what was given up, wherever there is room and it saves time. The plan is within `budget` before and after.
+
+    Args:
+        work: stop when `plan.work` has come so far.
+    """
     shape, saved, vain = plan.shape, True, set()  # vain: gaps kept in vain
     while saved:
         saved = False
@@ -254,6 +260,8 @@ def fill(plan: Retention, budget: int) -> None:
         effort = np.array([shape.effort[shape.recipe[v]] for v in values.tolist()])
         worth = effort[fits] / np.maximum(size[fits] * (stops[fits] - starts[fits]), 1)
         for n in fits[np.argsort(-worth, kind="stable")].tolist():
+            if plan.work > work:
+                return
             if _keep_if_better(plan, gaps[n][0], gaps[n][2], budget):
                 saved = True
             else:
@@ -269,7 +277,7 @@ def _keep_if_better(plan: Retention, v: int, stage: int, budget: int) -> bool:
     if plan.peaks()[start + 1 : stage].max(initial=0) + plan.shape.bytes[v] > budget:
         return False
     mark, seconds = plan.mark(), plan.seconds
-    if plan.keep(v, stage, ENTAILED) and plan.seconds < seconds - 1e-12 and plan.peaks().max() <= budget:
+    if plan.keep(v, stage, ENTAILED) and plan.seconds < seconds - 1e-12 and plan.excess_below(1, budget) is not None:
         return True
     plan.undo(mark)
     return False
@@ -282,7 +290,7 @@ def search(plan: Retention, gaps: Gaps, budget: int, work: int, seed: int = 0, h
         heat: share of the seconds of repetition by which an accepted plan may be dearer at first; falls to 0 at the end.
     """
     draw, noise = random.Random(seed), np.random.default_rng(seed)
-    begin, best = plan.work, plan.seconds
+    begin, best, most = plan.work, plan.seconds, plan.work + work + work // 10
     plan.forget()
     while plan.work < begin + work:
         mark, seconds = plan.mark(), plan.seconds
@@ -300,10 +308,11 @@ def search(plan: Retention, gaps: Gaps, budget: int, work: int, seed: int = 0, h
             spread=spread,
             banned=banned,
             patience=4,
-            work=begin + work + work // 10,
+            work=most,
+            dear=DEAR * seconds,
         )
         if fits:
-            fill(plan, budget)
+            fill(plan, budget, most)
         slack = heat * best * (1 - (plan.work - begin) / work) * draw.expovariate(1.0)
         if not fits or plan.seconds > seconds + max(slack, 1e-12):
             plan.undo(mark)
@@ -367,7 +376,7 @@ def step_down(plan: Retention, gaps: Gaps, floor: int, work: float, *, partly: b
         gaps.relax()
         fits = descend(plan, gaps, target, power=power, patience=12, work=work)
         if fits:
-            fill(plan, target)
+            fill(plan, target, work)
         reached = int(plan.peaks().max())
         if fits or (partly and reached < peak):
             peak = reached

@@ -179,7 +179,12 @@ class MemoryPlan:
         trace = Trace.from_dict(data["trace"])
         actions = tuple(Action(k, i, tuple((v, at) for v, at in places), w) for k, i, places, w in data["actions"])
         schedule = Schedule(actions, data["arena"])
-        tier = Tier(**{k: float("inf") if v is None else v for k, v in data["tier"].items()}) if data["tier"] else None
+        given = data["tier"]
+        tier = (
+            Tier(**{**given, "capacity": float("inf" if given["capacity"] is None else given["capacity"])})
+            if given
+            else None
+        )
         policies = tuple((name, float(cost)) for name, cost in data["policies"])
         return cls(trace, data["budget"], schedule, check(trace, schedule, tier), data["method"], tier, policies)
 

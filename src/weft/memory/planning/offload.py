@@ -6,7 +6,8 @@ Method     the link is a time line on the clock of the step; each trip books two
            value's last use and the last before its next one                                               `_Link`
            `unload`   trips that cost nothing, largest byte x time first, until a budget is met (or nothing is left to send)
            `exchange` of what is rebuilt, the dearest per second of copying first, send instead whatever lowers the seconds:
-                      for nothing where the link is free in time, else by waiting 2 (latency + bytes / bandwidth)
+                      for nothing where the link is free in time, else by waiting 2 (latency + bytes / bandwidth);
+                      what the device itself spends on a copy (`Tier.overlap`) it spends in any case
            `press`    trips that the step waits for, where the budget cannot be met otherwise
            `recall`   trips that are not needed in the end are taken back
            what a set of trips costs is found by running the two clocks of `check` over them                 `seconds`
@@ -116,15 +117,20 @@ class Offload:
             back[trip.back].append(v)
             needed[plan.stages[v][bisect_left(plan.stages[v], trip.back + (trip.back < trip.stop))]].append(v)
         waited = link = 0.0
+        hidden = self.tier.hidden
         done: dict[int, float] = {}  # when the copy asked for last is complete
         for stage in sorted({*leave, *gone, *back, *needed}):
             now = self.clock[stage] + repeated[stage] + waited
             for v in back[stage]:
-                link = done[v] = max(link, now, done[v]) + self.tier.seconds(shape.bytes[v])
+                seconds = self.tier.seconds(shape.bytes[v])
+                now, waited = now + (1.0 - hidden) * seconds, waited + (1.0 - hidden) * seconds
+                link = done[v] = max(link, now, done[v]) + hidden * seconds
             late = max((done[v] - now for v in needed[stage]), default=0.0)
             now += max(late, 0.0) + repeated[stage + 1] - repeated[stage] + shape.seconds[stage]
             for v in leave[stage]:
-                link = done[v] = max(link, now) + self.tier.seconds(shape.bytes[v])
+                seconds = self.tier.seconds(shape.bytes[v])
+                now, waited = now + (1.0 - hidden) * seconds, waited + (1.0 - hidden) * seconds
+                link = done[v] = max(link, now) + hidden * seconds
             late_again = max((done[v] - now for v in gone[stage]), default=0.0)
             waited += max(late, 0.0) + max(late_again, 0.0)
         return plan.seconds + waited
@@ -158,7 +164,7 @@ class Offload:
 
     def _copies(self, v: int, start: int, stop: int) -> list[tuple[float, float]] | None:
         """Two free stretches of the link: the first after `start`, the last before `stop`."""
-        seconds = self.tier.seconds(self.plan.shape.bytes[v])
+        seconds = self.tier.hidden * self.tier.seconds(self.plan.shape.bytes[v])
         out = self.link.first(self.clock[start + 1], seconds)
         back = self.link.last(self.clock[stop], seconds)
         if back is None or back < out + seconds:

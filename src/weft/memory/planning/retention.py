@@ -9,6 +9,7 @@ State      *stage* t is what happens from the end of operator t - 1 to the end o
            which demands the operator's inputs there. Gaps are all there is to decide; everything else follows from them.
 Bytes      peak of stage t = base[t] + top[t]:  base is what is there when the stage begins, a sum over kept gaps;
            top is what the stage itself adds at most, found by carrying out its repetitions in order       `Retention._stage`
+           when somebody asks for it, and for as many stages as he needs to know                    `excess_below`
 Moves      `drop` and `keep` turn one gap, `send` gives it a `Trip` to the lower tier, with all that follows; a journal takes
            back what `undo` is asked to.
 Source     retention intervals as decision variables: Bartan et al., "Moccasin", ICML 2023 (arXiv:2304.14463), there for a
@@ -54,7 +55,7 @@ class Retention:
     """A plan in progress. A new one keeps everything while it lives and is needed.
 
     Attributes:
-        base, top: bytes per stage; `peaks()` is their sum.
+        base, top: bytes per stage; `peaks()` brings `top` up to date and is their sum.
         seconds: of all repetitions.
         work: a count of elementary steps done so far; what searches are limited by, so that they are reproducible.
     """
@@ -62,7 +63,8 @@ class Retention:
     def __init__(self, shape: Shape):
         self.shape = shape
         self.base = shape.fixed.copy()
-        self.top = np.array(shape.own, np.int64)
+        self._own = np.array(shape.own, np.int64)
+        self.top = self._own.copy()
         self.seconds = 0.0
         self.work = 0
         number = len(shape.born)
@@ -80,7 +82,8 @@ class Retention:
             [] for _ in range(shape.end + 1)
         ]  # per stage: values that come back as it begins
         self._journal: list[tuple] = []
-        self._dirty: set[int] = set()
+        self._dirty: set[int] = set()  # stages whose `top` has to be found again; none at any mark
+        self._orders: dict[int, tuple[list[int], dict[int, int]]] = {}  # per stage: see `_order`
         for v, uses in enumerate(shape.uses):
             if shape.free[v]:
                 self.stages[v] = list(uses)
@@ -94,22 +97,45 @@ class Retention:
 
     def copy(self) -> Retention:
         """Another plan with the same decisions. What `undo` could take back here, it cannot there."""
+        self._settle()
         new = object.__new__(Retention)
         new.shape, new.seconds, new.work = self.shape, self.seconds, 0
-        new.base, new.top = self.base.copy(), self.top.copy()
+        new.base, new.top, new._own = self.base.copy(), self.top.copy(), self._own
         new.stages = [stages.copy() for stages in self.stages]
         new.reasons = [reasons.copy() for reasons in self.reasons]
         new.kept, new.stays = [stops.copy() for stops in self.kept], [starts.copy() for starts in self.stays]
         new.again, new.busy = [wanted.copy() for wanted in self.again], self.busy.copy()
         new.trips, new.loads = self.trips.copy(), [values.copy() for values in self.loads]
-        new.fresh, new._journal, new._dirty = [], [], set()
+        new.fresh, new._journal, new._dirty, new._orders = [], [], set(), {}
         return new
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
     def peaks(self) -> np.ndarray:
         """Most bytes in each stage."""
+        self._settle()
         return self.base + self.top
+
+    def excess(self, budget: int) -> np.ndarray:
+        """Bytes above `budget` in each stage."""
+        return np.maximum(self.peaks() - budget, 0)
+
+    def excess_below(self, most: int, budget: int) -> np.ndarray | None:
+        """The same if together they are less than `most`, else None: known as soon as some stages add up to that."""
+        found = self.base + self.top - budget
+        pending = sorted(self._dirty)
+        if pending:
+            found[pending] = (self.base + self._own)[pending] - budget  # at least
+        np.maximum(found, 0, out=found)
+        total = int(found.sum())
+        for stage in pending:
+            if total >= most:
+                return None
+            self._stage(stage)
+            now = max(int(self.base[stage] + self.top[stage]) - budget, 0)
+            total += now - int(found[stage])
+            found[stage] = now
+        return found if total < most else None
 
     def before(self, v: int, stage: int) -> int:
         """The demand (or birth) of `v` that precedes the one at `stage`."""
@@ -151,30 +177,32 @@ class Retention:
             seconds, infinite if more than `limit` operators would have to be looked at; and (value, stage) for each value that
             would be rebuilt at `stage` instead of at that later one, and be kept until then.
         """
-        shape, again, stages = self.shape, self.again[stage], self.stages
+        shape, again, loads = self.shape, self.again[stage], self.loads
+        stages, kept, reasons = self.stages, self.kept, self.reasons
+        recipe, effort, needs, rebuildable = shape.recipe, shape.effort, shape.needs, shape.rebuildable
         todo, seen, total, held = [v], {v}, 0.0, []
         while todo:
-            w = todo.pop()
-            op = shape.recipe[w]
+            op = recipe[todo.pop()]
             if op in again or ~op in seen:
                 continue
             seen.add(~op)
-            total += shape.effort[op]
+            total += effort[op]
             self.work += 1
-            for u in shape.needs[op]:
-                if u in seen or stage in self.reasons[u]:
+            for u in needs[op]:
+                if u in seen or stage in reasons[u]:
                     continue
                 seen.add(u)
-                place = bisect_left(stages[u], stage)
-                if place < len(stages[u]):
-                    stop = stages[u][place]
-                    if stop in self.kept[u]:
+                demands = stages[u]
+                place = bisect_left(demands, stage)
+                if place < len(demands):
+                    stop = demands[place]
+                    if stop in kept[u]:
                         continue
-                    if u not in self.loads[stop] and shape.keepable(u, stage, stop):
+                    if u not in loads[stop] and shape.keepable(u, stage, stop):
                         held.append((u, stop))
-                        total -= shape.effort[shape.recipe[u]]
+                        total -= effort[recipe[u]]
                     todo.append(u)
-                elif stage <= shape.rebuildable[u]:
+                elif stage <= rebuildable[u]:
                     todo.append(u)
             if len(seen) > limit:
                 return float("inf"), []
@@ -228,10 +256,12 @@ class Retention:
 
     def mark(self) -> int:
         """A moment to `undo` to."""
+        self._settle()
         return len(self._journal)
 
     def forget(self) -> None:
         """No undoing beyond this moment."""
+        self._settle()
         self._journal.clear()
 
     def drop(self, v: int, stop: int) -> None:
@@ -301,7 +331,6 @@ class Retention:
         shape, end = self.shape, self.work + most
         while todo:
             if self.work >= end:
-                self._dirty.clear()
                 return False
             begin, v, stage = todo.pop()
             self.work += 1
@@ -314,9 +343,6 @@ class Retention:
             elif not begin and count == 0:
                 for u in shape.needs[op]:
                     self._relieve(u, stage, todo)
-        for stage in sorted(self._dirty):
-            self._stage(stage)
-        self._dirty.clear()
         return True
 
     def _demand(self, u: int, stage: int, todo: list[tuple[bool, int, int]]) -> None:
@@ -426,8 +452,10 @@ class Retention:
         wanted = self.again[stage]
         if count and op not in wanted:
             self.seconds += self.shape.effort[op]
+            self._orders.pop(stage, None)
         elif not count and op in wanted:
             self.seconds -= self.shape.effort[op]
+            self._orders.pop(stage, None)
         if count:
             wanted[op] = count
             self.busy.add(stage)
@@ -439,6 +467,7 @@ class Retention:
     def undo(self, mark: int) -> None:
         """Take back everything since `mark`."""
         journal = self._journal
+        self._dirty.clear()
         while len(journal) > mark:
             kind, a, b, c = journal.pop()
             self.work += 1
@@ -462,43 +491,46 @@ class Retention:
 
     # -- one stage ----------------------------------------------------------------------------------------------------
 
+    def _settle(self) -> None:
+        for stage in sorted(self._dirty):
+            self._stage(stage)
+
+    def _order(self, stage: int) -> tuple[list[int], dict[int, int]]:
+        """The repetitions of a stage in order, and for each value that is demanded there its last reader (the stage itself
+        for what the program reads)."""
+        found = self._orders.get(stage)
+        if found is None:
+            order, last = sorted(self.again[stage]), {}
+            for op in order:
+                last.update(self.shape.readers[op])
+            last.update(dict.fromkeys(self.shape.inputs[stage], stage))
+            found = self._orders[stage] = (order, last)
+        return found
+
     def _stage(self, stage: int) -> None:
         """Find again what `stage` adds at most to what is there when it begins."""
+        self._dirty.discard(stage)
         self._journal.append((4, stage, int(self.top[stage]), 0))
-        shape, again = self.shape, self.again[stage]
-        arrived = sum(shape.bytes[v] for v in self.loads[stage])
+        shape, again, loads = self.shape, self.again[stage], self.loads[stage]
+        size, recipe, stays, kept = shape.bytes, shape.recipe, self.stays, self.kept
+        arrived = sum(size[v] for v in loads)
         if not again:
             self.top[stage] = arrived + shape.own[stage]
             return
-        needs, size, trips, stays, kept, loads = (
-            shape.needs,
-            shape.bytes,
-            self.trips,
-            self.stays,
-            self.kept,
-            self.loads[stage],
-        )
-        order = sorted(again)
+        order, last = self._order(stage)
         self.work += len(order)
-        last: dict[int, int] = {}
-        for op in order:
-            for u in needs[op]:
-                last[u] = op
-        for u in shape.inputs[stage]:
-            last[u] = stage
+        change = dict.fromkeys(order, 0)  # bytes that a repetition leaves behind
+        gone: dict[int, list[int]] = {}  # what may go when it has run
+        for u, op in last.items():
+            if stage not in kept[u] and recipe[u] in change and u not in loads:
+                change[recipe[u]] += size[u]
+            if op != stage and stage not in stays[u] and not (self.trips and self._leaves(u, stage)):
+                change[op] -= size[u]
+                gone.setdefault(op, []).append(u)
         now = most = arrived
         for op in order:
-            gone = [
-                u
-                for u in needs[op]
-                if last[u] == op and stage not in stays[u] and not (trips and self._leaves(u, stage))
-            ]
-            most = max(most, now + shape.burst_without(op, gone))
-            for v in shape.made[op]:
-                if v in last and stage not in kept[v] and v not in loads:
-                    now += size[v]
-            for u in gone:
-                now -= size[u]
+            most = max(most, now + (shape.burst_without(op, gone[op]) if op in gone else shape.burst[op]))
+            now += change[op]
         self.top[stage] = max(most, now + shape.own[stage])
 
     # -- the plan as actions --------------------------------------------------------------------------------------------

@@ -94,7 +94,9 @@ class Shape:
         self.needs: list[tuple[int, ...]] = []
         self.burst: list[int] = []
         self.early: list[frozenset[int]] = []  # of `needs`, those that the last of the chain does not read
+        self.readers: list[dict[int, int]] = []  # `needs`, each with the operator
         self.effort: list[float] = []
+        self._bursts: dict[tuple[int, frozenset[int]], int] = {}  # what `burst_without` has found
         sole: dict[int, int] = {}  # operator -> the only one that reads what it makes
         for i, op in enumerate(ops):
             found = {j for v in op.makes for j in self.uses[v]} if all(self.free[v] for v in op.makes) else set()
@@ -109,6 +111,7 @@ class Shape:
             self.effort.append(sum(self.seconds[j] for j in (*chain, i)))
             self.burst.append(self._burst(self.chain[-1], inside, ()))
             self.early.append(frozenset(self.needs[-1]) - frozenset(self.inputs[i]))
+            self.readers.append(dict.fromkeys(self.needs[-1], i))
         self.needs.append(self.inputs[-1])
 
     def _burst(self, chain: tuple[int, ...], inside: set[int], gone: Collection[int]) -> int:
@@ -123,10 +126,14 @@ class Shape:
 
     def burst_without(self, op: int, gone: Collection[int]) -> int:
         """`burst` of an operator's chain when the inputs `gone` may go as soon as the chain has read them."""
-        if self.early[op].isdisjoint(gone):
+        early = self.early[op].intersection(gone)
+        if not early:
             return self.burst[op]
-        chain = self.chain[op]
-        return self._burst(chain, {v for j in chain[:-1] for v in self.made[j]}, gone)
+        found = self._bursts.get((op, early))
+        if found is None:
+            chain = self.chain[op]
+            found = self._bursts[op, early] = self._burst(chain, {v for j in chain[:-1] for v in self.made[j]}, early)
+        return found
 
     def keepable(self, v: int, start: int, stop: int) -> bool:
         """Whether `v` can stay between its demands at stages `start` and `stop`."""

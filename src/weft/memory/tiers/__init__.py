@@ -4,6 +4,7 @@
     DiskOptimizer   any elementwise torch optimizer with its state on disk, in one process          disk_optimizer, states
     tile            a wide linear layer as tiles that run one after the other                       tiling
     choose          which tiers, from what they hold and how fast they are                          traffic
+    copies          how fast activations are copied to a tier and back; `measured` makes a `Tier` of it    rates
     describe        what a folder lies on, to print beside every number measured there              files
 
 One file each for what is underneath: bytes past the page cache (`files`), who holds what and where (`layout`), optimizers on
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 from weft.memory.tiers.disk_optimizer import DiskOptimizer
 from weft.memory.tiers.files import Place, describe, measure
+from weft.memory.tiers.rates import Copies, copies, measured
 from weft.memory.tiers.store import TIERS, Tiers
 from weft.memory.tiers.tiered import Tiered
 from weft.memory.tiers.tiling import TiledLinear, tile
 from weft.memory.tiers.traffic import Room, Traffic, choose, efficiency, intensity, traffic
 
 __all__ = [
-    "TIERS", "DiskOptimizer", "Place", "Room", "TiledLinear", "Tiered", "Tiers", "Traffic",
-    "choose", "describe", "efficiency", "intensity", "measure", "tile", "traffic",
+    "TIERS", "Copies", "DiskOptimizer", "Place", "Room", "TiledLinear", "Tiered", "Tiers", "Traffic",
+    "choose", "copies", "describe", "efficiency", "intensity", "measure", "measured", "tile", "traffic",
 ]  # fmt: skip

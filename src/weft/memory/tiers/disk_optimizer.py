@@ -32,7 +32,7 @@ from weft.memory.tiers.resume import open_states
 from weft.memory.tiers.states import States
 from weft.memory.tiers.workplace import Workplace
 
-__all__ = ["DiskOptimizer", "flat", "nbytes_of", "plain_options", "random_state", "restore_random"]
+__all__ = ["DiskOptimizer", "flat", "nbytes_of", "plain_options", "random_state", "refuse_more", "restore_random"]
 
 
 class DiskOptimizer(torch.optim.Optimizer):
@@ -70,6 +70,11 @@ class DiskOptimizer(torch.optim.Optimizer):
         threads: int = 4,
         **options: Any,
     ):
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise ValueError(
+                f"DiskOptimizer: kind must be an optimizer's class, as torch.optim.AdamW, got {kind!r:.40}; "
+                "its options follow by name"
+            )
         defaults = kind([nn.Parameter(torch.zeros(1))], **options).defaults
         super().__init__(params, defaults)
         self.kind, self.notes = kind, {}
@@ -80,10 +85,16 @@ class DiskOptimizer(torch.optim.Optimizer):
                 name = group["param_names"][place] if "param_names" in group else str(len(self._parameters))
                 if not parameter.dtype.is_floating_point and not parameter.dtype.is_complex:
                     raise ValueError(f"parameter {name} of dtype {parameter.dtype} cannot be trained; leave it out")
+                if parameter.is_meta:
+                    raise ValueError(
+                        f"parameter {name} is on the meta device and has no values; materialise the model first"
+                    )
                 shards.append(
                     Shard(name, tuple(parameter.shape), parameter.dtype, 0, parameter.numel(), index, on_disk=False)
                 )
                 self._parameters.append(parameter)
+        if len({id(parameter) for parameter in self._parameters}) < len(self._parameters):
+            raise ValueError("a parameter is given twice, and would be updated twice; give each once")
         if len({shard.name for shard in shards}) < len(shards):
             raise ValueError("two parameters have one name; names tell them apart in the files")
         rules = [Elementwise(kind, defaults) for _ in self.param_groups]
@@ -109,6 +120,16 @@ class DiskOptimizer(torch.optim.Optimizer):
             self.place.close()
             raise
         self._versions = [parameter._version for parameter in self._parameters]
+        self.laid_out = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made: the files have places for the parameters given then.
+
+        Raises:
+            ValueError: later.
+        """
+        refuse_more(self)
+        super().add_param_group(param_group)
 
     def _open(self, resume: bool) -> dict[str, Tensor]:
         found = open_states(self.states, self._folder, self._about, random_state, resume=resume)
@@ -148,15 +169,9 @@ class DiskOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        changed = set()
-        for index, parameter in enumerate(self._parameters):
-            if parameter.grad is not None:
-                self._gradients.add(index, flat_like(parameter.grad, parameter))
-                changed.add(index)
-            elif parameter._version != self._versions[index]:
-                changed.add(index)  # by the user, between steps: the files must tell of it
-        order = sorted({c for index in changed for c, _ in self.states.of_shard[index]})
         try:
+            changed = self._changed()
+            order = sorted({c for index in changed for c, _ in self.states.of_shard[index]})
             self.states.update(order, self._gradients)
             self.states.commit(lambda: self._about(self.states.step + 1), random_state())
         except BaseException:
@@ -166,6 +181,23 @@ class DiskOptimizer(torch.optim.Optimizer):
             self._gradients.clear()
         self._versions = [parameter._version for parameter in self._parameters]
         return loss
+
+    def _changed(self) -> set[int]:
+        """Parameters that have a gradient, which is taken, or other values than after the last step."""
+        changed = set()
+        for index, parameter in enumerate(self._parameters):
+            shard = self.states.shards[index]
+            if parameter.dtype != shard.dtype or parameter.shape != shard.shape:
+                raise ValueError(
+                    f"parameter {shard.name} is now {parameter.dtype} of shape {tuple(parameter.shape)}, and its state on "
+                    f"disk is of {shard.dtype}, {shard.shape}; convert the model before the optimizer is made"
+                )
+            if parameter.grad is not None:
+                self._gradients.add(index, flat_like(parameter.grad, parameter, shard.name))
+                changed.add(index)
+            elif parameter._version != self._versions[index]:
+                changed.add(index)  # by the user, between steps: the files must tell of it
+        return changed
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer in memory would give it: all of the state is read into memory."""
@@ -206,6 +238,15 @@ class DiskOptimizer(torch.optim.Optimizer):
         self.close()
 
 
+def refuse_more(optimizer: torch.optim.Optimizer) -> None:
+    """No more parameters once places for them are laid out."""
+    if getattr(optimizer, "laid_out", False):
+        raise ValueError(
+            "parameters cannot be added later: the files have places for those given at the start; make an optimizer of all, "
+            "frozen ones included (without a gradient they are left alone), in a new folder"
+        )
+
+
 def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group's options without its parameters."""
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
@@ -238,11 +279,12 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def flat_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+def flat_like(gradient: Tensor, parameter: Tensor, name: str) -> Tensor:
     """A gradient's elements in the order of `flat(parameter)`."""
     if gradient.layout != torch.strided:
         raise ValueError(
-            f"gradients of layout {gradient.layout} cannot be streamed; use dense gradients (sparse=False)"
+            f"the gradient of {name} has the layout {gradient.layout}, which cannot be streamed; use dense gradients "
+            "(sparse=False)"
         )
     if gradient.stride() == parameter.stride() or (gradient.is_contiguous() and parameter.is_contiguous()):
         return flat(gradient)

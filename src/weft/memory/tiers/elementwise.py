@@ -93,7 +93,7 @@ class Elementwise:
                 for part, row in zip(parts, rows, strict=True):
                     part.grad = row.clone()
                 _step(worker)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.kind.__name__} cannot be run on flat pieces of parameters ({error}); keep its state in memory "
                 "(optimizer='device')"

@@ -8,7 +8,7 @@ from typing import Any
 
 from weft.errors import PeerLost
 
-__all__ = ["Peers", "together"]
+__all__ = ["Peers", "control_group", "together"]
 
 
 @contextmanager
@@ -61,3 +61,16 @@ class Peers:
         if failed is not None:
             raise error if error is not None else failed
         return result
+
+
+def control_group(group: Any) -> Any:
+    """A process group of the same ranks that moves CPU tensors."""
+    if group is None:
+        return None
+    import torch.distributed as dist
+
+    if dist.get_world_size(group) == 1:
+        return None
+    if "gloo" in dist.get_backend(group):
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)

@@ -129,12 +129,13 @@ class States:
             DiskFull: there is no room for it.
             CheckpointDamaged: the one that is there is missing or of another length.
         """
-        if not self.nbytes:
-            return
         assert self.folder is not None
-        path = self.folder / "state.bin"
         if fresh:
             self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.nbytes:
+            return  # of so few elements that this process has none
+        path = self.folder / "state.bin"
+        if fresh:
             self.file = DiskFile(path, self.nbytes)
             return
         size = path.stat().st_size if path.exists() else 0
@@ -389,7 +390,8 @@ class States:
             return None  # nothing to resume from, so nothing to flush
         manifest = about()
         manifest.chunks = self.entries(after=True)
-        self.file.sync()
+        if self.file is not None:
+            self.file.sync()
         manifest.write(self.folder, extra)
         return manifest.step
 
@@ -457,8 +459,10 @@ class States:
             self.value(segment).copy_(record.view(buffer, 0, k))
 
     def whole_state(self, index: int) -> dict[str, Any] | None:
-        """The optimizer's state of a shard, its arrays 1-D and in memory; None if it was never updated."""
+        """The optimizer's state of a shard, its arrays 1-D and in memory; None if it was never updated, or has no elements."""
         shard, found = self.shards[index], {}
+        if not self.of_shard[index]:
+            return None
         for c, k in self.of_shard[index]:
             segment, record = self.chunks[c].segments[k], self.records[c]
             if not self.streamed:
@@ -553,6 +557,7 @@ class States:
                         )
 
     def close(self) -> None:
+        self.broken = "the files of the optimizer's state are closed; make a new one with resume=True to go on"
         self._works.clear()
         self._free = None
         if self.file is not None:

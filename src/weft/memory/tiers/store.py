@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.memory.tiers.disk_optimizer import described, flat, plain_options, random_state
+from weft.memory.tiers.disk_optimizer import described, flat, plain_options, random_state, refuse_more
 from weft.memory.tiers.elementwise import Elementwise
 from weft.memory.tiers.fetch import Slot
 from weft.memory.tiers.layout import Segment, Shard, shard_length, share
@@ -60,7 +60,12 @@ class Front(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any], advance: Callable[[], None]):
         super().__init__(groups, defaults)
+        self.laid_out = True
         self._advance = advance
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        refuse_more(self)
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -25,7 +25,6 @@ Source: Rajbhandari et al., ZeRO-Infinity, arXiv:2104.07857, sections 5 to 7.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,36 +39,13 @@ from weft.memory.tiers.fetch import Fetcher, Slot
 from weft.memory.tiers.files import Disk
 from weft.memory.tiers.gradients import Gradients
 from weft.memory.tiers.layout import Segment
-from weft.memory.tiers.peers import Peers, together
+from weft.memory.tiers.peers import Peers, control_group, together
+from weft.memory.tiers.standins import View, Watched
 from weft.memory.tiers.store import Store, Tiers, flat_in
 from weft.memory.tiers.updates import Updates
 from weft.memory.tiers.workplace import Workplace
 
 __all__ = ["Tiered", "Tiers"]
-
-
-@dataclass(frozen=True)
-class View:
-    """What autograd holds in place of a look at a parameter."""
-
-    slot: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-class Watched(dict):
-    """A module's `_parameters`: reading one from it says so."""
-
-    def __init__(self, parameters: Mapping[str, Any], seen: Callable[[nn.Parameter], None]):
-        super().__init__(parameters)
-        self._seen = seen
-
-    def __getitem__(self, name: str) -> Any:
-        found = super().__getitem__(name)
-        if found is not None:
-            self._seen(found)
-        return found
 
 
 class Tiered:
@@ -130,7 +106,7 @@ class Tiered:
             )
         self.model, self.tiers, self.update = model, tiers, update
         self.device = _device(model, device)
-        control = _control_group(group)
+        control = control_group(group)
         self.peers = Peers(control)
         self._place: Workplace | None = None
         if tiers.uses_disk:
@@ -595,16 +571,3 @@ def _device(model: nn.Module, device: torch.device | str | None) -> torch.device
         return torch.device("cpu") if first is None or first.device.type == "meta" else first.device
     found = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
-
-
-def _control_group(group: Any) -> Any:
-    """A process group of the same ranks that moves CPU tensors."""
-    if group is None:
-        return None
-    import torch.distributed as dist
-
-    if dist.get_world_size(group) == 1:
-        return None
-    if "gloo" in dist.get_backend(group):
-        return group
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)

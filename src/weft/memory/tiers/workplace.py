@@ -30,7 +30,7 @@ class Workplace:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = Lock(self.folder, rank)
-            except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            except OSError as error:
                 raise ValueError(
                     f"cannot keep training state in {self.folder}: {error}; name a folder to write in"
                 ) from error
