@@ -66,16 +66,17 @@ def trained(plan: HandPlan, build: Any, batches: list[Any], budget: int | None, 
         engine.keeper._meter.count(leaf, "input")  # older than the meter
     losses = [engine.step([Job(leaves[step % len(leaves)])]).loss for step in range(steps)]
     kept = engine.keeper._meter.live  # between steps
-    loss, gradients = engine.gradients([Job(leaves[0])])
-    whole = {name: gradient.clone() for name, gradient in gradients}
-    peak, within = engine.keeper.peak, engine.keeper._limit
-    repeats = 0
+    within, repeats, notes = engine.keeper._limit, 0, list[str]()
     if within is not None:
         executor: Any = within._executor
         repeats = executor.repeats if isinstance(executor, Replay) else executor.core.repeats
+        notes += within.notes
+    loss, gradients = engine.gradients([Job(leaves[0])])
+    whole = {name: gradient.clone() for name, gradient in gradients}
+    peak = engine.keeper.peak
     values = {name: engine.whole(name).clone() for name in engine.names}
     engine.keeper.close()
-    return Outcome([*losses, loss], whole, values, peak, kept, repeats, list(within.notes) if within else [])
+    return Outcome([*losses, loss], whole, values, peak, kept, repeats, notes)
 
 
 def same(found: Outcome, want: Outcome) -> None:

@@ -7,6 +7,7 @@
     shaped       a tensor over a storage, from its geometry
     QuickMode    a dispatch mode without dynamo's wrapper; `direct` calls an operator below it
     compiling    torch's ahead-of-time autograd: `Compiling`, and `inductor`, loaded when first asked for
+    references   how many have a tensor
     tracing      `sequence_number`, `backward_node`, `in_backward`: which autograd node a call belongs to
     fakes        `FakeTensorMode`, and `unlogged`, without what torch logs of calls that fakes may not do
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +72,7 @@ __all__ = [
     "over",
     "plain_parts",
     "problem",
+    "references",
     "require",
     "sequence_number",
     "shaped",
@@ -77,6 +80,7 @@ __all__ = [
     "swap",
     "tie_of",
     "unlogged",
+    "wanted_by",
 ]
 
 storage_of: Callable[[Tensor], torch.UntypedStorage] = torch.Tensor.untyped_storage
@@ -95,6 +99,20 @@ is_wrapper = is_traceable_wrapper_subclass
 def alone(storage: torch.UntypedStorage) -> bool:
     """Whether nobody has a storage but this Python object: no tensor of the user's, no saved copy of autograd's."""
     return _USERS is not None and _USERS(storage._cdata) == 1
+
+
+def references(values: Sequence[Tensor], index: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """References to a tensor of a dispatch mode's arguments: to it in C++, to its Python object, and to its storage; and, if it
+    is a view, to what it is a view of, whose own reference to the storage is left out (else zeros).
+
+    Given as part of its list, since a variable would be a reference, too.
+    """
+    base = values[index]._base
+    return (
+        values[index]._use_count(),  # type: ignore[attr-defined]
+        sys.getrefcount(values[index]),
+        torch._C._storage_Use_Count(storage_of(values[index])._cdata) - (base is not None),  # type: ignore[attr-defined]
+    ), (0, 0) if base is None else (base._use_count(), sys.getrefcount(base))  # type: ignore[attr-defined]
 
 
 _USERS: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
@@ -284,6 +302,12 @@ def backward_node() -> int:
     node = _current_node()
     number = -1 if node is None else node._sequence_nr()
     return number if number < 2**63 else -1
+
+
+def wanted_by() -> tuple[str, int]:
+    """Name of the autograd node whose backward is running, and how many gradients it may be asked for; ("", 0) if none runs."""
+    node = _current_node()
+    return ("", 0) if node is None else (node.name(), sum(edge[0] is not None for edge in node.next_functions))
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> bool:

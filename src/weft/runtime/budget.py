@@ -87,10 +87,9 @@ class Keeper:
         self._meter: Meter | None = None
         if measure or budget is not None:
             found = meter(self._kept, device=device)
-            self._meter = (
-                found if found.exact or device.type != "cpu" else None
-            )  # watching operators is slow, and inexact
-            if self._meter is None:
+            if found.exact or device.type != "cpu":
+                self._meter = found
+            else:  # watching operators is slow, and inexact
                 found.close()
 
     @property

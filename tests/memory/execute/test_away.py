@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from torch import Tensor
 from weft.cluster import Tier
 from weft.errors import BudgetError, DiskFull
 from weft.memory.execute.limit import limit
+from weft.memory.planning.choose import plan
+from weft.memory.planning.memory_plan import MemoryPlan
+from weft.memory.tracing.tracer import trace
 
 DISK = Tier(bandwidth=1e9, latency=1e-5, name="disk")
 
 
 @pytest.mark.parametrize("replay", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_tier_reaches_budgets_that_recomputation_cannot(replay):
-    budget, eager = int(0.45 * peak_of("halting")), train(make("halting"))
+    budget, eager = int(0.482 * peak_of("halting")), train(make("halting"))
     made = make("halting")
     with pytest.raises(BudgetError):
         train(made, within=limit(budget, model=made.model, replay=replay))
@@ -68,6 +72,23 @@ def test_what_cannot_be_made_again_goes_only_to_a_tier(tier):
     assert all(torch.equal(each, torch.arange(1024.0) * 2**n) for n, each in enumerate(found, 1))
 
 
+def test_a_step_that_is_not_the_planned_one_uses_the_tier_of_the_plan(tmp_path):
+    """The plan is of another batch, so that all steps run online; without its tier they would not fit."""
+    budget, made = int(0.482 * peak_of("halting")), make("halting")
+    planned = plan(
+        trace(made.model, made.batch, made.loss, torch.optim.AdamW), budget, tier=replace(DISK, folder=str(tmp_path))
+    )
+    assert MemoryPlan.from_dict(planned.to_dict()).tier == planned.tier
+    eager = train(make("halting"))
+    limited = limit(planned, model=made.model, replay=False)
+    assert_same(eager, train(made, within=limited))
+    with pytest.raises(BudgetError):
+        train(made, within=limit(replace(planned, tier=None), model=made.model, replay=False))
+    missing = replace(planned, tier=replace(DISK, folder=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match=r"cannot be offloaded to .*none: No such file"):
+        train(made, within=limit(missing, model=made.model, replay=False))
+
+
 def test_a_full_disk_is_named_and_takes_nothing(monkeypatch):
     made = make("halting")
     before = [p.detach().clone() for p in made.model.parameters()]
@@ -77,6 +98,6 @@ def test_a_full_disk_is_named_and_takes_nothing(monkeypatch):
 
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(DiskFull, match="offloading activations"):
-        train(made, within=limit(int(0.45 * peak_of("halting")), model=made.model, tier=DISK))
+        train(made, within=limit(int(0.46 * peak_of("halting")), model=made.model, tier=DISK))
     for now, then in zip(made.model.parameters(), before, strict=True):
         assert torch.equal(now, then)

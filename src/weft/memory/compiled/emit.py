@@ -87,9 +87,8 @@ class _Writer:
     joint: Joint
     graph: fx.Graph = field(default_factory=fx.Graph)
     where: dict[int, fx.Node] = field(default_factory=dict)  # value -> node that holds it now
-    views: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(
-        default_factory=dict
-    )  # view -> (holder it was taken from, new view)
+    # view -> (holder it was taken from, new view)
+    views: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     plain: dict[fx.Node, fx.Node] = field(default_factory=dict)  # nodes without tensors: once is enough
     states: dict[int, fx.Node] = field(default_factory=dict)  # random operator -> node of the generator's state
     wanted: set[int] = field(default_factory=set)  # random operators that the schedule repeats

@@ -55,7 +55,7 @@ class Sender:
     """Decides for the core of an `Online` what goes to a tier, and sends it."""
 
     def __init__(self, online: Online, tier: Tier):
-        self.online, self.tier, self.shelf = online, tier, Shelf(online.device)
+        self.online, self.tier, self.shelf = online, tier, Shelf(online.device, tier.folder)
 
     def blocks(self) -> list[Block]:
         """All that the program refers to."""

@@ -178,7 +178,8 @@ class Copy(Backend):
 
     def __init__(self, nbytes: int, device: torch.device):
         self.device = device
-        self.arena = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        with below():  # the arena is none of what the limit counts
+            self.arena = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.base = self.arena.data_ptr()
         self._starts: list[int] = []  # of what was put here, in order
         self._lives: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}  # start -> (end, whose bytes)

@@ -9,7 +9,8 @@ operator insists, are passed as copies), so that buffers move once per step. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -70,14 +71,27 @@ class Call:
         args, kwargs: as passed, with `None` where a tensor was.
         looks: at each of its tensors.
         drawn: what to put back before it draws again; None if it does not draw.
-        device: of its tensors.
+        device: of its tensors. dtype: torch's default one when it ran: factories and mixed arithmetic go by that.
         keep: storages that have no recipe and that this one needs: held as long as somebody may want to repeat this.
         soft: it leans on others, too, that have no recipe: held only while it would have to be repeated (`leaves`).
         over, made: (old, new) of what it wrote and the blocks of its fresh outputs; replay's own, online has a `Step` for that.
         places: for each of the call's outputs in fresh storages, in order: position among its flat results.
     """
 
-    __slots__ = ("args", "device", "drawn", "facts", "keep", "kwargs", "looks", "made", "over", "places", "soft")
+    __slots__ = (
+        "args",
+        "device",
+        "drawn",
+        "dtype",
+        "facts",
+        "keep",
+        "kwargs",
+        "looks",
+        "made",
+        "over",
+        "places",
+        "soft",
+    )
 
     def __init__(
         self,
@@ -94,6 +108,7 @@ class Call:
         self.kwargs = kwargs
         self.looks = looks
         self.device = device
+        self.dtype = torch.get_default_dtype()
         self.drawn: Drawn | None = None
         self.keep = keep
         self.soft = soft
@@ -121,7 +136,7 @@ class Call:
         statistics = self.facts.statistics
         if statistics:
             _leave_out(self.facts, statistics, args)
-        with uncast():
+        with uncast(), _default(self.dtype):
             if self.drawn is None:
                 result = run(places, workspace, self.facts.call, args, kwargs)
             else:
@@ -129,6 +144,20 @@ class Call:
                     result = run(places, workspace, self.facts.call, args, kwargs)
         outputs = flat(result)
         return [storage_of(outputs[place]) for place in self.places]
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Torch's default dtype is this one."""
+    now = torch.get_default_dtype()
+    if dtype is now:
+        yield
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(now)
 
 
 def _leave_out(facts: Facts, statistics: Sequence[int], args: list[Any]) -> None:

@@ -15,6 +15,7 @@ from weft.memory.tracing.operators import (
     is_dense,
     is_metadata,
     label,
+    over_gradient,
     reads_bytes,
     written_arguments,
 )
@@ -46,6 +47,7 @@ class Facts:
         dense: many operations per byte.
         random: some of its calls draw from a generator.
         varies: bytes of its outputs depend on the data.
+        over: its variant that writes over the gradient it is given (see `over_gradient`); None if it has none.
     """
 
     __slots__ = (
@@ -56,6 +58,7 @@ class Facts:
         "in_flight",
         "name",
         "needs_bytes",
+        "over",
         "random",
         "regeometry",
         "statistics",
@@ -83,6 +86,7 @@ class Facts:
         self.dense = is_dense(func)
         tags = getattr(func, "tags", ())
         self.random = torch.Tag.nondeterministic_seeded in tags
+        self.over = over_gradient(func)
         self.varies = torch.Tag.dynamic_output_shape in tags
 
     def draws(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -5,6 +5,10 @@ they live, since nobody can tell how long the address is used. They are replaced
 mode would do the same and cost a microsecond at every attribute of every tensor. Printing a tensor switches dispatch modes off
 while it reads, so that it is announced here too.
 
+Some functions of torch are made of several operators and look at small integer tensors in between, without asking anybody:
+lengths and batch sizes of packed sequences, places where a tensor is split, a generator's state (`READERS`). While one of them
+runs, these tensors must not go; nor those that the backward pass will look at in the same way.
+
 A C++ extension that takes a tensor's pointer without going through an operator is not seen by anything. Register it with
 `torch.library`, or touch `tensor.data_ptr()` before the call.
 """
@@ -17,6 +21,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from weft.memory.private import hide_from_compiler
 
@@ -32,6 +37,19 @@ POINTERS = (
     "__cuda_array_interface__",
     "__repr__",
 )
+READERS: tuple[tuple[Any, str], ...] = (
+    (torch._VF, "lstm"),
+    (torch._VF, "gru"),
+    (torch._VF, "rnn_tanh"),
+    (torch._VF, "rnn_relu"),
+    (torch._VF, "_pack_padded_sequence"),
+    (torch._VF, "_pad_packed_sequence"),
+    (torch, "ctc_loss"),
+    (torch, "tensor_split"),
+    (torch.Tensor, "tensor_split"),
+    (torch, "set_rng_state"),
+    (torch.random, "set_rng_state"),
+)
 
 
 @final
@@ -42,6 +60,7 @@ class Guards:
         self.expose = expose
         self._own: dict[str, Any] = {}  # what stood on the class itself
         self._added: list[str] = []  # what it inherited
+        self._readers: list[tuple[Any, str, Any]] = []
 
     def start(self) -> None:
         for name in POINTERS:
@@ -52,6 +71,9 @@ class Guards:
             else:
                 continue
             setattr(torch.Tensor, name, self._guarded(getattr(torch.Tensor, name)))
+        for owner, name in READERS:
+            self._readers.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, self._reader(getattr(owner, name)))
         self._to_dlpack = torch.utils.dlpack.to_dlpack
         torch.utils.dlpack.to_dlpack = torch.to_dlpack = self._guarded(self._to_dlpack)
 
@@ -60,7 +82,30 @@ class Guards:
             setattr(torch.Tensor, name, found)
         for name in self._added:
             delattr(torch.Tensor, name)
+        for owner, name, found in reversed(self._readers):
+            if found is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, found)
+        self._readers.clear()
         torch.utils.dlpack.to_dlpack = torch.to_dlpack = self._to_dlpack
+
+    def _reader(self, found: Any) -> Any:
+        def expose(values: Any) -> None:
+            for value in tree_leaves(values):
+                if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+                    self.expose(value)
+
+        @functools.wraps(found)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            expose((args, kwargs))
+            result = found(*args, **kwargs)
+            if found.__name__ == "_pack_padded_sequence":
+                expose(result)
+            return result
+
+        hide_from_compiler(call)
+        return call
 
     def _guarded(self, found: Any) -> Any:
         expose = self.expose

@@ -10,6 +10,7 @@ A step           ends with the optimizer's (`torch.optim`'s hooks say so; the ne
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -28,20 +29,23 @@ from weft.memory.execute.away import Sender
 from weft.memory.execute.backends import Backend, Copy, Count, Native, Owner
 from weft.memory.execute.facts import Facts, facts_of
 from weft.memory.execute.guards import Guards
+from weft.memory.execute.hand_back import hand_back
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Deviation, Replay
 from weft.memory.execute.sizes import Sizes
 from weft.memory.execute.takeover import take_over
-from weft.memory.execute.tape import Tape
+from weft.memory.execute.tape import Tape, joined
 from weft.memory.planning.check import check
 from weft.memory.planning.memory_plan import MemoryPlan
-from weft.memory.private import QuickMode, hide_from_compiler, is_innermost, problem, require
+from weft.memory.private import QuickMode, below, hide_from_compiler, is_innermost, plain_parts, problem, require
 from weft.memory.record import Trace
 from weft.memory.tracing.state import state_to_come
 
 __all__ = ["Limit", "limit"]
 
 BACKENDS = ("auto", "count", "copy", "native")
+RESERVE = 2**16  # bytes (a 64th of the budget at most) that plans leave for what a program does besides, if they can
+LASTING = 100  # steps after which a plan that no longer holds was a good one
 LONGEST_CYCLE = 4  # steps that follow each other and are planned one by one (a generator's and a discriminator's, say)
 MOST_PLANS = 4  # that are given up, until it stays online
 
@@ -79,7 +83,7 @@ def limit(
         replay: False to stay online.
         by_hand: steps end only where `Limit.step()` says so, whatever optimizers do.
         tier: where activations may wait that are not made again: pinned memory of an accelerator's host, a temporary file of a
-            CPU's process (in `TMPDIR`). Its figures decide what is cheaper.
+            CPU's process. Its figures decide what is cheaper. By default that of the plan, if a plan is given.
     Raises:
         ValueError: the budget is not a positive number of bytes, or there is no such backend or policy.
         BudgetError: (with `trace`) no plan fits; `least` is what would do.
@@ -114,6 +118,7 @@ class Limit:
         if isinstance(budget, MemoryPlan):
             self.budget = budget.budget or budget.peak
             self._cycle = [budget]
+            self.tier = tier or budget.tier  # a step that is not the planned one may use it as well
         else:
             nbytes = quantity(budget, "bytes")
             if not 0 < nbytes < float("inf"):
@@ -139,9 +144,15 @@ class Limit:
         self._gauge = native.ledger() if device.type == "cpu" and native.problem() is None else None
         self._sizes = Sizes()  # what operators have taken so far
         self._ended = False  # the optimizer's step is over, the next one's first operator not yet there
+        self._leaving = False
         self._paused: Any = None  # while the optimizer runs without us: what ends that
         self._watched: set[int] = set()
-        self._tapes: list[tuple[int, Trace]] = []  # what the last online steps did, and a hash of it
+        self._seen: dict[int, Trace] = {}  # by that hash: the largest of these steps
+        self._carried: list[int] = []  # for each step of the cycle, bytes that were there when it began
+        self._planned_at = 0
+        self._tapes: list[
+            tuple[int, Trace, int]
+        ] = []  # a hash of what the last online steps did, that, and what was carried
         self._strayed = self._given_up = 0  # planned steps in a row, and plans, that did not hold
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
@@ -164,7 +175,7 @@ class Limit:
             )
 
     def _begin(self) -> None:
-        self._ended, self._watched, self._owner = False, set(), Owner()
+        self._ended, self._leaving, self._watched, self._owner = False, False, set(), Owner()
         self._executor = self._first_executor()
         self._adopt_model()
         self._reserve()
@@ -251,6 +262,7 @@ class Limit:
     def __exit__(self, *problem: Any) -> None:
         executor = self._executor
         if problem[0] is None and not (isinstance(executor, Replay) and executor.at < len(executor.rows)):
+            self._leaving = True
             self.step()
         self._leave()
 
@@ -265,7 +277,7 @@ class Limit:
         if isinstance(executor, Replay):
             executor = self._to_online(executor)
         if executor is not None:
-            executor.hand_back()
+            hand_back(executor)
 
     def _backend(self, nbytes: int) -> Backend:
         """Memory for activations; `nbytes` of it where addresses matter."""
@@ -287,15 +299,34 @@ class Limit:
         if self._cycle and self._may_replay:
             return self._new_replay()
         online = self._new_online(self._backend(self.budget))
-        online.tape = Tape() if self._may_replay else None
+        self._write(online)
         return online
+
+    def _write(self, online: Online) -> None:
+        """A step begins: it is written down, if it may be replayed later."""
+        online.tape = Tape(self._owner.holds.values()) if self._may_replay else None
 
     def _new_replay(self) -> Replay:
         plan = self._cycle[self.steps % len(self._cycle)]
-        slack = self.budget - plan.peak
-        replay = Replay(plan.trace, plan.schedule, self._backend(plan.schedule.arena), self.device, slack, self._owner)
+        slack, folder = self.budget - plan.peak, plan.tier.folder if plan.tier is not None else ""
+        backend = self._backend(plan.schedule.arena)
+        replay = Replay(plan.trace, plan.schedule, backend, self.device, slack, self._owner, folder)
         replay.watch = self._watch
         return replay
+
+    def _begin_replayed(self) -> None:
+        """A planned step begins. If more is carried into it than when it was planned, and there is no room for that, it is not
+        this plan's."""
+        replay = self._executor
+        if isinstance(replay, Replay) and self._carried and not self._leaving:
+            more = replay.held - (expected := self._carried[self.steps % len(self._cycle)])
+            if more > replay.slack:
+                gc.collect()  # what waits for it may be of use to nobody
+                more = replay.held - expected
+            if more > replay.slack:
+                self._fall_back(Deviation(f"{more:,} bytes more are carried into it", once=True))
+                if isinstance(self._executor, Online):
+                    self._write(self._executor)
 
     def _adopt_model(self) -> None:
         if self.model is not None:
@@ -303,10 +334,14 @@ class Limit:
                 self._executor.adopt(parameter, "parameter")
                 if parameter.requires_grad and parameter.is_leaf:
                     self._watch(parameter)  # it may lie in a storage met before
-                if parameter.grad is not None:
-                    self._executor.adopt(parameter.grad, "gradient")
+                for part in _parts(parameter.grad) if parameter.grad is not None else ():
+                    self._executor.adopt(part, "gradient")
             for buffer in self.model.buffers():
                 self._executor.adopt(buffer, "buffer")
+        for entries in self.optimizer.state.values() if self.optimizer is not None else ():
+            for value in entries.values():
+                if isinstance(value, Tensor) and value.layout is torch.strided:
+                    self._executor.adopt(value, "optimizer")
 
     # -- operators ----------------------------------------------------------------------------------------------------
 
@@ -327,8 +362,8 @@ class Limit:
             self._note(f"step {self.steps} is not the planned one ({deviation}); it goes on online")
         self._executor = self._to_online(self._executor)
         if self._strayed > 1 or not deviation.once:
-            self._cycle, self._tapes = [], []
-            self._given_up += 1
+            self._cycle, self._carried, self._tapes = [], [], []
+            self._given_up += self.steps - self._planned_at < LASTING
             if self._given_up == MOST_PLANS:
                 self._may_replay = False
                 self._note(f"{MOST_PLANS} plans did not hold; all further steps run online")
@@ -368,6 +403,7 @@ class Limit:
         self.steps += 1
         if len(self._cycle) > 1:
             self._executor = self._new_replay()
+        self._begin_replayed()
 
     def _end_online(self, online: Online) -> None:
         self.steps += 1
@@ -376,35 +412,54 @@ class Limit:
         elif self._cycle:  # it had begun as planned
             online.hand_over()
             self._executor = self._new_replay()
+            self._begin_replayed()
         else:
             if online.tape is not None:
                 self._written(online.tape)
             if isinstance(self._executor, Online):
-                self._executor.tape = Tape()
+                self._write(self._executor)
 
     def _written(self, tape: Tape) -> None:
         """A step was written down: if the last ones repeat, plan them and replay from now on."""
         trace = tape.trace(str(self.device), type(self.model).__name__ if self.model is not None else "")
-        self._tapes.append((hash(tuple((op.name, op.reads, op.makes) for op in trace.ops)), trace))
+        mark = hash(tuple((op.name, op.reads, op.makes) for op in trace.ops))
+        if mark in self._seen:
+            trace = joined(trace, self._seen.pop(mark))
+        self._seen[mark] = trace
+        if len(self._seen) > 2 * LONGEST_CYCLE:
+            del self._seen[next(iter(self._seen))]
+        self._tapes.append((mark, trace, tape.carried))
         del self._tapes[: -2 * LONGEST_CYCLE]
-        marks = [mark for mark, _ in self._tapes]
+        marks = [mark for mark, *_ in self._tapes]
         for length in range(1, len(marks) // 2 + 1):
             if marks[-length:] == marks[-2 * length : -length]:
-                self._plan([trace for _, trace in self._tapes[-length:]])
+                _, traces, carried = zip(*self._tapes[-length:], strict=True)
+                self._plan(traces, carried)
                 return
 
-    def _plan(self, traces: Sequence[Trace]) -> None:
+    def _plan(self, traces: Sequence[Trace], carried: Sequence[int]) -> None:
         try:
             addresses = self._backend_name in ("copy", "native")
-            planned = [_planned(trace, self.budget, addresses, self.tier) for trace in traces]
+            planned = [self._planned(trace, addresses) for trace in traces]
         except BudgetError as error:
             self._note(f"no plan was found though the step runs ({error.what}); it stays online")
             self._may_replay = False
             return
         first = self.steps % len(planned)
         self._cycle = [planned[(n - first) % len(planned)] for n in range(len(planned))]
+        self._carried = [carried[(n - first) % len(planned)] for n in range(len(planned))]
+        self._planned_at = self.steps
         self._executor.hand_over()
         self._executor = self._new_replay()
+        self._begin_replayed()
+
+    def _planned(self, trace: Trace, addresses: bool) -> MemoryPlan:
+        """A plan for a step; with some bytes left over if there is one."""
+        reserve = min(RESERVE, self.budget // 64)
+        try:
+            return _planned(trace, self.budget - reserve, addresses, self.tier)
+        except BudgetError:
+            return _planned(trace, self.budget, addresses, self.tier)
 
     # -- what is not an operator --------------------------------------------------------------------------------------
 
@@ -425,7 +480,8 @@ class Limit:
 
     def _finished(self, parameter: Tensor) -> None:
         if parameter.grad is not None and not self.resting:
-            self._at(lambda executor: executor.settle(parameter.grad, "gradient"))
+            for part in _parts(parameter.grad):
+                self._at(lambda executor, part=part: executor.settle(part, "gradient"))
 
     def _before_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._ended = False
@@ -459,16 +515,22 @@ def _planned(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> M
 
     try:
         return plan(trace, budget, tier=tier)
-    except BudgetError:
+    except BudgetError as error:
         if addresses:
             raise
         try:
             found = simulate(trace, budget, "pager")
-        except BudgetError:
-            found = None
-        if found is None:
-            raise
-        return MemoryPlan(trace, budget, found.schedule, check(trace, found.schedule), "pager")
+            return MemoryPlan(trace, budget, found.schedule, check(trace, found.schedule), "pager")
+        except (BudgetError, ValueError):  # ValueError: what outlives the step is missing at its end
+            raise error from None
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """What has the bytes of a tensor: itself, or, of a sparse one, its indices and values."""
+    if tensor.layout is torch.strided:
+        return (tensor,)
+    with below():
+        return tuple(plain_parts(tensor))
 
 
 _PLAIN: set[Any] = {torch.Tensor, nn.Parameter}  # classes that do not handle operators themselves

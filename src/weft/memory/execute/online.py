@@ -4,10 +4,8 @@ Per call   1. find the block of every argument (`Hold`, tied to its storage); a 
            2. `Core.begin`: missing inputs come back (`Online.again`), outputs get room; random operators' state is kept
            3. the operator runs
            4. `Core.end`; outputs are tied to their blocks
-First runs Outputs are foreseen (`sizes`), the workspace is not. So an operator met for the first time runs under a cap: the bytes
-           of its outputs and all that are free. An allocation beyond is refused by the native library before it happens;
-           then room is made for what was asked, and the operator begins anew (`Online._on_trial`). Not so what writes in
-           place (it might be half done; elementwise or a plain copy nearly always, it takes none), and collectives.
+In place   Operators of the backward pass write over the gradient that they are given if nobody else has it (`in_place`).
+First runs The workspace of an operator is not known before it has run: it runs under a cap (`first_runs`).
 
 A block's recipe is a `Step` of the core with a `Call` as payload; neither holds a tensor, so that bytes die when the user's last
 reference dies. Exceptions: parameters and inputs that a recipe reads live as long as the recipe; what the program has made and
@@ -20,31 +18,28 @@ makes, results of collectives, everything whose address is known outside (`numpy
 from __future__ import annotations
 
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from weft.memory.core import Block, Core, Step
-from weft.memory.execute.backends import Backend, Count, Hold, Owner, tie
+from weft.memory.core.blocks import BY_ORDER
+from weft.memory.execute.backends import Backend, Hold, Owner, tie
 from weft.memory.execute.calls import Call, flat, geometry_of
 from weft.memory.execute.facts import Facts
+from weft.memory.execute.first_runs import first_run
+from weft.memory.execute.in_place import over_its_gradient
 from weft.memory.execute.leaves import Leaves, is_soft
 from weft.memory.execute.random_state import about_to_draw, state_nbytes
 from weft.memory.execute.sizes import SETTLED, Size, Sizes
 from weft.memory.execute.tape import Tape
-from weft.memory.private import below, fill, storage_of
+from weft.memory.private import below, storage_of
 from weft.memory.record import Category
 from weft.memory.tracing.operators import tensors_of, writes
 
 __all__ = ["Online"]
-
-BY_ORDER = attrgetter("order")
-RUN = Count().run
 
 
 @final
@@ -62,7 +57,7 @@ class Online:
 
     Attributes:
         core: decides.
-        effects: while True nothing gets a recipe (the optimizer's step).
+        clock: measures operators. effects: while True nothing gets a recipe (the optimizer's step).
         tape: writes down the step, if it is set.
         watch: called with each leaf that wants a gradient when it is first met.
     """
@@ -92,7 +87,7 @@ class Online:
         self._busy = self._clearing = False
         self._dropped: dict[Block, None] = {}  # not there, but a storage of the user's shows them
         self._single = device.type == "cpu"  # there are no tensors on other devices, or they do not matter
-        self._clock = time.thread_time if device.type == "cpu" else time.perf_counter
+        self.clock = time.thread_time if device.type == "cpu" else time.perf_counter
 
     # -- storages -----------------------------------------------------------------------------------------------------
 
@@ -111,6 +106,8 @@ class Online:
             leaf = whole.requires_grad and whole.is_leaf
             kind = kind or ("parameter" if leaf else "optimizer" if self.effects else "input")
             hold = tie(self.owner, storage, self.core.adopt(counted, inside=True), kind)
+            if self.tape is not None:
+                self.tape.meets(hold)
             if leaf:
                 self.watch(whole)
         return hold
@@ -163,6 +160,9 @@ class Online:
             return self._communicate(facts, args, kwargs)
         if facts.regeometry:
             return self._regeometry(facts, args, kwargs)
+        if facts.over is not None:
+            if (over := over_its_gradient(facts, args, kwargs)) is not None and self._may_go(args[0]):
+                facts, kwargs = over
         looks: list[Any] = []
         reads: dict[Block, Hold] = {}
         shapes: list[Any] = []  # geometry of the tensors, part of the signature
@@ -232,9 +232,7 @@ class Online:
                 else:
                     keep.append(storage)
         call = Call(facts, plain, plain_kwargs, looks, self.device, keep, soft)
-        if size.fresh is not None:
-            for nbytes in size.fresh:
-                makes.append((nbytes, facts.dense))
+        makes += [(nbytes, facts.dense) for nbytes in size.fresh or ()]
         workspace = size.workspace
         random = facts.random and facts.draws(args, kwargs)
         if random and repeatable:
@@ -251,9 +249,9 @@ class Online:
                 call.drawn = about_to_draw(args, kwargs, self.device)
             unforeseen = size.fresh is None
             if unforeseen or size.runs < SETTLED:
-                result = self._on_trial(step, len(overwrites), size, facts, args, kwargs)
+                result = first_run(self, step, len(overwrites), size, facts, args, kwargs)
             else:
-                result = self._execute(step, len(overwrites), facts, args, kwargs)
+                result = self.execute(step, len(overwrites), facts, args, kwargs)
             taken = step.workspace
             if unforeseen:  # its outputs lie in what was taken for workspace
                 core.widen(step, 0)
@@ -287,6 +285,11 @@ class Online:
         if self._gone or self.leaves.loose:
             self._clear()
         return result
+
+    def _may_go(self, tensor: Tensor) -> bool:
+        """Whether the bytes of a tensor may be written over: they can be made again, and nobody knows their address."""
+        hold = self.hold_of(tensor)
+        return hold is not None and hold.block.step is not None and hold.kind == "activation" and not hold.exposed
 
     def _look_into(
         self, values: Sequence[Any], position: Any, looks: list[Any], shapes: list[Any], reads: dict[Block, Hold]
@@ -378,83 +381,11 @@ class Online:
                 self.adopt(tensor)
         return result
 
-    def _execute(self, step: Step, num_over: int, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def execute(self, step: Step, num_over: int, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not self.backend.addresses:
             return facts.call(*args, **kwargs)
         places = [(block.nbytes, block.offset) for block in step.makes[num_over:]]
         return self.backend.run(places, (step.offset, step.workspace), facts.call, args, kwargs)
-
-    def _on_trial(
-        self, step: Step, num_over: int, size: Size, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Run an operator, learn what its signature takes, and make room for it first if that is more than there is.
-
-        Raises:
-            BudgetError: there is no room.
-        """
-        beside = step.workspace - size.workspace  # a generator's state, for a moment
-        if (
-            self.gauge is None
-            or self.backend.addresses
-            or any(at not in facts.statistics for at, _ in facts.written)  # it might be half done when it is refused
-        ):
-            result = self._measured(step, num_over, size, facts, args, kwargs, -1)
-        else:
-            result = self._capped(step, num_over, size, facts, args, kwargs)
-        step.workspace = size.workspace + beside
-        return result
-
-    def _capped(
-        self, step: Step, num_over: int, size: Size, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Run an operator within the bytes that are there for it; refused, begin anew when there are as many as it asked for."""
-        core, made = self.core, sum(size.fresh or ())
-        drawn = about_to_draw(args, kwargs, self.device) if facts.random and facts.draws(args, kwargs) else None
-        statistics = [args[at] for at in facts.statistics if at < len(args) and args[at] is not None]
-        copied = sum(tensor.nbytes for tensor in statistics)
-        if copied:
-            core.widen(step, step.workspace + copied)
-        with below():
-            copies = [tensor.clone() for tensor in statistics]
-        while True:
-            most = made + step.workspace - copied + core.arena.free
-            try:
-                return self._measured(step, num_over, size, facts, args, kwargs, most)
-            except torch.OutOfMemoryError:
-                asked = self.gauge.since()[0]
-                if asked <= most:  # somebody else has refused
-                    raise
-            if drawn is not None:
-                drawn.rewind()
-            with below():
-                for tensor, copy in zip(statistics, copies, strict=True):
-                    tensor.copy_(copy)
-            core.widen(step, asked - made + copied)
-
-    def _measured(
-        self,
-        step: Step,
-        num_over: int,
-        size: Size,
-        facts: Facts,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        most: int,
-    ) -> Any:
-        """Run an operator once, with at most `most` bytes more than there are (-1: any), and note what it has taken."""
-        gauge = self.gauge
-        if gauge is not None:
-            gauge.mark(most)
-        start = self._clock()
-        try:
-            result = self._execute(step, num_over, facts, args, kwargs)
-            seconds = self._clock() - start
-        finally:
-            taken = gauge.since()[0] if gauge is not None else 0
-        size.seconds = min(size.seconds, seconds) if size.runs else seconds
-        size.runs += 1
-        size.workspace = max(size.workspace, taken - sum(size.fresh or ()))
-        return result
 
     def _bind(self, step: Step, call: Call, size: Size, at: int, result: Any) -> Sequence[Block]:
         """Tie what came out of an operator to the blocks that were made for it, from the one at `at` on; returns these."""
@@ -654,35 +585,9 @@ class Online:
         if storage is not None and self.backend.addresses:
             self.backend.leave(storage)
 
-    def hand_back(self) -> None:
-        """Everything the user still refers to is there when this returns, budget or not, and nothing is managed any more.
-
-        Independent of the core, which an exception may have left in the middle of something.
-        """
-        self._busy = True  # what dies meanwhile is of no interest any more
-        wanted = [block for block in self._dropped if type(block.payload) is Hold and block.payload() is not None]
-        steps: dict[Step, None] = {}
-        stack = [block.step for block in wanted]
-        while stack:
-            step = stack.pop()
-            if step is not None and step not in steps:
-                steps[step] = None
-                stack.extend(read.step for read in step.reads if not read.resident)
-        readers = Counter(read for step in steps for read in step.reads)
-        with below():
-            for step in sorted(steps, key=BY_ORDER):
-                if all(read.resident and read.payload is not None for read in step.reads):
-                    self._rebuild(step, readers)
-        gone = [block for block in wanted if not block.resident]
-        for block in gone:  # a tensor without bytes must never be left behind: reading it would end the process
-            fill(block.payload(), storage_of(torch.full((block.nbytes,), 255, dtype=torch.uint8, device=self.device)))
-        if gone:
-            warnings.warn(
-                f"weft.memory.limit: {len(gone)} tensors could not be made again when the limit was left (the largest has "
-                f"{max(block.nbytes for block in gone):,} bytes); they hold NaN", RuntimeWarning, stacklevel=4,
-            )  # fmt: skip
-        self._dropped.clear()
-        self._gone.clear()
+    def leave(self) -> None:
+        """Nothing is managed any more; what lies in an arena moves to torch's own memory."""
+        self._dropped, self._gone = {}, []
         for hold in self.owner.holds.values():
             self._leave(hold)
         self.owner.holds.clear()
@@ -692,25 +597,3 @@ class Online:
         self.backend.close()
         self.leaves.clear()
         del self.core, self.leaves  # they know their machine: apart, they and all that recipes keep are freed at once
-
-    def _rebuild(self, step: Step, readers: Counter[Block]) -> None:
-        """One step of `hand_back`: its outputs that are not there come to lie in torch's own memory."""
-        call: Call = step.payload
-        made = call.again(RUN)
-        for old, position in step.overwrites:
-            made.insert(position, old.payload)
-            old.payload = None
-        for reference, storage in zip(step.outputs, made, strict=True):
-            block = reference()
-            if block is not None and not block.resident and storage is not None:
-                block.resident, block.offset = True, -1
-                if type(block.payload) is Hold:
-                    mine = block.payload()
-                    if mine is not None:
-                        fill(mine, storage)
-                else:
-                    block.payload = storage
-        for read in step.reads:
-            readers[read] -= 1
-            if not readers[read] and type(read.payload) is not Hold:
-                read.payload = None

@@ -1,4 +1,4 @@
-"""Which calls of a planned step replay has to remember.
+"""Which calls of a planned step replay has to remember, and which results it may keep though the plan drops them.
 
 A call that is remembered can be repeated, and holds what it reads if that cannot be made again: more is safer, less is leaner.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
 
-__all__ = ["remembered"]
+__all__ = ["never_read_again", "remembered"]
 
 
 def remembered(trace: Trace, schedule: Schedule, cautious: bool) -> set[int]:
@@ -42,3 +42,25 @@ def _repeated(trace: Trace, schedule: Schedule) -> set[int]:
         # an input that lives as long is there, or has been dropped itself and is in this list
         stack += [(read, until) for read in trace.ops[values[v].born].reads if values[read].dies < until]
     return {j for j in found if trace.ops[j].repeatable}
+
+
+def never_read_again(trace: Trace, schedule: Schedule, room: int) -> tuple[set[int], set[int]]:
+    """Values that the plan drops for good though somebody (a local variable, mostly the loss) refers to them when the
+    optimizer begins. Once it has changed the parameters they could not be brought back. The second set are those that are
+    kept nevertheless: as many as fit into `room` bytes."""
+    values, ops = trace.values, trace.ops
+    start = next((j for j, op in enumerate(ops) if op.phase == "optimizer"), len(ops))
+    state: dict[int, bool] = {}  # value -> there
+    for action in schedule.actions:
+        if action.kind == "drop":
+            state[action.index] = False
+        else:
+            state.update((v, True) for v, _ in action.places)
+    unread = {v for v, there in state.items() if not there and start <= values[v].dies + 1}
+    moved = {action.index for action in schedule.actions if action.kind in ("save", "load", "move")}
+    spared: set[int] = set()
+    for v in sorted(unread, key=lambda v: values[v].nbytes):
+        if values[v].nbytes <= room and v not in moved:
+            spared.add(v)
+            room -= values[v].nbytes
+    return unread - spared, spared

@@ -22,8 +22,9 @@ from weft.memory.core import Block
 from weft.memory.execute.backends import Backend, Hold, Owner, Places, shown, tie
 from weft.memory.execute.calls import Call, flat, geometry_of
 from weft.memory.execute.facts import Facts
+from weft.memory.execute.in_place import over_its_gradient
 from weft.memory.execute.random_state import about_to_draw
-from weft.memory.execute.recall import remembered
+from weft.memory.execute.recall import never_read_again, remembered
 from weft.memory.execute.shelf import Shelf
 from weft.memory.private import storage_of
 from weft.memory.record import Trace
@@ -34,7 +35,6 @@ __all__ = ["Deviation", "Replay"]
 
 CAUTIOUS_STEPS = 8  # replayed steps in which every call is remembered; afterwards those of the forward pass
 EXTRA_CALLS = 8  # calls in a row that the trace does not have, before the step counts as another one
-EXTRA_BYTES = 64 * 2**10  # bytes that they may make where the budget leaves nothing
 
 
 class Deviation(Exception):
@@ -68,7 +68,9 @@ class Replay:
         trace, schedule: the plan.
         backend: holds the bytes.
         device: whose bytes.
-        slack: bytes between the plan's peak and the budget: what calls that the trace does not have may make.
+        slack: bytes between the plan's peak and the budget: for what calls make that the trace does not have, and for what
+            somebody refers to longer than the plan needs it.
+        folder: of what is offloaded to a disk.
 
     Attributes:
         at: number of the operator that comes next.
@@ -85,11 +87,12 @@ class Replay:
         device: torch.device,
         slack: int,
         owner: Owner | None = None,
+        folder: str = "",
     ):
         self.trace, self.schedule, self.backend, self.device = trace, schedule, backend, device
         self.owner = owner or Owner()
         self.owner.executor = self
-        self.slack = max(slack, EXTRA_BYTES)
+        self.slack = max(slack, 0)
         self.at = 0
         self.effects = False
         self.repeats = 0
@@ -102,12 +105,23 @@ class Replay:
         self.after: list[Callable[[], None]] = []
         self.steps = 0
         self._cautious = True
-        self.shelf = Shelf(device)
+        self.shelf = Shelf(device, folder)
         self._last_load = {action.index: action for action in schedule.actions if action.kind == "load"}
-        self._unread, spared = self._never_read_again()
-        self._spared = spared
+        self._unread, self._spared = never_read_again(trace, schedule, self.slack // 2)
+        self.slack -= sum(trace.values[v].nbytes for v in self._spared)
         self.rows = self._rows(cautious=True)
         self._extra_calls = self._extra_bytes = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of everything that is there and that we know of."""
+        kind = self.device.type
+        return sum(
+            hold.block.nbytes
+            for hold in list(self.owner.holds.values())
+            if hold.block.resident
+            and (kind == "cpu" or ((storage := hold()) is not None and storage.device.type == kind))
+        )
 
     def _rows(self, cautious: bool) -> list[_Row]:
         """The schedule as one row per operator; what follows the last operator goes to `after`.
@@ -116,7 +130,7 @@ class Replay:
             cautious: remember all operators, so that everything can go on online if the step turns out to be another one;
                 else those of the forward pass, whose results users may hold on to, and those that will be repeated.
         """
-        trace, rows = self.trace, []
+        trace, rows, end = self.trace, [], len(self.trace.ops)
         remember = remembered(trace, self.schedule, cautious)
         self._cautious = cautious and bool(remember)
         bound = {v for j in remember for v in (*trace.ops[j].reads, *trace.ops[j].makes)}
@@ -139,33 +153,13 @@ class Replay:
             row = _Row(
                 op.name, fresh, op.overwrites, tuple((trace.values[v].nbytes, places.get(v, -1)) for v in fresh),
                 (action.workspace, op.workspace), remember=action.index in remember,
-                bind=self.backend.addresses or any(v in bound for v in op.makes),
+                bind=self.backend.addresses or any(v in bound for v in op.makes)
+                or any(trace.values[v].dies >= end for v in fresh),
             )  # fmt: skip
             row.before, waiting = waiting, []
             rows.append(row)
         self.after = waiting + [self._doing(action) for action in coming.values()]
         return rows
-
-    def _never_read_again(self) -> tuple[set[int], set[int]]:
-        """Values that the plan drops for good though somebody (a local variable, mostly the loss) refers to them when the
-        optimizer begins. Once it has changed the parameters they could not be brought back. The second set are those that are
-        kept nevertheless: as many as fit into the slack."""
-        values, ops = self.trace.values, self.trace.ops
-        start = next((j for j, op in enumerate(ops) if op.phase == "optimizer"), len(ops))
-        state: dict[int, bool] = {}  # value -> there
-        for action in self.schedule.actions:
-            if action.kind == "drop":
-                state[action.index] = False
-            else:
-                state.update((v, True) for v, _ in action.places)
-        unread = {v for v, there in state.items() if not there and start <= values[v].dies + 1}
-        moved = {action.index for action in self.schedule.actions if action.kind in ("save", "load", "move")}
-        spared, room = set(), self.slack
-        for v in sorted(unread, key=lambda v: values[v].nbytes):
-            if values[v].nbytes <= room and v not in moved:
-                spared.add(v)
-                room -= values[v].nbytes
-        return unread - spared, spared
 
     # -- storages -----------------------------------------------------------------------------------------------------
 
@@ -204,10 +198,17 @@ class Replay:
         at = self.at
         if at == len(self.rows):
             return self._extra(facts, args, kwargs)
+        if self._extra_bytes > self.slack:
+            self._too_much(facts)
         row = self.rows[at]
         if row.facts is not facts:
             if row.name != facts.name:
-                return self._extra(facts, args, kwargs)
+                if facts.over is None or row.name != facts.over[0]:
+                    return self._extra(facts, args, kwargs)
+                over = over_its_gradient(facts, args, kwargs)
+                if over is None:
+                    raise Deviation(f"somebody else has the gradient that {facts.name} is to write over", once=True)
+                facts, kwargs = over
             row.facts = facts
         for act in row.before:
             act()
@@ -224,6 +225,8 @@ class Replay:
         self._extra_calls = 0
         if not row.bind:
             result = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
+            if row.places:
+                self._measure(row.places, result)
             if row.overwrites:
                 self._write_over(row.overwrites, facts, args, kwargs, known=True)
         else:
@@ -256,7 +259,9 @@ class Replay:
             tie(owner, storage, block, "activation")
             if count < len(numbers):
                 blocks[numbers[count]] = block
-                block.offset = addresses[count][1]
+                nbytes, block.offset = addresses[count]
+                if block.nbytes > nbytes:
+                    self._extra_bytes += block.nbytes - nbytes
                 if block.offset >= 0:
                     self.backend.born(block, storage)
             places.append(place)
@@ -266,6 +271,13 @@ class Replay:
             call.places, call.made, call.over = places, made, over
         if self.backend.addresses:
             self.backend.bound()
+
+    def _measure(self, places: Places, result: Any) -> None:
+        """The step may do what was planned and be larger (another batch): what its operators make beyond the plan counts."""
+        outputs = (result,) if isinstance(result, Tensor) else flat(result)
+        if len(outputs) == len(places):
+            for output, (nbytes, _) in zip(outputs, places, strict=True):
+                self._extra_bytes += max(0, storage_of(output).nbytes() - nbytes)
 
     def _check(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise `Deviation` if a call reads what is not there."""
@@ -305,15 +317,7 @@ class Replay:
                             keep = [storage]
                         else:
                             keep.append(storage)
-                looks.append(
-                    (
-                        position,
-                        -1,
-                        block if needs else None,
-                        geometry_of(value),
-                        value.storage_offset(),
-                    )
-                )
+                looks.append((position, -1, block if needs else None, geometry_of(value), value.storage_offset()))
             elif isinstance(value, (list, tuple)):
                 plain[position] = self._look_into(facts, value, position, looks)
         if kwargs:
@@ -335,15 +339,8 @@ class Replay:
                     raise Deviation(f"{facts.name} reads what the plan has dropped")
                 plain[index] = None
                 where = -1 if single else index
-                looks.append(
-                    (
-                        position,
-                        where,
-                        block if facts.needs_bytes else None,
-                        geometry_of(value),
-                        value.storage_offset(),
-                    )
-                )
+                wanted = block if facts.needs_bytes else None
+                looks.append((position, where, wanted, geometry_of(value), value.storage_offset()))
         return tuple(plain)
 
     def _write_over(
@@ -376,6 +373,8 @@ class Replay:
     def _extra(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call that the trace does not have here: it runs if it reads only what is there, and makes little."""
         inside = 0 < self.at < len(self.rows) and not self.effects
+        if self._extra_bytes > self.slack:
+            self._too_much(facts)
         if inside and self._extra_calls > EXTRA_CALLS:
             raise Deviation(f"{facts.name} where the plan has {self.rows[self.at].name}")
         if inside and self._cautious:
@@ -386,11 +385,15 @@ class Replay:
             raise Deviation(f"{facts.name} writes something, which the plan does not do here")
         known = {storage_of(tensor)._cdata for value in (*args, *kwargs.values()) for tensor in flat(value)}
         result = facts.call(*args, **kwargs)
-        if inside:
+        if not self.effects:
             outputs = flat(result)
             made = [storage_of(out).nbytes() for out in outputs if storage_of(out)._cdata not in known]
             self._stray(facts, made, bool(outputs))
         return result
+
+    def _too_much(self, facts: Facts) -> None:
+        why = f"it has made {self._extra_bytes:,} bytes more before {facts.name}, and there is room for {self.slack:,}"
+        raise Deviation(why, once=True)
 
     def _extra_remembered(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._remember(facts, args, kwargs)
@@ -409,8 +412,6 @@ class Replay:
         if made or facts.written or not has_outputs:
             self._extra_calls += 1
             self._extra_bytes += sum(made)
-            if self._extra_bytes > self.slack:
-                self._extra_calls = EXTRA_CALLS + 1  # the next one is one too many
 
     def optimizing(self, yes: bool) -> None:
         """The optimizer's step begins or ends. Raises `Deviation` if something is still to be brought back that it would make

@@ -1,13 +1,16 @@
 """The trace of a step, written while the step runs online: what a plan for the following steps is made from.
 
 Operators and values are numbered as `weft.memory.tracing` numbers them: every call that makes bytes, overwrites bytes, or has no
-tensor result is an operator; views are not. Seconds and workspace are those that the executor has measured.
+tensor result is an operator; views are not. Seconds and workspace are those that the executor has measured. What is carried
+into the step and met by none of its operators takes bytes too. If it stays (frozen or other models), it comes last among the
+values; if it goes (the last step's outputs in a variable, its gradients), it counts as workspace of the operators until then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, final
 
 from weft.memory.execute.backends import Hold
@@ -15,7 +18,7 @@ from weft.memory.execute.facts import Facts
 from weft.memory.private import alone, in_backward
 from weft.memory.record import Category, Op, Phase, Trace, Value
 
-__all__ = ["Tape"]
+__all__ = ["Tape", "joined"]
 
 
 @dataclass(slots=True)
@@ -32,9 +35,16 @@ class _Draft:
 
 @final
 class Tape:
-    """Writes down one step. The executor calls `ran` after each operator and `died` for each storage that dies."""
+    """Writes down one step. The executor calls `ran` after each operator and `died` for each storage that dies.
 
-    def __init__(self) -> None:
+    Args:
+        holds: of everything that is there when the step begins.
+
+    Attributes:
+        carried: bytes of it.
+    """
+
+    def __init__(self, holds: Iterable[Hold] = ()) -> None:
         self._rows: list[tuple[Any, ...]] = []
         self._values: list[_Draft] = []
         self._now: dict[int, int] = {}  # id of a living hold -> number of its present value
@@ -42,6 +52,10 @@ class Tape:
         self._num_storages = 0
         self._sent: set[int] = set()  # values that a collective was given
         self._kept: dict[int, Hold] = {}  # by number: what recipes keep, however long the program wants it
+        # there, and met by no operator so far; without what only recipes of the last step keep
+        self._idle = {id(hold): hold for hold in holds if (storage := hold()) is not None and not alone(storage)}
+        self._passed: list[tuple[int, int]] = []  # (last operator, bytes) of what went before any operator met it
+        self.carried = sum(hold.block.nbytes for hold in self._idle.values())
 
     @property
     def num_ops(self) -> int:
@@ -94,6 +108,10 @@ class Tape:
             self._values[number].dies = len(self._rows) - 1
         self._pending.clear()
 
+    def meets(self, hold: Hold) -> None:
+        """A storage is there that nobody had told of."""
+        self._idle[id(hold)] = hold
+
     def keeps(self, hold: Hold) -> None:
         """A recipe keeps a storage that cannot be made again. A plan counts its bytes only as long as the program has it."""
         if hold.kind == "activation":
@@ -113,6 +131,8 @@ class Tape:
         """The last reference to a storage is gone; `running`: while an operator runs."""
         number = self._now.pop(id(hold), None)
         if number is None:
+            if self._idle.pop(id(hold), None) is not None and self._rows:
+                self._passed.append((len(self._rows) - (not running), hold.block.nbytes))
             return
         draft = self._values[number]
         draft.category = _kind(hold)
@@ -123,6 +143,7 @@ class Tape:
 
     def _begin(self, hold: Hold, born: int) -> int:
         number = len(self._values)
+        self._idle.pop(id(hold), None)
         self._values.append(_Draft(hold.block.nbytes, self._num_storages, born, hold))
         self._num_storages += 1
         self._now[id(hold)] = number
@@ -135,7 +156,13 @@ class Tape:
     def trace(self, device: str, model: str) -> Trace:
         """What was written, ended here."""
         end, kinds = len(self._rows), {}
-        for draft in self._values:
+        idle = [hold for hold in self._idle.values() if hold.block.nbytes]
+        drafts = [*self._values, *(_Draft(h.block.nbytes, self._num_storages + n, -1, h) for n, h in enumerate(idle))]
+        beside = [0] * (end + 1)  # bytes of what has passed, while each operator ran
+        for last, nbytes in self._passed:
+            beside[min(last, end)] += nbytes
+        beside = list(accumulate(reversed(beside)))[::-1]
+        for draft in drafts:
             if draft.dies == -2:
                 draft.dies, draft.category = end, _kind(draft.hold)
             if draft.category == "activation" and draft.born < 0:
@@ -143,20 +170,32 @@ class Tape:
             if draft.category != "activation":
                 kinds.setdefault(draft.storage, draft.category)
         values = tuple(
-            Value(d.nbytes, d.storage, kinds.get(d.storage, "activation"), "", d.born, d.dies) for d in self._values
+            Value(d.nbytes, d.storage, kinds.get(d.storage, "activation"), "", d.born, d.dies) for d in drafts
         )
         fixed = [value.category != "activation" for value in values]
         ops = tuple(
             Op(
-                facts.name, "", phase, reads, makes, overwrites, workspace, seconds,
+                facts.name, "", phase, reads, makes, overwrites, workspace + beside[index], seconds,
                 repeatable=repeatable
                 and not any(fixed[old] for old, _ in overwrites)
                 and self._sent.isdisjoint(makes),  # it may not go while others read it
                 random=random, dense=facts.dense,
             )
-            for facts, phase, reads, makes, overwrites, workspace, seconds, repeatable, random in self._rows
+            for index, (facts, phase, reads, makes, overwrites, workspace, seconds, repeatable, random) in enumerate(
+                self._rows
+            )
         )  # fmt: skip
         return Trace(ops, values, device, model, measured=True)
+
+
+def joined(one: Trace, other: Trace) -> Trace:
+    """`one`, but with the bytes of the larger of two steps that did the same, on batches of different sizes perhaps."""
+    met = 1 + max((v for op in one.ops for v in (*op.reads, *op.makes)), default=-1)  # those after it are only there
+    values = tuple(
+        replace(a, nbytes=max(a.nbytes, b.nbytes)) for a, b in zip(one.values[:met], other.values[:met], strict=True)
+    )
+    ops = tuple(replace(a, workspace=max(a.workspace, b.workspace)) for a, b in zip(one.ops, other.ops, strict=True))
+    return replace(one, ops=ops, values=values + one.values[met:])
 
 
 def _kind(hold: Hold) -> Category:

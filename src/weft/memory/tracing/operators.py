@@ -8,6 +8,7 @@
     is_metadata     asks a tensor for its shape, reads nothing, makes nothing                 `METADATA`
     communicates    whether it exchanges data with other processes: cannot be had twice
     wrapped_bytes   plain numbers given where a tensor is expected: torch makes tensors of them for the time of the call
+    over_gradient   the variant that may write over the gradient it is given                  `OVER_GRADIENT`
 
 Normalisation with running statistics writes them in training, and its schema is silent about it (`native_batch_norm`) or not
 (`_batch_norm_with_update`). A trace leaves these writes out for all of them (`STATISTICS` lists the arguments): the statistics
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
-    "METADATA", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "is_dense", "is_metadata", "label", "reads_bytes",
-    "statistics_of", "tensors_of", "wrapped_bytes", "writes", "written_arguments",
+    "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "is_dense", "is_metadata", "label",
+    "over_gradient", "reads_bytes", "statistics_of", "tensors_of", "wrapped_bytes", "writes", "written_arguments",
 ]  # fmt: skip
 
 # operator -> positions of running statistics: written in training, left out of a trace
@@ -60,6 +61,23 @@ METADATA = frozenset(
     ]
     + ["prim.device", "prim.layout", "prim.dtype"]
 )  # fmt: skip
+
+# Operators that autograd calls with a gradient first, whose kernel reads each element of it (softmax: each row) before it writes
+# there -> (overload that writes where it is told, its argument for that). Those that only copy what the functional operator has
+# made are left out.
+OVER_GRADIENT: dict[str, tuple[str, str]] = {
+    **{
+        f"aten.{name}_backward.default": ("grad_input", "grad_input")
+        for name in (
+            "gelu", "silu", "threshold", "leaky_relu", "elu", "hardtanh", "hardsigmoid", "softplus", "sigmoid", "tanh",
+        )
+    },
+    "aten._softmax_backward_data.default": ("out", "grad_input"),
+    "aten._log_softmax_backward_data.default": ("out", "out"),
+    "aten.mul.Tensor": ("out", "out"),
+    "aten.div.Tensor": ("out", "out"),
+    "aten.neg.default": ("out", "out"),
+}  # fmt: skip
 
 _DENSE = frozenset(str(packet) for packet in flop_registry) | {
     "aten._scaled_dot_product_flash_attention_for_cpu",
@@ -148,6 +166,16 @@ def is_metadata(func: Any) -> bool:
 def is_dense(func: Any) -> bool:
     """Whether it does many operations per byte, so that its result is dear to make again."""
     return _packet(func) in _DENSE
+
+
+@cache
+def over_gradient(func: Any) -> tuple[str, Any, str] | None:
+    """(name, operator, argument) of the overload in `OVER_GRADIENT`, None for all others."""
+    row = OVER_GRADIENT.get(label(func))
+    if row is None or not hasattr(func.overloadpacket, row[0]):
+        return None
+    found = getattr(func.overloadpacket, row[0])
+    return label(found), found, row[1]
 
 
 @cache

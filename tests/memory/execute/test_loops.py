@@ -1,0 +1,179 @@
+"""Loops as people write them: what outlives a step, batches of many sizes, tensors that are read without an operator."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from weft.memory import native
+from weft.memory.execute.limit import limit
+from weft.memory.execute.replay import Replay
+from weft.memory.meters import meter
+
+KIB = 1024
+
+
+def loop(share, body, steps=8, seed=0):
+    """Losses, parameters, and the meter's peak of a loop; within a share of the eager peak, which comes first then."""
+    if share is not None:
+        eager, _, peak, _ = loop(None, body, steps, seed)
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Linear(32, 64), *[nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Dropout(0.1)) for _ in range(5)]
+    )
+    opt, losses = torch.optim.AdamW(net.parameters()), []
+    budget = 2**30 if share is None else int(share * peak)
+    kinds = []
+    with meter(net, opt) as seen:
+        with limit(budget, model=net, replay=share is not None) as limited:
+            for number in range(steps):
+                losses.append(body(net, opt, number).detach())
+                kinds.append(type(limited._executor))
+            most = seen.peak
+    found = [*losses, *net.parameters(), torch.get_rng_state()]
+    if share is not None:
+        assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True))
+        assert most <= budget or native.problem(), f"{most - budget:,} bytes too many"
+    return found, kinds, most, limited
+
+
+def step(net, opt, x):
+    loss = net(x).square().mean()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return loss
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7])
+def test_what_a_step_leaves_behind_counts_in_the_next(share):
+    left = {}
+
+    def body(net, opt, number):
+        hidden = net(torch.randn(256, 32))
+        opt.zero_grad()
+        loss = hidden.square().mean()
+        loss.backward()
+        opt.step()
+        left["outputs"] = [hidden, hidden * 2]  # until they are replaced, after the next forward pass
+        return loss
+
+    _, kinds, *_ = loop(share, body)
+    assert kinds[-1] is Replay
+
+
+def test_what_a_loop_collects_ends_a_plan_that_has_no_room_for_it():
+    collected = []
+
+    def body(net, opt, number):
+        if not number:
+            collected.clear()
+        loss = step(net, opt, torch.randn(256, 32))
+        collected.append(torch.randn(64, 64))
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        *_, limited = loop(0.9, body, steps=14)
+    assert any("carried" in note for note in limited.notes)
+
+
+def test_short_batches_and_longer_ones_after_them():
+    def body(net, opt, number):
+        return step(net, opt, torch.randn(80 if number < 4 or number % 3 == 2 else 256, 32))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, kinds, *_ = loop(0.7, body, steps=14)
+    assert kinds[-1] is Replay
+
+
+def test_evaluation_between_steps_is_kept_to_the_budget_too():
+    def body(net, opt, number):
+        loss = step(net, opt, torch.randn(128, 32))
+        if number > 4:
+            with torch.no_grad():
+                loss = loss + net((torch.rand(400, 32) - 0.5) * 2).mean()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loop(0.9, body)
+
+
+def test_packed_sequences_are_read_without_an_operator():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn, self.out = nn.Embedding(30, 16), nn.GRU(16, 24, batch_first=True), nn.Linear(24, 30)
+
+        def forward(self, x):
+            lengths = (x != 0).sum(1)
+            packed = nn.utils.rnn.pack_padded_sequence(self.embed(x), lengths, batch_first=True, enforce_sorted=False)
+            hidden, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+            return F.cross_entropy(self.out(hidden).flatten(0, 1), x[:, : hidden.shape[1]].flatten(), ignore_index=0)
+
+    x = torch.randint(1, 30, (8, 12))
+    for row in range(8):
+        x[row, 4 + row :] = 0
+
+    def run(budget):
+        torch.manual_seed(0)
+        net = Tagger()
+        opt, losses = torch.optim.SGD(net.parameters(), lr=0.1), []
+        with limit(budget, model=net) as limited:
+            for _ in range(5):
+                opt.zero_grad()
+                loss = net(x)
+                loss.backward()
+                opt.step()
+                losses.append(loss.detach())
+            kind = type(limited._executor)
+        return [*losses, *net.parameters()], kind
+
+    eager, _ = run(2**30)
+    found, kind = run(150 * KIB)
+    assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True)) and kind is Replay
+    assert torch._VF.gru.__name__ == "gru" and "gru" not in vars(torch._VF)
+
+
+def test_sparse_gradients_are_finished_like_others():
+    def run(budget):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Embedding(50, 16, sparse=True), nn.Flatten(), nn.Linear(160, 32), nn.Tanh(), nn.Linear(32, 4)
+        )
+        opts = [torch.optim.SparseAdam(list(net[0].parameters())), torch.optim.Adam(net[2:].parameters())]
+        x = torch.randint(0, 50, (64, 10))
+        with limit(budget, model=net, replay=False):
+            for _ in range(3):
+                for opt in opts:
+                    opt.zero_grad()
+                net(x).square().mean().backward()
+                for opt in opts:
+                    opt.step()
+        return list(net.parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(run(2**30), run(400 * KIB), strict=True))
+
+
+def test_torchs_default_dtype_is_part_of_a_call():
+    def run(budget):
+        with limit(budget, replay=False) as limited:
+            torch.set_default_dtype(torch.float64)
+            try:
+                kept = [torch.arange(64 * 64) * (0.1 + n) for n in range(3)]
+            finally:
+                torch.set_default_dtype(torch.float32)
+            rest = [torch.ones(64, 64) * n for n in range(4)]
+            dropped = limited._executor.core.evictions
+            del rest
+        return kept, dropped
+
+    (eager, _), (found, dropped) = run(2**30), run(140 * KIB)
+    assert dropped
+    assert all(a.dtype is b.dtype is torch.float64 and torch.equal(a, b) for a, b in zip(eager, found, strict=True))
