@@ -118,9 +118,8 @@ def waiting(problem: Problem, share: float) -> Iterator[Step]:
         kept = replace(whole, ops=tuple(replace(op, repeatable=False) for op in whole.ops))
         tier = measured(folder, quick=False)
         found = plan(kept, max(int(kept.fixed + share * (kept.peak - kept.fixed)), least(kept, tier)), tier=tier)
-        context = limit(
-            replace(found, budget=found.budget + (64 << 10)), model=model
-        )  # for what the trace does not have
+        # 64 KiB for what the trace does not have
+        context = limit(replace(found, budget=found.budget + (64 << 10)), model=model)
 
         def step(batch: tuple[Any, ...]) -> Any:
             if context.resting:

@@ -24,7 +24,7 @@ DISK = Tier(bandwidth=1e9, latency=1e-5, name="disk")
 
 @pytest.mark.parametrize("replay", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_tier_reaches_budgets_that_recomputation_cannot(replay):
-    budget, eager = int(0.482 * peak_of("halting")), train(make("halting"))
+    budget, eager = int(0.46 * peak_of("halting")), train(make("halting"))
     made = make("halting")
     with pytest.raises(BudgetError):
         train(made, within=limit(budget, model=made.model, replay=replay))
@@ -74,7 +74,7 @@ def test_what_cannot_be_made_again_goes_only_to_a_tier(tier):
 
 def test_a_step_that_is_not_the_planned_one_uses_the_tier_of_the_plan(tmp_path):
     """The plan is of another batch, so that all steps run online; without its tier they would not fit."""
-    budget, made = int(0.482 * peak_of("halting")), make("halting")
+    budget, made = int(0.46 * peak_of("halting")), make("halting")
     planned = plan(
         trace(made.model, made.batch, made.loss, torch.optim.AdamW), budget, tier=replace(DISK, folder=str(tmp_path))
     )

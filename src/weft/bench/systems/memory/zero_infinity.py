@@ -6,7 +6,7 @@ quarter may be resident, as much memory as weft may use; and the bytes that weft
 alone takes. 64 tokens a step, which the disk bounds, and 512, which computing bounds.
 
 Then what plans say of activations that wait on disk: a GPT whose activations, half of their bytes or all that can go, leave and
-come back within `weft.memory.limit` on a tier measured just before; `predicted` is what the plan says, over the step in memory.
+come back within `weft.memory.limit`, on a tier measured just before; predicted seconds against measured ones.
 
 Then processes with a throttled link each: every process reading its 1/N of each parameter, against one process reading it and
 broadcasting; on demand, where only one link of the latter is busy, and with one parameter read ahead, where two are.
@@ -17,7 +17,7 @@ or one without O_DIRECT, runs too, and says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from weft.bench.system import Claim, Results, Row, System, difference, ratio
 
@@ -36,6 +36,12 @@ HALF, MOST = "half of the activations on disk", "most activations on disk"
 def _ideal(results: Results, tokens: str = "") -> float:
     """Seconds of max(compute, bytes / bandwidth), both measured in turns with ours."""
     return max(results[MEMORY + tokens, "wall_seconds"], results[RAW + tokens, "wall_seconds"])
+
+
+def _foretold(method: str) -> Callable[[Results], float]:
+    """|predicted / measured - 1| of a step within a limit; the prediction is a multiple of the step in memory."""
+    eager = MEMORY + WAITING
+    return lambda r: abs(r[eager, "wall_seconds"] * r[method, "predicted"] / r[method, "wall_seconds"] - 1)
 
 
 def _moved(results: Results) -> float:
@@ -74,6 +80,9 @@ SYSTEM = System(
         Claim("predicted / measured step seconds - 1, absolute, in turns",
               lambda r: abs((r[MEMORY, "wall_seconds"] + r[RAW, "wall_seconds"] * r[SERIAL, "read_bytes"] / r[RAW, "read_bytes"])
                             / r[SERIAL, "wall_seconds"] - 1), at_most=0.25),
+        Claim("half of the activations on disk: predicted / measured step seconds - 1, absolute", _foretold(HALF), at_most=0.25),
+        Claim("most activations on disk: predicted / measured step seconds - 1, absolute", _foretold(MOST), at_most=0.25),
+        Claim("activations on disk: loss against in memory, relative", difference("loss", MOST, MEMORY + WAITING), at_most=0),
         Claim("bytes moved per step / formula", _moved, at_most=1.05),
         Claim("loss after the last step against in memory, relative", difference("loss", OURS, MEMORY), at_most=0),
         Claim("bytes per second of the reader / plain threads", lambda r: r["plain reader", "wall_seconds"]
