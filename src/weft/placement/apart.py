@@ -7,6 +7,7 @@ was at has no result, and a new child goes on behind it.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import select
@@ -72,6 +73,7 @@ def _serve(work: Callable[[Any], Any], tasks: Sequence[Any], pipe: int) -> None:
         import torch
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        faulthandler.disable()  # crashes are expected here, and nobody's news
         torch.set_num_threads(1)
         with os.fdopen(pipe, "wb") as out:
             for task in tasks:

@@ -26,11 +26,11 @@ import zlib
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from weft.errors import CheckpointDamaged, ExchangeMismatch
@@ -47,6 +47,13 @@ __all__ = ["dtensors", "load", "read_whole", "save"]
 
 FORMAT = 1
 INDEX, ABOUT = "weft.json", "about.pt"
+
+
+def _dcp() -> ModuleType:
+    """`torch.distributed.checkpoint`: it takes as long to import as all of weft, and most processes never save."""
+    import torch.distributed.checkpoint as dcp
+
+    return dcp
 
 
 # ---- DTensors of pieces
@@ -181,7 +188,7 @@ def save(engine: Engine, path: Path, about: Mapping[str, Any]) -> None:
     _agree(engine, lambda: _make_room(path, part))
     state = dtensors(engine)
     with _quiet():
-        dcp.save(state, checkpoint_id=part, no_dist=alone)
+        _dcp().save(state, checkpoint_id=part, no_dist=alone)
     mine = [*sorted(part.glob(f"__{0 if alone else rank}_*")), *coded.save(engine.coded, part)]
     files: dict[str, list[int]] = {}
     for found in _gather({file.name: [file.stat().st_size, _crc(file)] for file in mine}, engine):
@@ -317,7 +324,7 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     state = _empty_like(engine, index)
     try:
         with _quiet():
-            dcp.load(state, checkpoint_id=index["path"], no_dist=alone)
+            _dcp().load(state, checkpoint_id=index["path"], no_dist=alone)
         about = torch.load(Path(index["path"]) / ABOUT, weights_only=True)
         memories = coded.read(engine.coded, index)
         problem: Exception | None = None
@@ -385,7 +392,7 @@ def _empty_like(engine: Engine, index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dtypes(path: str) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = _dcp().FileSystemReader(path).read_metadata().state_dict_metadata
     return {
         key: (value.properties.dtype, value.size) for key, value in metadata.items() if hasattr(value, "properties")
     }
@@ -433,7 +440,7 @@ def read_whole(path: str | Path) -> dict[str, Tensor]:
     model = {name: torch.empty(shape, dtype=dtypes[f"model.{name}"][0]) for name, shape in index["model"].items()}
     try:
         with _quiet():
-            dcp.load({"model": model}, checkpoint_id=index["path"], no_dist=True)
+            _dcp().load({"model": model}, checkpoint_id=index["path"], no_dist=True)
     except Exception as error:
         raise CheckpointDamaged(index["path"], f"{type(error).__name__}: {error}") from error
     return {name: model[source] for name, source in (index["names"] or {n: n for n in model}).items()}
