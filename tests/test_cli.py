@@ -76,6 +76,7 @@ def test_bad_usage_is_2(words, capsys):
         (["plan", "--task", "language-model", "--mesh", "2by4"], "not a mesh shape"),
         (["plan", "--task", "language-model", "--strategy", "zero-9"], "strategy must be one of"),
         (["plan", "--task", "language-model", "--cluster", "not-there.yaml"], "not-there.yaml"),
+        (["plan", "--task", "language-model", "--save", "no/folder/plan.json"], "no folder"),
         (["memory"], "say what to train"),
         (["memory", "--task", "language-model", "--budget", "lots"], "--budget must be bytes"),
         (["memory", "--task", "language-model", "--budget=-1GiB"], "--budget must be at least one byte"),
@@ -89,6 +90,8 @@ def test_bad_usage_is_2(words, capsys):
         (["train", "--task", "language-model", "--curve", "loss.png"], "name it .svg"),
         (["train", "--task", "language-model", "--curve", "no/folder/loss.svg"], "no folder"),
         (["train", "--task", "language-model", "--plan", "not-there.json"], "not-there.json"),
+        (["train", "--task", "language-model", "--plan", "plan.json", "--mesh", "2"], "is for the search of a plan"),
+        (["train", "--task", "language-model", "--checkpoint-every", "5"], "needs --checkpoint DIR"),
         (["profile", "--processes", "0"], "--processes must be at least 1"),
         (["export", "not-there", "x.safetensors"], "no checkpoint"),
         (["systems", "perpetuum-mobile"], "no system is about"),
@@ -222,9 +225,17 @@ def test_cite_tells_what_a_plan_uses(here, capsys):
     assert "megatron" in keys["tp"]
 
 
-def test_plan_refuses_what_cannot_be(here, capsys):
-    assert main(["plan", "mymodel:build", "--mesh", "3", "--processes", "2"]) == 2
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--mesh", "3"], "the mesh has 3 devices, the cluster only 2"),
+        (["--strategy", "dp,tp"], "2 devices cannot be arranged"),
+    ],
+)
+def test_plan_refuses_what_cannot_be(here, capsys, words, says):
+    assert main(["plan", "mymodel:build", "--processes", "2", *words]) == 2
     told = capsys.readouterr()
+    assert says in told.err
     assert told.err.count("\n") <= 3
     assert told.out == ""
 
@@ -309,6 +320,8 @@ def test_train_by_a_saved_plan_then_export(here, capsys):
     assert main(["plan", "mymodel:build", "--save", "plan.json"]) == 0
     words = "--plan plan.json --steps 4 --lr 0.01 --curve loss.svg --checkpoint saved --json"
     capsys.readouterr()
+    assert main(["train", "mymodel:build", "--plan", "plan.json", "--processes", "3"]) == 2
+    assert "is for 2 processes, not 3" in capsys.readouterr().err
     assert main(["train", "mymodel:build", *words.split()]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["steps"] == len(told["losses"]) == 4

@@ -15,8 +15,11 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 LONG = (  # 10 s and more each
     "checkpoint_reshard.py",
+    "comm_dgc.py",
+    "comm_federated.py",
     "comm_layerwise.py",
     "comm_stragglers.py",
+    "fit_in_memory.py",
     "huggingface.py",
     "manual_plan.py",
     "train_gpt_text.py",

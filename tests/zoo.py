@@ -102,7 +102,7 @@ def specimen(name: str, seed: int = 0) -> Specimen:
         torch.manual_seed(seed)
         model, batch, loss = ZOO[name]()
     model = model.double().train()
-    to_double = lambda t: t.double() if t.is_floating_point() else t
+    to_double = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
     batch = {k: to_double(v) for k, v in batch.items()} if isinstance(batch, dict) else tuple(map(to_double, batch))
     return Specimen(name, model, batch, loss)
 
@@ -199,6 +199,40 @@ def convnext():
     return t.ConvNextForImageClassification(t.ConvNextConfig(**sizes, layer_scale_init_value=0.5)), _images(12), None
 
 
+def clip():
+    t = _hf()
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": VOCABULARY, "max_position_embeddings": 16, "eos_token_id": 1}
+    image = {**sizes, "image_size": 12, "patch_size": 4}
+    model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=image, projection_dim=16))
+    return model, {"input_ids": _tokens(), "pixel_values": torch.randn(ROWS, 3, 12, 12), "return_loss": True}, None
+
+
+class GraphAttention(nn.Module):
+    """Nodes x (n, f) attend to their neighbours along edges (2, m): softmax over the edges that end in a node."""
+
+    def __init__(self, features: int, heads: int, width: int, classes: int):
+        super().__init__()
+        self.project, self.head = nn.Linear(features, heads * width), nn.Linear(heads * width, classes)
+        self.source, self.target = (nn.Parameter(torch.randn(heads, width)) for _ in range(2))
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        (source, target), values = edges.unbind(0), self.project(x).view(len(x), *self.source.shape)
+        scores = (values[source] * self.source).sum(-1) + (values[target] * self.target).sum(-1)
+        scores = nn.functional.leaky_relu(scores, 0.2)
+        lowest = torch.full((len(x), scores.shape[1]), -1e9, dtype=x.dtype)
+        highest = lowest.scatter_reduce(0, target[:, None].expand_as(scores), scores, "amax")
+        weights = (scores - highest[target]).exp()
+        total = torch.zeros_like(lowest).index_add(0, target, weights)
+        weighted = values[source] * (weights / total[target])[..., None]
+        return self.head(nn.functional.elu(torch.zeros_like(values).index_add(0, target, weighted)).flatten(1))
+
+
+def graph_attention():
+    batch = (torch.randn(10, 8), torch.randint(0, 10, (2, 30)), torch.randint(0, 3, (10,)))
+    return GraphAttention(8, 2, 6, 3), batch, nn.functional.cross_entropy
+
+
 def our_gpt():
     options = GPTOptions(vocabulary=VOCABULARY, context=16, layers=2, heads=4, width=32)
     return GPT(options), (_tokens(), _tokens()), None
@@ -229,6 +263,8 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any, Callable[..., Tensor] | None]]
     "Whisper encoder": whisper_encoder,
     "ResNet": resnet,
     "ConvNeXt": convnext,
+    "CLIP": clip,
+    "Graph attention network": graph_attention,
     "weft.nn.GPT": our_gpt,
     "weft.nn.LSTMLanguageModel": our_lstm,
     "weft.nn.ResNet": our_resnet,
@@ -261,14 +297,15 @@ def worst_error(specimen: Specimen, graph: Graph, assignment: Assignment) -> tup
                 errors[name] = max(
                     errors.get(name, 0.0), float((total - piece).abs().max()) / max(float(whole.abs().max()), floor)
                 )
-    for node in graph.of("buffer"):
+    least = 1e-6 * max((float(b.double().abs().max()) for b in buffers.values() if b.numel()), default=1.0)
+    for node in graph.of("buffer"):  # (a running mean of what a norm has centred is 0 but for rounding)
         placements = assignment.buffers.get(node.target, (Replicate(),) * mesh.ndim)
         for position, (_, _, local) in zip(mesh.positions(), results, strict=True):
             piece = take(buffers[node.target], placements, mesh, position)
             if piece.numel():
                 difference = float((local[node.target].double() - piece.double()).abs().max())
                 errors[node.target] = max(
-                    errors.get(node.target, 0.0), difference / max(float(piece.double().abs().max()), 1e-30)
+                    errors.get(node.target, 0.0), difference / max(float(piece.double().abs().max()), least)
                 )
     where = max(errors, key=lambda name: errors[name])
     return errors[where], where

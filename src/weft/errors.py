@@ -190,13 +190,15 @@ class ImpossibleConstraint(WeftError, ValueError):
 
 
 class MeshTooLarge(WeftError, ValueError):
-    """A mesh axis has more devices than what it is to cut has entries."""
+    """A mesh axis has more devices than what it is to cut has entries, or the mesh more than the cluster."""
 
     def __init__(self, what: str, size: int, devices: int, axis: str):
         super().__init__(what, size, devices, axis)
         self.what, self.size, self.devices, self.axis = what, size, devices, axis
 
     def __str__(self) -> str:
+        if self.what == "the cluster":
+            return f"the mesh has {self.devices} devices, the cluster only {self.size}. Use a smaller mesh, or a larger cluster."
         return (
             f"mesh axis {self.axis} has {self.devices} devices, but {self.what} has only {self.size} entries to share "
             "among them. Use fewer devices on that axis, a larger batch, or another strategy."
@@ -265,4 +267,6 @@ class ParameterChanged(WeftError, RuntimeError):
 
 
 def _mib(nbytes: float) -> str:
+    if nbytes < 2**20:
+        return f"{nbytes / 2**10:,.1f} KiB"
     return f"{nbytes / 2**20:,.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:,.2f} GiB"

@@ -3,16 +3,27 @@
     document(title, [...])      head, style and parts of a page
     tiles([(name, value)])      the numbers that decide, large
     legend({name: colour})      what the colours c0 to c7 stand for
+    chart([Line(points)])       lines over one axis, as an SVG file of its own
 
 Names and values are escaped here; parts given to `document` are HTML already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
-__all__ = ["document", "legend", "tiles"]
+__all__ = ["COLOURS", "Line", "chart", "document", "legend", "ticks", "tiles"]
+
+COLOURS = (
+    "#2563a8", "#c3592b", "#1b8a5a", "#8d5bd1", "#b98500", "#c7548c",
+    "#3fa7c4", "#7a6a58", "#4c4c9d", "#86a33a", "#c4302b", "#555555",
+)  # fmt: skip
+WIDTH, HEIGHT = 760, 400
+LEFT, RIGHT, TOP, BOTTOM = 62, 20, 46, 44
+LEGEND = 190  # width of the names beside the plot
 
 STYLE = """
 :root { color-scheme: light dark; --surface: #fcfcfb; --page: #f4f4f1; --ink: #0b0b0b; --soft: #52514e; --line: #dddcd6;
@@ -65,3 +76,95 @@ def legend(colours: Mapping[str, str]) -> str:
     """Names beside their colours."""
     items = "".join(f'<span><i class="{colour}"></i>{escape(name)}</span>' for name, colour in colours.items())
     return f'<div class="legend">{items}</div>'
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: points (x, y), finite; lines without a name are not in the legend."""
+
+    points: Sequence[tuple[float, float]]
+    name: str = ""
+    colour: str = COLOURS[0]
+    width: float = 2
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers between low and high.
+
+    >>> ticks(0.0, 9.5)
+    [0.0, 2.0, 4.0, 6.0, 8.0]
+    """
+    span = high - low
+    if span <= 0:
+        return [low]
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda s: abs(s - raw))
+    first = math.ceil(low / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten between two logarithms."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    return [
+        value
+        for power in powers
+        for value in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)
+        if low <= math.log10(value) <= high
+    ]
+
+
+def chart(
+    lines: Sequence[Line], title: str, subtitle: str = "", across: str = "step", up: str = "loss", log: bool = False
+) -> str:
+    """SVG text of lines over one axis.
+
+    Args:
+        lines: at least one point in all.
+        title, subtitle: shown above the plot.
+        across, up: what x and y are.
+        log: y by its logarithm; all y > 0.
+    Raises:
+        ValueError: nothing to draw, or numbers that are not finite (or positive, for `log`).
+    """
+    points = [point for line in lines for point in line.points]
+    if not points or not all(math.isfinite(x) and math.isfinite(y) and (y > 0 or not log) for x, y in points):
+        raise ValueError("chart: needs at least one point, all finite, and above 0 on a logarithmic axis")
+    level = math.log10 if log else float
+    low, high = min(level(y) for _, y in points), max(level(y) for _, y in points)
+    pad = (high - low) * 0.05 or max(abs(high), 1e-9) * 0.05
+    low, high = low - pad, high + pad
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    named = [line for line in lines if line.name]
+    right = WIDTH + (LEGEND if named else 0)
+    at = lambda x: LEFT + (x - first) / ((last - first) or 1) * (WIDTH - LEFT - RIGHT)
+    over = lambda y: TOP + (high - level(y)) / (high - low) * (HEIGHT - TOP - BOTTOM)
+    text = lambda x, y, words, more="": f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(words)}</text>'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right} {HEIGHT}" width="{right}" height="{HEIGHT}" '
+        f'role="img" aria-label="{escape(title, quote=True)}" font-family="system-ui, sans-serif" font-size="12" fill="#444">',
+        f'<rect width="{right}" height="{HEIGHT}" fill="#fff"/>',
+        text(LEFT, 20, title, 'font-size="15" font-weight="600" fill="#111"'),
+        text(LEFT, 37, subtitle),
+    ]
+    for tick in _decades(low, high) if log else ticks(low, high):
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{over(tick):.1f}" y2="{over(tick):.1f}" stroke="#e5e5e5"/>'
+        )
+        parts.append(text(LEFT - 8, over(tick) + 4, f"{tick:g}", 'text-anchor="end"'))
+    for tick in ticks(first, last, 8):
+        if tick == int(tick):
+            parts.append(text(at(tick), HEIGHT - BOTTOM + 18, f"{int(tick)}", 'text-anchor="middle"'))
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, across, 'text-anchor="middle"'))
+    parts.append(
+        text(14, (TOP + HEIGHT - BOTTOM) / 2, up, f'text-anchor="middle" transform="rotate(-90 14 {HEIGHT / 2})"')
+    )
+    for line in lines:
+        path = " ".join(f"{at(x):.1f},{over(y):.2f}" for x, y in line.points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="{line.width:g}"/>')
+    for number, line in enumerate(named):
+        below = TOP + 18 * number
+        parts.append(f'<rect x="{WIDTH}" y="{below}" width="10" height="10" rx="2" fill="{line.colour}"/>')
+        parts.append(text(WIDTH + 16, below + 9, line.name))
+    return "\n".join([*parts, "</svg>", ""])

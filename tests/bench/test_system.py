@@ -100,3 +100,10 @@ def test_the_table_shows_methods_and_verdicts():
     assert "theirs" in text
     assert "missed" in text
     assert "≤ 0.5" in text
+
+
+def test_curves_are_drawn_and_not_recorded():
+    rows = [Row("ours", seconds=1.0).drawn([(0.0, 2.0), (1.0, 0.5)]), Row("theirs", seconds=4.0)]
+    outcome = run_system(system(FASTER), lambda seed: rows, seeds=(0, 1))
+    assert outcome.picture().count("<polyline") == 1 and "curve" not in rows[0].to_dict()
+    assert run_system(system(FASTER), lambda seed: rows[1:]).picture() is None

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.cli.curve import curve_svg, smooth, ticks
+from weft.cli.curve import curve_svg, smooth
+from weft.pages import Line, chart, ticks
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -22,6 +23,18 @@ def test_a_curve_is_well_formed_and_inside_its_frame(losses):
         points = [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
         assert len(points) == len(losses)
         assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+
+
+def test_lines_have_names_beside_the_plot_and_may_be_drawn_by_logarithms():
+    lines = [Line([(0.0, 1.0), (1.0, 0.1)], "a & b"), Line([(0.5, 0.01)], "c")]
+    root = ElementTree.fromstring(chart(lines, "t", "s", "seconds", "loss", log=True))
+    words = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert {"a & b", "c", "seconds", "0.1", "1"} <= set(words)
+    drawn = [e.get("points").split() for e in root.iter() if e.tag.endswith("polyline")]
+    heights = [float(pair.split(",")[1]) for points in drawn for pair in points]
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.02)
+    with pytest.raises(ValueError, match="above 0"):
+        chart([Line([(0.0, 0.0)])], "t", log=True)
 
 
 @pytest.mark.parametrize("losses", [[], [math.nan], [1.0, math.inf]])

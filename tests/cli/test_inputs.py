@@ -39,6 +39,8 @@ def nothing(): return None
 def not_a_model(): return 3, torch.ones(3, 4)
 def bad_loss(): return model, torch.ones(3, 4), 7
 def bad_batch(): return model, 7
+def empty(): return model, iter(())
+def fails(): raise KeyError("oops")
 number = 5
 """
 
@@ -75,7 +77,8 @@ def test_an_iterator_keeps_its_first_batch(made):
     ("name", "says"),
     [
         ("nothing", "must return"), ("not_a_model", "must return"), ("bad_loss", "cannot be called"),
-        ("bad_batch", "batch of type int"), ("number", "not a function"), ("fixd", "did you mean fixed"),
+        ("bad_batch", "batch of type int"), ("empty", "end at once"),
+        ("fails", "raised KeyError: 'oops'"), ("number", "not a function"), ("fixd", "did you mean fixed"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_function_is_said(made, name, says):

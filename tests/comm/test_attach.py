@@ -19,6 +19,7 @@ from weft.comm.codecs.plain import Cast
 from weft.comm.codecs.quantise import Quantise
 from weft.comm.codecs.top_k import TopK
 from weft.comm.controller import Controller
+from weft.comm.controllers.uniform import Uniform
 from weft.comm.ddp import attach
 from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
@@ -39,8 +40,8 @@ def batch(step, width=32, rank=None):
     return torch.randn(8, width, generator=g)
 
 
-def setting(exchange, cap=SMALL_CAP, momentum=0.0, depth=3, width=32, lr=0.1, **options):
-    ddp = DistributedDataParallel(network(depth, width), bucket_cap_mb=cap, **options)
+def setting(exchange, cap=SMALL_CAP, momentum=0.0, depth=3, width=32, lr=0.1, dtype=torch.float32, **options):
+    ddp = DistributedDataParallel(network(depth, width).to(dtype), bucket_cap_mb=cap, **options)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=lr, momentum=momentum)
     return ddp, optimizer, None if exchange is None else attach(ddp, exchange, optimizer)
 
@@ -48,7 +49,7 @@ def setting(exchange, cap=SMALL_CAP, momentum=0.0, depth=3, width=32, lr=0.1, **
 def train(ddp, optimizer, steps, start=0, width=32):
     for step in range(start, start + steps):
         optimizer.zero_grad()
-        ddp(batch(step, width)).square().mean().backward()
+        ddp(batch(step, width).to(next(ddp.parameters()).dtype)).square().mean().backward()
         optimizer.step()
 
 
@@ -80,7 +81,7 @@ EXCHANGES = {
 # ---- the identity is plain DDP
 
 
-def identities(view):
+def identities(view, dtype):
     found = []
     for exchange in (
         None,
@@ -88,8 +89,11 @@ def identities(view):
         Exchange(topology=AllGather()),
         Exchange(topology=ScatterGather()),
         Exchange(topology=Star(1)),
+        Exchange(TopK(0.1), select=nothing),
+        Exchange(Cast(), select=nothing),
+        Exchange(TopK(0.1), controller=Uniform(None)),
     ):
-        ddp, optimizer, handle = setting(exchange, momentum=0.9, gradient_as_bucket_view=view)
+        ddp, optimizer, handle = setting(exchange, momentum=0.9, gradient_as_bucket_view=view, dtype=dtype)
         train(ddp, optimizer, 3)
         if handle is not None:
             assert handle.exchange.report().steps == 3
@@ -99,9 +103,13 @@ def identities(view):
     return found
 
 
+def nothing(spec):
+    return False
+
+
 def test_identity_is_bit_identical_to_plain_ddp_over_every_topology(pool):
-    for view in (False, True):
-        ranks = pool(2).run(identities, view)
+    for view, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.float64)):
+        ranks = pool(2).run(identities, view, dtype)
         for found in ranks:
             assert all(torch.equal(found[0], other) for other in found[1:])
         assert torch.equal(ranks[0][0], ranks[1][0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -247,6 +248,77 @@ def optimizers():
 
 def test_several_optimizers_and_groups(pool):
     assert pool(2).run(optimizers) == [[0.9, 0.9], [0.9, 0.9]]
+
+
+def not_finite(ddp):
+    ddp(torch.full((2, 8), torch.nan if dist.get_rank() else 1.0)).sum().backward()
+
+
+def skipped():
+    """Steps that are not finite reach nobody: no optimizer that attach does not know, and none that calls a closure."""
+    for exchange in (exact(), Exchange()):
+        ddp = DistributedDataParallel(network())
+        parts = list(ddp.parameters())
+        known, unknown = torch.optim.SGD(parts[:2], lr=0.1), torch.optim.Adam(parts[2:])
+        handle = attach(ddp, exchange, known)
+        before = weights(ddp)
+        not_finite(ddp)
+        unknown.step()
+        known.step()
+        assert torch.equal(weights(ddp), before)
+        known.step(partial(not_finite, ddp))
+        known.step(closure=partial(not_finite, ddp))
+        assert torch.equal(weights(ddp), before)
+        assert handle.exchange.skipped == 3
+        handle.remove()
+    return True
+
+
+def test_a_step_that_is_not_finite_reaches_no_optimizer(pool):
+    assert pool(2).run(skipped) == [True, True]
+
+
+def given_back(nesterov):
+    """An optimizer saved while a memory has its momentum: it has it again, in the next run's memory or without one."""
+
+    def make():
+        ddp = DistributedDataParallel(network())
+        return (
+            ddp,
+            sgd(ddp, momentum=0.9, nesterov=nesterov, weight_decay=0.1),
+            dgc(0.2, momentum=0.9, nesterov=nesterov),
+        )
+
+    ddp, optimizer, exchange = make()
+    handle = attach(ddp, exchange, optimizer)
+    train(ddp, optimizer, 3)
+    kept = copy.deepcopy((ddp.module.state_dict(), optimizer.state_dict(), exchange.state_dict()))
+    optimizer.step()  # nothing new has been exchanged: the momentum of the weight decay stays
+    assert str(exchange.state_dict()["states"]) == str(kept[2]["states"])
+    ddp.module.load_state_dict(kept[0])
+    handle.remove()
+    train(ddp, optimizer, 2, 3)
+    for order in ("optimizer first", "attach first"):
+        again, other, exchange = make()
+        again.module.load_state_dict(kept[0])
+        exchange.load_state_dict(kept[2])
+        if order == "optimizer first":
+            other.load_state_dict(kept[1])
+            assert other.param_groups[0]["momentum"] == 0.9
+        else:
+            other.param_groups[0].update(momentum=0.0, nesterov=False)  # it has none to give before it is loaded
+        handle = attach(again, exchange, other)
+        other.load_state_dict(kept[1])
+        assert other.param_groups[0]["momentum"] == 0
+        handle.remove()
+        train(again, other, 2, 3)
+        assert torch.equal(weights(ddp), weights(again)) and other.param_groups[0]["momentum"] == 0.9
+    return True
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_is_given_back_after_a_resume(pool, nesterov):
+    assert pool(2).run(given_back, nesterov) == [True, True]
 
 
 def loaded(name, after):

@@ -12,8 +12,10 @@ from weft.comm.automatic import Trial, auto, codec_seconds, exposed, usual, wire
 from weft.comm.codec import Spec
 from weft.comm.codecs.plain import Cast
 from weft.comm.codecs.top_k import TopK
+from weft.comm.controllers import LayerwiseBudget, Schedule, Uniform
 from weft.comm.ddp import attach
 from weft.comm.exchange import Exchange
+from weft.comm.memories.error_feedback import ErrorFeedback
 from weft.comm.memories.momentum_correction import MomentumCorrection
 
 SPECS = [Spec("w", (1000, 1000)), Spec("b", (1000,))]
@@ -37,6 +39,16 @@ def test_codec_seconds_are_measured_and_scaled_to_the_model():
     one = codec_seconds(usual()["top-k 1 %"], [Spec("w", (500, 1000))], 2)
     assert one > 0
     assert codec_seconds(Exchange(TopK(0.01)), [Spec("b", (1000,))], 2) == 0.0  # nothing to code
+
+
+@pytest.mark.parametrize("controller", [Uniform(0.01), Schedule([0.5], 0.01), LayerwiseBudget([0.01, 0.5], 0.01)])
+def test_costs_are_those_of_the_setting_that_a_controller_begins_or_ends_with(controller, monkeypatch):
+    seen, encode = set(), TopK.encode
+    monkeypatch.setattr(TopK, "encode", lambda self, *args: seen.add(args[3]) or encode(self, *args))
+    exchange = Exchange(TopK(0.5), ErrorFeedback(), controller=controller)
+    assert codec_seconds(exchange, SPECS[:1], 2) > 0 and seen == {0.01}
+    assert exchange.wire(SPECS, 2) == Exchange(TopK(0.01)).wire(SPECS, 2)
+    assert codec_seconds(Exchange(TopK(0.5), controller=Uniform(None)), SPECS[:1], 2) < 1e-3
 
 
 def test_a_slow_link_wants_a_code_and_a_fast_one_none():

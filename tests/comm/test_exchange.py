@@ -56,6 +56,21 @@ def test_identity_gives_the_mean_over_every_topology(pool, topology):
             assert torch.equal(found[step], ranks[0][0][step])
 
 
+def wide(topology):
+    exchange = Exchange(Quantise(4), ErrorFeedback(), topology=topology, timeout=20)
+    named = {name: tensor.double() / 3 for name, tensor in data(0, dist.get_rank()).items()}
+    found, report = exchange.reduce(named, 0).wait(), exchange.report()
+    exchange.close()
+    return found, {name: tensor.rounded for name, tensor in report.tensors.items()}, str(report)
+
+
+@pytest.mark.parametrize("topology", [AllGather(), ScatterGather(), Star()])
+def test_float64_is_taken_as_float32_by_a_lossy_code_alone_and_the_report_says_so(pool, topology):
+    for found, rounded, text in pool(2).run(wide, topology):
+        assert torch.equal(found["b"], sum(data(0, rank)["b"].double() / 3 * 0.5 for rank in range(2)))
+        assert rounded == {"a": True, "b": False, "c": True} and text.count("float64 taken as float32") == 2
+
+
 def test_gossip_mixes_by_its_weights(pool):
     ranks = pool(RANKS).run(reduced, {"topology": Gossip(WEIGHTS)})
     stack = torch.stack([flat(data(1, rank)) for rank in range(RANKS)])

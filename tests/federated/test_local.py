@@ -18,6 +18,18 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
 
 
+class Recurrent(nn.Module):
+    """vmap has no rule for its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cells, self.head = nn.GRU(1, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.cells(x[:, :, None])[0][:, -1])
+
+
 def people(*sizes: int):
     random = torch.Generator().manual_seed(3)
     return [
@@ -29,8 +41,9 @@ def people(*sizes: int):
 @pytest.mark.parametrize(
     "work", [LocalSGD(4, 0.2, 0.9, 4), LocalSGD(3, 0.1, 0.0, None), LocalSGD(4, 0.5, 0.9, 5, 0.05)]
 )
-def test_stacked_clients_do_what_each_would_do_alone(work):
-    model, data = network(), people(7, 4, 7)
+@pytest.mark.parametrize("make", [network, lambda: Recurrent().double()], ids=["network", "recurrent"])
+def test_stacked_clients_do_what_each_would_do_alone(work, make):
+    model, data = make(), people(7, 4, 7)
     trainer = Trainer(model, nn.functional.cross_entropy, data, work, seed=5)
     starts = flatten(model) + 0.1 * torch.randn(3, len(flatten(model)), dtype=torch.float64)
     found = trainer.changes(starts, [0, 1, 2], [0, 3, 1])

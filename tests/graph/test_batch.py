@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from weft.graph import call, capture, check_batch, flatten_batch, interpret, unflatten_batch
+from weft.graph import call, capture, check_batch, flatten_batch, graph_fingerprint, interpret, unflatten_batch
 
 X, Y = torch.randn(4, 3), torch.randn(4, 2)
 
@@ -71,7 +71,6 @@ class _Unpack(nn.Module):
     ("batch", "words"),
     [
         ((X,), "2 items"),
-        ([X, Y], "must be a tuple"),
         ({"x": X}, "must be a tuple"),
         ((X, "y"), "1 must be a tensor"),
         ((X.double(), Y), "0 must be float32"),
@@ -83,6 +82,13 @@ def test_a_batch_that_does_not_fit_is_named(batch, words):
     graph = capture(Model(), (X, Y), F.mse_loss)
     with pytest.raises(ValueError, match=words):
         check_batch(graph, batch)
+
+
+def test_lists_and_tuples_are_the_same():
+    """What a DataLoader makes of samples that are tuples."""
+    graph, other = (capture(Model(), batch, F.mse_loss) for batch in ((X, Y), [X, Y]))
+    assert all(a is b for a, b in zip(check_batch(graph, [X, Y]), (X, Y), strict=True))
+    assert graph_fingerprint(graph) == graph_fingerprint(other)
 
 
 def test_sizes_may_differ_where_said():

@@ -93,6 +93,17 @@ class Controls(Base):
         return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x * 3, (x,)).sum()  # here
 
 
+class Maps(Base):
+    def forward(self, x):
+        return torch.vmap(self.linear)(x).sum()  # here
+
+
+class Aligns(Base):
+    def forward(self, x):
+        scores = self.linear(x)[:, None].log_softmax(-1)
+        return nn.functional.ctc_loss(scores, torch.ones(1, 2).long(), (4,), (2,))  # here
+
+
 class Breaks(Base):
     def forward(self, x):
         return self.reshaped(self.linear(x)).sum()
@@ -118,6 +129,8 @@ CASES = {
     WritesWithoutGradient: "writes to a tensor that needs gradients",
     Casts: "turns autocast on",
     Controls: "control flow",
+    Maps: "torch.func transforms",
+    Aligns: "size of a tensor depends",
     Breaks: "Breaks raised RuntimeError",
     Misses: "has no attribute 'missing'",
 }
@@ -134,6 +147,15 @@ def test_the_offending_line_is_named(model: Callable[[], nn.Module], capfd):
     assert error.code in str(error) and error.todo in str(error) and error.todo.endswith(".")
     assert "Traceback" not in "".join(capfd.readouterr())
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_distributions_do_not_look_at_values_that_are_not_there():
+    class Policy(Base):
+        def forward(self, x):
+            return -torch.distributions.Normal(self.linear(x), 1.0).log_prob(x).mean()
+
+    assert capture(Policy(), torch.ones(4, 3)).calls
+    assert torch.distributions.Distribution._validate_args  # as before
 
 
 def test_a_missing_argument_is_said_without_a_line():

@@ -278,6 +278,14 @@ def _losses() -> Iterator[Example]:
     yield call("binary_cross_entropy.default", u(5, 7), u(5, 7), u(7))
     yield call("binary_cross_entropy_with_logits.default", r(5, 7), u(5, 7), None, u(7))
     yield call("poisson_nll_loss.default", r(5, 7), u(5, 7), True, False, 1e-8, 1)
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
+    for reduction in (0, 1, 2):
+        yield call("margin_ranking_loss.default", r(5), r(5), signs, 2.0, reduction)
+        yield call("cosine_embedding_loss.default", r(5, 7), r(5, 7), signs, -0.9, reduction)
+        yield call("triplet_margin_loss.default", r(5, 3, 7), r(5, 3, 7), r(5, 3, 7), 4.0, 2.0, 1e-6, True, reduction)
+        yield call("multi_margin_loss.default", r(5, 7), i(7, 5), 1, 1.0, u(7), reduction)
+    yield call("hinge_embedding_loss.default", r(5, 7), 2.0 * b(5, 7).double() - 1, 2.0)
+    yield call("multilabel_margin_loss.default", r(5, 7), i(7, 5, 7))
 
 
 def _attention() -> Iterator[Example]:
@@ -334,6 +342,11 @@ def _indexing() -> Iterator[Example]:
     call = _calls("aten")
     yield call("embedding.default", r(11, 7), i(11, 5, 3))
     yield call("embedding.default", r(11, 7), i(11, 5, 3), 3)
+    for mode in (0, 1, 2):
+        bags = (i(11, 9), torch.tensor([0, 2, 2, 6]))
+        yield call(
+            "embedding_bag.padding_idx", r(11, 7), *bags, False, mode, False, u(9) if not mode else None, False, 3
+        )
     yield call("embedding.default", r(11, 7), i(11, 5, 3), -1, True)
     yield call("index_select.default", r(5, 7, 3), 1, i(7, 9))
     yield call("gather.default", r(5, 7), 1, i(7, 5, 3))
@@ -416,6 +429,10 @@ def _layers() -> Iterator[Example]:
 
     yield call("lstm.input", r(5, 3, 3), [r(2, 5, 4), r(2, 5, 4)], weights(4, 2), True, 2, 0.0, True, False, True)
     yield call("lstm.input", r(3, 5, 3), [r(1, 5, 4), r(1, 5, 4)], weights(4, 1), True, 1, 0.0, True, False, False)
+    yield call("lstm_cell.default", r(5, 3), [r(5, 4), r(5, 4)], *weights(4, 1))
+    yield call("gru_cell.default", r(5, 3), r(5, 4), *weights(3, 1))
+    yield call("rnn_tanh_cell.default", r(5, 3), r(5, 4), *weights(1, 1))
+    yield call("rnn_relu_cell.default", r(5, 3), r(5, 4), *weights(1, 1))
     yield call("gru.input", r(5, 3, 3), r(1, 5, 4), weights(3, 1), True, 1, 0.0, True, False, True)
     yield call("rnn_tanh.input", r(5, 3, 3), r(1, 5, 4), weights(1, 1), True, 1, 0.0, True, False, True)
     yield call("rnn_relu.input", r(5, 3, 3), r(1, 5, 4), weights(1, 1), True, 1, 0.0, True, False, True)

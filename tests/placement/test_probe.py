@@ -12,7 +12,7 @@ from torch import Tensor
 from weft.graph.graph import Node, Ref, TensorSpec
 from weft.placement import probe
 from weft.placement.layout import Partial, Replicate, Shard
-from weft.placement.probe import TooManyToProbe, discover, probed_row
+from weft.placement.probe import TooManyToProbe, discover, discover_call, probed_row
 from weft.placement.rows import row_of
 from weft.placement.signature import Call, Signature
 from weft.placement.verify import call_of, signatures_of
@@ -30,7 +30,8 @@ def _single_tensor(example: Example) -> bool:
         return False
     call, _ = call_of(example.target, example.args, example.kwargs)
     row = row_of(call)
-    return len(call.inputs) == 1 and row is not None and row.local is None
+    makes_constants = example.op.startswith(("fill", "zeros", "ones", "full"))  # which would agree with any placement
+    return len(call.inputs) == 1 and row is not None and row.local is None and not makes_constants
 
 
 SINGLE = [example for example in (*EXAMPLES, *ELEMENTWISE) if _single_tensor(example)]
@@ -42,6 +43,13 @@ def check_superset(example: Example) -> None:
     whole = {s for s in declared if ",u" not in s and ",x" not in s}  # probing cuts whole indices
     found = texts(discover(example.target, example.args, example.kwargs, parts=(2,), cache=False))
     assert whole <= found, f"declared {whole - found}, found only {found}"
+
+
+def test_results_that_are_all_alike_prove_nothing():
+    """This loss is 0 unless its target is 1 or -1, which random numbers are not: any placement would seem right."""
+    call, _ = call_of("aten.cosine_embedding_loss.default", (r(5, 7), r(5, 7), torch.ones(5), 0.0, 1))
+    with pytest.raises(ValueError, match="constant"):
+        discover_call(call, cache=False)
 
 
 def test_there_are_many_single_tensor_operators():

@@ -120,6 +120,20 @@ def test_named_errors(gpt_graph):
         plan(nn.Linear(2, 2), cluster=two)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"cluster": "cluster.yaml"}, "Cluster.load"),
+        ({"mesh": "2x2"}, "Mesh or its shape"),
+        ({"optimizer": 3}, "optimizer: must be"),
+        ({"constraints": Constraints(("dp", "tp"))}, "2 devices cannot be arranged"),
+    ],
+)
+def test_what_is_of_another_kind_is_said(gpt_graph, given, says):
+    with pytest.raises(ValueError, match=says):
+        plan(gpt_graph, **{"cluster": plain_cluster(2), **given})
+
+
 def test_does_not_fit(gpt_graph, found):
     with pytest.raises(DoesNotFit, match="The largest part is") as caught:
         plan(gpt_graph, cluster=plain_cluster(2), memory="10KiB")

@@ -46,8 +46,23 @@ def test_zero_stages_divide_what_they_should(net, stage):
     # This device's sums; while the one bucket is scattered, autograd's own and their copy in the order of the devices.
     assert use.gradients == PARAMETERS / p + 2 * PARAMETERS
     assert use.parameters - batch == PARAMETERS / (p if stage == 3 else 1)
-    rounds = 3 if stage == 3 else 2  # reduce-scatter and one gather; ZeRO-3 gathers twice
-    assert plan.prediction.nbytes == pytest.approx(rounds * (p - 1) * PARAMETERS)
+    assert plan.prediction.nbytes == pytest.approx(2 * (p - 1) * PARAMETERS)  # a reduce-scatter and a gather
+
+
+def test_zero_3_gathers_again_for_backward_what_forward_did_not_read_last():
+    """Nor does backward read an embedding's values: of an embedding and four blocks, the first three blocks go twice."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(600, 600, bias=False)
+
+        def forward(self, x):
+            return x + nn.functional.gelu(self.linear(x))
+
+    model = nn.Sequential(nn.Embedding(600, 600), *(Residual() for _ in range(4)))
+    graph = capture(model, (torch.zeros(8, dtype=torch.long), torch.zeros(8, 600)), nn.functional.mse_loss)
+    assert manual(graph, 4, "zero-3").prediction.nbytes == pytest.approx((2 * 5 + 3) * 3 * 4 * 600 * 600)
 
 
 def test_compute_is_divided_and_communication_hides(gpt_graph):

@@ -59,6 +59,10 @@ class HandPlan:
     assignment: Assignment
     graph: Graph | None = None
     optimizer: Any = field(default_factory=lambda: SimpleNamespace(name="AdamW"))
+    loss: Any = None
+    exchange: str = ""
+    squeezes: tuple[Any, ...] = ()
+    prediction: Any = field(default_factory=lambda: SimpleNamespace(peak=0))
     cluster: Any = field(default_factory=lambda: SimpleNamespace(devices=[SimpleNamespace(kind="cpu-core")]))
 
     def check_graph(self, graph: Graph) -> None:

@@ -104,10 +104,12 @@ def test_equal_to_all_reduce_where_nothing_is_lost(pool, name):
     plan = planned(build, tokens(0, samples=5), "dp")
     coded = pool(2).run(trained, plan, beside, Named(name))
     expected = pool(2).run(trained, plan, plain, None)
+    exact = name in ("identity", "scattered")  # float64 travels as it is
     for (losses, values), (wanted, others) in zip(coded, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=1e-6)
         for key, value in values.items():
             assert torch.allclose(value, others[key], rtol=1e-5, atol=1e-6), key
+            assert not exact or torch.equal(value, others[key]), key
     assert all(torch.equal(coded[0][1][key], coded[1][1][key]) for key in coded[0][1])
 
 

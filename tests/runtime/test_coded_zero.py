@@ -39,9 +39,9 @@ from weft.comm import (
 )
 from weft.errors import NotFinite
 from weft.graph import capture
+from weft.placement import parameters as rule
 from weft.placement.assignment import ParameterPlacement
 from weft.placement.layout import Mesh, Replicate, Shard, deal
-from weft.runtime import store
 from weft.runtime.batches import split
 from weft.runtime.engine import Engine, Job
 
@@ -99,12 +99,12 @@ def trained(
 
 def in_small_buckets(*arguments: Any, **options: Any) -> dict[str, Tensor]:
     """`trained` with a bucket per parameter: more of them than plain ZeRO would have under way at a time."""
-    before = store.FIRST_BUCKET_NBYTES, store.BUCKET_NBYTES, store.MIN_GATHER_NBYTES
-    store.FIRST_BUCKET_NBYTES = store.BUCKET_NBYTES = store.MIN_GATHER_NBYTES = 1
+    before = rule.FIRST_BUCKET_NBYTES, rule.BUCKET_NBYTES, rule.MIN_GATHER_NBYTES
+    rule.FIRST_BUCKET_NBYTES = rule.BUCKET_NBYTES = rule.MIN_GATHER_NBYTES = 1
     try:
         return trained(*arguments, **options)
     finally:
-        store.FIRST_BUCKET_NBYTES, store.BUCKET_NBYTES, store.MIN_GATHER_NBYTES = before
+        rule.FIRST_BUCKET_NBYTES, rule.BUCKET_NBYTES, rule.MIN_GATHER_NBYTES = before
 
 
 def in_two(plan: HandPlan, make: Made) -> dict[str, Tensor]:

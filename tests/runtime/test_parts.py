@@ -10,12 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.runtime.plans import Tiny, batch, plan_of, tiny, zero
+from tests.runtime.plans import VOCABULARY, Tiny, batch, plan_of, tiny, zero
 from torch import nn
+from torch.nn import functional as F
 
+import weft
+from weft.cluster import Cluster
 from weft.graph import capture
 from weft.placement.assignment import Assignment, ParameterPlacement
 from weft.placement.layout import Mesh, Replicate, Shard
+from weft.placement.parameters import Readings
+from weft.planner import Plan
+from weft.planner.buckets import buckets_of
+from weft.planner.costs import Costs
 from weft.runtime.batches import count_samples, count_tokens, split
 from weft.runtime.failure import how_it_ended
 from weft.runtime.optimizer import check_elementwise, recipe
@@ -68,13 +75,26 @@ class Mine(torch.optim.SGD):
 
 def test_only_elementwise_optimizers_update_pieces() -> None:
     model = Tiny()
-    for kind in (torch.optim.LBFGS, torch.optim.Adafactor, Averaging):
+    for kind in (torch.optim.Adafactor, Averaging):
         wanted = recipe(kind, model)
         check_elementwise(wanted, [])
         with pytest.raises(ValueError, match=f"{kind.__name__} is not elementwise"):
             check_elementwise(wanted, ["up.weight"])
     for kind in (torch.optim.AdamW, Mine, functools.partial(Mine, lr=0.1, momentum=0.9)):
         check_elementwise(recipe(kind, model), ["up.weight"])
+
+
+def test_an_optimizer_that_runs_the_model_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"LBFGS evaluates the model .* closure"):
+        recipe(torch.optim.LBFGS, Tiny())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [({"plan": "plan.json"}, "Plan.load"), ({"scheduler": 3}, "scheduler must")]
+)
+def test_what_is_of_another_kind_is_said(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says), weft.run(**{"plan": None, "model": tiny(), **given}):
+        pass
 
 
 def test_a_used_optimizer_is_refused() -> None:
@@ -147,11 +167,46 @@ def test_buckets_hold_everything_once_in_the_order_of_backward() -> None:
     mesh = Mesh((2,))
     for stage in range(4):
         held = holdings(graph, Assignment(mesh, {}, zero(graph, mesh, stage)), 0)
-        buckets = plan_buckets(graph, held)
+        buckets = plan_buckets(held, Readings.of(graph))
         names = [h.name for bucket in buckets for h in bucket]
         assert sorted(names) == sorted(graph.parameters)
         assert names.index("embed.weight") > names.index("down.weight")
         assert all(len({h.scatter_axes for h in bucket}) == 1 for bucket in buckets)
+
+
+class Adapted(nn.Module):
+    """Blocks of a frozen matrix and a trained one, each as large as what shares a gather, after a small embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 500)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"frozen": nn.Linear(500, 500), "ours": nn.Linear(500, 500, bias=False)}) for _ in range(3)
+        )
+        for layer in self.layers:
+            layer["frozen"].requires_grad_(False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + F.gelu(layer["frozen"](x)) + layer["ours"](x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 2.0)])
+@pytest.mark.parametrize("strategy", ["dp", "zero-1", "zero-3", "tp"])
+def test_the_planner_prices_the_buckets_that_the_runtime_starts(strategy: str, weights: Any) -> None:
+    model, tokens = Adapted(), torch.randint(VOCABULARY, (6, 3))
+    mesh = Mesh((2, 2), weights=(weights, None))
+    strategies = ("zero-3" if strategy == "tp" else "dp", strategy)
+    plan = Plan.manual(model, (tokens,), cluster=Cluster.local(processes=4), mesh=mesh, strategy=strategies)
+    assert plan.graph is not None
+    readings = Readings.of(plan.graph)
+    priced = {each.names for each in buckets_of(plan.graph, plan.assignment, Costs(plan.cluster, mesh), readings)}
+    for rank in range(4):
+        started = plan_buckets(holdings(plan.graph, plan.assignment, rank), readings)
+        owed = [each for each in started if any(h.scatter_axes or (h.sum_axes and h.trainable) for h in each)]
+        assert {tuple(h.name for h in each) for each in owed} == priced
 
 
 def test_repeated_blocks_are_gathered_one_by_one() -> None:
@@ -167,7 +222,7 @@ def test_repeated_blocks_are_gathered_one_by_one() -> None:
 
     plan = plan_of(Deep(), (torch.randn(4, 600),), (2,), 3)
     assert plan.graph is not None
-    buckets = plan_buckets(plan.graph, holdings(plan.graph, plan.assignment, 0))
+    buckets = plan_buckets(holdings(plan.graph, plan.assignment, 0), Readings.of(plan.graph))
     assert [{h.name.split(".")[1] for h in bucket} for bucket in buckets] == [{"3"}, {"2"}, {"1"}, {"0"}]
 
 

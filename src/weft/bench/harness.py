@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.bench import record
 from weft.bench.system import Results, Row, System
+from weft.pages import COLOURS, Line, chart
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -45,6 +46,17 @@ class Outcome:
     def met(self) -> bool:
         """Whether every claim holds."""
         return all(claim.met for claim in self.claims)
+
+    def picture(self) -> str | None:
+        """SVG text of the curves of the first seed's rows; None if no row has one."""
+        lines: dict[str, Line] = {}
+        for row in self.results.rows:
+            if row.curve and row.method not in lines:
+                lines[row.method] = Line(row.curve, row.method, COLOURS[len(lines) % len(COLOURS)])
+        if not lines:
+            return None
+        across, up = self.system.axes or ("", "")
+        return chart(list(lines.values()), self.system.name, self.system.title, across, up, log=True)
 
     def to_record(self) -> dict[str, Any]:
         """The JSON value that `benchmarks/` keeps. What was not measured, or not reached (infinite seconds), is null."""

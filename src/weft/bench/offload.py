@@ -9,9 +9,11 @@ Steps for `weft.bench.pair`, all on one GPT with the same batches:
     waiting     activations within a share of what they take, copied to the disk and back by `weft.memory.limit`
     gathered, broadcast     fetching parameters over links that a token bucket throttles, one per process
 
-`mapped` is kept fair: the kernel's own readahead serves it, its activations do not count, and what exceeds the cap is written and
-taken away a whole tensor at a time, least recently used first, when a gradient or an update is done (the kernel, short of memory,
-does that page by page and at any moment). It needs no privileges, unlike a control group.
+`mapped` is kept fair: the kernel's own readahead serves it (megabytes for each page that is missing), its activations do not
+count, and what exceeds the cap is written and taken away a whole tensor at a time, least recently used first, when a gradient or
+an update is done (the kernel, short of memory, does it page by page and at any moment). It needs no privileges, unlike a control
+group. In its favour, parameters that forward and backward read stay besides until their update: `resident` says how many bytes
+that makes in all.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ __all__ = [
     "raw",
     "raw_reader",
     "reader",
+    "resident",
     "tiered",
     "waiting",
 ]
@@ -167,12 +170,14 @@ class Resident:
 
     def __init__(self, cap: int):
         self.cap = cap
+        self.known: dict[int, int] = {}  # address -> bytes of all that were ever touched
         self._there: OrderedDict[int, tuple[int, int, int]] = OrderedDict()  # address -> (address, bytes, descriptor)
         self._libc = ctypes.CDLL(None, use_errno=True)
 
     def touched(self, tensor: Any, fd: int) -> None:
         """A tensor has been used, and perhaps written."""
         address, nbytes = tensor.data_ptr(), tensor.nbytes
+        self.known[address] = nbytes
         self._there.pop(address, None)
         self._there[address] = (address, nbytes, fd)
         while sum(size for _, size, _ in self._there.values()) > self.cap and len(self._there) > 1:
@@ -182,13 +187,35 @@ class Resident:
                 raise OSError(ctypes.get_errno(), "madvise failed")
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def nbytes(self) -> int:
+        """Bytes of mapped tensors that the page cache has now."""
+        found = 0
+        for address, nbytes in self.known.items():
+            pages = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()
+            if self._libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), pages):
+                raise OSError(ctypes.get_errno(), "mincore failed")
+            found += bytes(pages).count(1) * mmap.PAGESIZE
+        return found
+
+
+def resident(cap: int) -> float:
+    """Bytes of mapped tensors in memory when a step of `mapped` has finished its backward: the most there are in a step."""
+    problem = gpt_wide(count=1)
+    with mapped(problem, cap, watched=True) as step:
+        for _ in range(2):
+            step.run(problem.batches[0])
+        return step.facts()["resident_bytes"]
+
 
 @contextlib.contextmanager
-def mapped(problem: Problem, cap: int) -> Iterator[Step]:
-    """Parameters, gradients and Adam's state in shared mappings of files, one per tensor; at most `cap` bytes resident."""
+def mapped(problem: Problem, cap: int, watched: bool = False) -> Iterator[Step]:
+    """Parameters, gradients and Adam's state in shared mappings of files, one per tensor; about `cap` bytes resident.
+
+    `watched` steps also say how many are.
+    """
     import torch
 
-    model, resident = problem.model(), Resident(cap)
+    model, there = problem.model(), Resident(cap)
     with tempfile.TemporaryDirectory(prefix="weft-bench-") as folder, contextlib.ExitStack() as stack:
 
         def on_disk(name: str, values: Any) -> tuple[Any, int]:
@@ -197,7 +224,7 @@ def mapped(problem: Problem, cap: int) -> Iterator[Step]:
             tensor.copy_(values)
             fd = os.open(path, os.O_RDWR)
             stack.callback(os.close, fd)
-            resident.touched(tensor, fd)
+            there.touched(tensor, fd)
             return tensor, fd
 
         optimizers = []
@@ -214,24 +241,40 @@ def mapped(problem: Problem, cap: int) -> Iterator[Step]:
                 else:
                     value.zero_()
             parameter.grad, own = on_disk(f"{index}.gradient", torch.zeros_like(parameter))
-            parameter.register_post_accumulate_grad_hook(lambda p, fd=own: resident.touched(p.grad, fd))
+            parameter.register_post_accumulate_grad_hook(lambda p, fd=own: there.touched(p.grad, fd))
             places.append((parameter.grad, own))
             optimizers.append((optimizer, places))
         with torch.no_grad():
             for parameter, fresh in zip(model.parameters(), problem.model().parameters(), strict=True):
                 parameter.copy_(fresh)
 
+        told: dict[str, float] = {}
+
         def step(batch: tuple[Any, ...]) -> Any:
+            before = _moved_by_kernel()
             loss = model(*batch)
             loss.backward()
+            if watched:
+                told["resident_bytes"] = float(there.nbytes())
             for optimizer, places in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)  # it stays the mapping
                 for tensor, fd in places:
-                    resident.touched(tensor, fd)
+                    there.touched(tensor, fd)
+            for name, nbytes in _moved_by_kernel().items():
+                told[name] = nbytes - before[name]
             return loss.detach()
 
-        yield Step(step)
+        yield Step(step, facts=lambda: told)
+
+
+def _moved_by_kernel() -> dict[str, float]:
+    """Bytes that this process has had read from and written to devices, page faults and readahead included; none if unknown."""
+    try:
+        said = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    except OSError:
+        return {}
+    return {"read_bytes": float(said["read_bytes"]), "written_bytes": float(said["write_bytes"])}
 
 
 # ---- the disk alone

@@ -31,6 +31,7 @@ from weft.bench.digits import digit_images
 from weft.bench.system import Row
 from weft.comm.straggler import (
     GC,
+    MSGC,
     Crew,
     Farm,
     Log,
@@ -215,21 +216,25 @@ def real(seed: int) -> Iterator[Row]:
 
 
 def _measured(crew: Crew, setting: Setting, slow_core: int, seed: int) -> Iterator[Row]:
-    quick: dict[float, float] = {}
-    alone: tuple[Scheme, ...] = (Uncoded(), GC(2), GC(3))
-    for one in alone:  # without rivals: what the load costs
+    split = MSGC(1, 2, 0)  # an uncoded round's load in two messages
+    alone: tuple[Scheme, ...] = (Uncoded(), GC(2), GC(3), split)
+    quick: dict[Scheme, float] = {}
+    for one in alone:  # without rivals: what the load costs, and what a message costs
         log, _ = train(crew, setting, one, 30)
         times = np.delete(log.times[5:], SLOW, axis=1)
-        quick[one.sized(PROCESSES).load] = float(np.median(times[np.isfinite(times)]))
-    measured = slope(list(quick), list(quick.values()))
-    unit = quick[1 / PROCESSES] if setting.in_rounds else 1.0
+        quick[one] = float(np.median(times[np.isfinite(times)]))
+    measured = slope([one.sized(PROCESSES).load for one in alone[:3]], [quick[one] for one in alone[:3]])
+    message = max(0.0, quick[split] / quick[Uncoded()] - 1)
+    unit = quick[Uncoded()] if setting.in_rounds else 1.0
     with spinning(RIVALS, slow_core, seed, unit * setting.bursts[0], unit * setting.bursts[1]):
         log, _ = train(crew, setting, Uncoded(), 80)
-        with_table = fit(log.times, measured, max_delay=3, jobs=REAL_JOBS, show=False)
-        say(f"{setting.name}: round {1e3 * quick[1 / PROCESSES]:.1f} ms, slope {measured:.2f}; fit: {with_table}")
-        best = {
-            type(scheme).__name__: scheme for _, scheme in ranking(log.times, measured, candidates(8, 3), REAL_JOBS)
-        }
+        with_table = fit(log.times, measured, max_delay=3, jobs=REAL_JOBS, show=False, message=message)
+        say(
+            f"{setting.name}: round {1e3 * quick[Uncoded()]:.1f} ms, slope {measured:.2f}, message {message:.2f}; "
+            f"fit: {with_table}"
+        )
+        ranked = ranking(log.times, measured, candidates(8, 3), REAL_JOBS, message=message)
+        best = {type(scheme).__name__: scheme for _, scheme in ranked}
         schemes: dict[str, Scheme] = {
             "uncoded, wait for all": Uncoded(),
             "uncoded, drop the 2 slowest": Uncoded(drop=2),
@@ -254,4 +259,5 @@ def _measured(crew: Crew, setting: Setting, slow_core: int, seed: int) -> Iterat
             outdated=statistics.median(log.outdated for log in logs),
             load=schemes[name].sized(PROCESSES).load,
             measured_slope=measured,
+            message_share=message,
         )

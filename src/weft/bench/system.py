@@ -27,10 +27,16 @@ class Row:
 
     def __init__(self, method: str, **values: float):
         self.method = method
+        self.curve: tuple[tuple[float, float], ...] = ()
         self.values = {name: float(number) for name, number in values.items()}
 
     def __repr__(self) -> str:
         return f"Row({self.method!r}, {', '.join(f'{k}={v:.6g}' for k, v in self.values.items())})"
+
+    def drawn(self, points: Iterable[tuple[float, float]]) -> Row:
+        """The row with a curve in the system's picture: points (x, y), see `System.axes`. Records do not hold them."""
+        self.curve = tuple(points)
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, **self.values}
@@ -119,6 +125,7 @@ class System:
         tests: test files that prove it right.
         minutes: about how long `run` takes on two cores.
         cite: one line for a bibliography.
+        axes: what x and y are of the curves that its rows have; none where there are no curves.
     """
 
     name: str
@@ -132,6 +139,7 @@ class System:
     minutes: float = 1.0
     cite: str = ""
     keywords: tuple[str, ...] = field(default=())
+    axes: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):

@@ -6,7 +6,7 @@
     a run       one scheme at one local rate for so much virtual time                                        `train`
     tuning      the rate of a grid that has the lowest loss when the time is up, as the authors' code runs every rate to the
                 end of one budget; the same grid, draws of the problem and budget for all schemes            `tune`
-    measuring   at that rate, on other draws                                                                 `tuned`
+    measuring   at that rate, on other draws; the first draw's loss over time is drawn                      `tuned`
     fixed point the mean of the model in the long run on quadratics, whose optimum and bias are known        `long_run_mean`
 
 Time is virtual: it does not depend on this machine.
@@ -211,6 +211,7 @@ def tune(problems: Sequence[Problem], scheme: Scheme) -> float:
 
 def tuned(name: str, scheme: Scheme, seed: int, spread: float = 0.8, rate: float | None = None) -> Row:
     """Medians over draws at the tuned rate (or at `rate`); at most 1e9, which stands for what diverged or never got there."""
+    tuning = rate is None
     if rate is None:
         rate = tune([digits(1000 + DRAWS * seed + draw, spread) for draw in range(DRAWS)], scheme)
     runs = [train(digits(DRAWS * seed + draw, spread), scheme, rate, BUDGET) for draw in range(DRAWS)]
@@ -220,7 +221,14 @@ def tuned(name: str, scheme: Scheme, seed: int, spread: float = 0.8, rate: float
         "accuracy": [run.accuracy for run in runs],
     }  # fmt: skip
     print(f"fedfix-async: {name}: rate {rate:g}, {measures}", file=sys.stderr, flush=True)
-    return Row(name, rate=rate, **{what: min(statistics.median(found), 1e9) for what, found in measures.items()})
+    row = Row(name, rate=rate, **{what: min(statistics.median(found), 1e9) for what, found in measures.items()})
+    return row.drawn(thinned(runs[0].trace.losses(), BUDGET)) if tuning and spread > 0 else row
+
+
+def thinned(losses: Sequence[tuple[float, float]], end: float, count: int = 160) -> list[tuple[float, float]]:
+    """At most `count` of the points (seconds, loss) until `end`: the last of each interval, as far as it can be drawn."""
+    last = {int(count * when / end): (when, loss) for when, loss in losses if 0 < loss < LOST and when < end}
+    return list(last.values())
 
 
 def by_speed(problem: Problem, model: nn.Module | None) -> list[float]:

@@ -83,5 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: BaseException | str) -> None:
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        error = f"there is no file {error.filename}"
     text = str(error) or type(error).__name__
     print(f"weft: {text}", file=sys.stderr)

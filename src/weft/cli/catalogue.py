@@ -39,7 +39,11 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="how many seeds; claims read the medians (default 1)"
     )
-    command.add_argument("--record", action="store_true", help="write the result into --folder as SYSTEM-MACHINE.json")
+    command.add_argument(
+        "--record",
+        action="store_true",
+        help="write the result into --folder as SYSTEM-MACHINE.json, curves beside it as .svg",
+    )
     command.add_argument(
         "--folder", default="benchmarks", metavar="DIR", help="where records are kept (default benchmarks)"
     )
@@ -84,7 +88,11 @@ def bench(arguments: argparse.Namespace) -> int:
         outcome = run_system(system, run, range(arguments.seeds), _progress(system))
         outcomes.append(outcome)
         if arguments.record:
-            written.append(str(write_record(outcome.to_record(), folder)))
+            record = write_record(outcome.to_record(), folder)
+            written.append(str(record))
+            if picture := outcome.picture():
+                record.with_suffix(".svg").write_text(picture)
+                written.append(str(record.with_suffix(".svg")))
         if not arguments.json:
             _show(outcome, before)
     if arguments.json:

@@ -105,7 +105,7 @@ def papers_of(plan: Any) -> list[Paper]:
         for used, state in zip(p.used, p.state, strict=True)
     )
     sequence = split and any(isinstance(o, Shard) and o.dim == 1 for s in signatures for o in s.outputs)
-    optimizer = str(getattr(plan, "optimizer", "")).lower()
+    optimizer = plan.optimizer.name.lower()
     uses: dict[str, Callable[[], bool]] = {
         "oneflow": lambda: many,
         "ddp": lambda: many and whole,

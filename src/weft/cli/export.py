@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from weft.cli import inputs
+
 __all__ = ["add"]
 
 
@@ -30,6 +32,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     if not Path(arguments.checkpoint).exists():
         raise ValueError(f"there is no checkpoint {arguments.checkpoint}")
+    inputs.check_folders(arguments, "output")
     from weft.runtime import export
 
     with warnings.catch_warnings():  # torch says that it reads in a single process, which is what is meant

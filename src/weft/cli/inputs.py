@@ -4,6 +4,7 @@ model, batches, loss    `load_job` from MODULE:FUNCTION or --task
 cluster                 `load_cluster` from --cluster FILE or --processes N
 optimizer               `optimizer_class` from --optimizer NAME
 mesh shape              `parse_mesh`: 8, 2x4
+files to write          `check_folders`
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import importlib
 import itertools
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +26,16 @@ from weft import names
 if TYPE_CHECKING:
     from weft.cluster import Cluster
 
-__all__ = ["Job", "add_cluster", "add_job", "load_cluster", "load_job", "optimizer_class", "parse_mesh"]
+__all__ = [
+    "Job",
+    "add_cluster",
+    "add_job",
+    "check_folders",
+    "load_cluster",
+    "load_job",
+    "optimizer_class",
+    "parse_mesh",
+]
 
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad", "rmsprop": "RMSprop"}
 
@@ -100,6 +112,19 @@ def parse_mesh(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.strip().lower().split("x"))
 
 
+def check_folders(arguments: argparse.Namespace, *options: str) -> None:
+    """Refuse files that could not be written, before anything slow happens."""
+    for option in options:
+        path = getattr(arguments, option)
+        if not path:
+            continue
+        name = option if option == "output" and not hasattr(arguments, "processes") else f"--{option.replace('_', '-')}"
+        if not Path(path).resolve().parent.is_dir():
+            raise ValueError(f"{name} {path}: there is no folder {Path(path).parent}; make it first")
+        if Path(path).is_dir():
+            raise ValueError(f"{name} {path}: that is a folder; name the file to write")
+
+
 def load_job(arguments: argparse.Namespace) -> Job:
     """The model, batches and loss that the command line names."""
     if bool(arguments.target) == bool(arguments.task):
@@ -114,7 +139,10 @@ def load_job(arguments: argparse.Namespace) -> Job:
     import torch
 
     torch.manual_seed(arguments.seed)
-    return _job_of(_factory(arguments.target)(), arguments.target)
+    factory = _factory(arguments.target)
+    with _blamed(arguments.target):
+        made = factory()
+    return _job_of(made, arguments.target)
 
 
 def _task_job(arguments: argparse.Namespace) -> Job:
@@ -141,14 +169,15 @@ def _factory(target: str) -> Callable[[], Any]:
         folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and module_name.split(".")[0] == error.name.split(".")[0]:
-            raise ValueError(
-                f"there is no module {module_name!r} here or installed; name a .py file or run where it is"
-            ) from error
-        raise
+    with _blamed(f"importing {module_name}"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and module_name.split(".")[0] == error.name.split(".")[0]:
+                raise ValueError(
+                    f"there is no module {module_name!r} here or installed; name a .py file or run where it is"
+                ) from error
+            raise
     found = getattr(module, function, None)
     if found is None:
         near = names.nearest(function, [name for name, value in vars(module).items() if callable(value)])
@@ -158,6 +187,21 @@ def _factory(target: str) -> Callable[[], Any]:
         raise ValueError(f"{target} is a {type(found).__name__}, not a function")
     maker: Callable[[], Any] = found
     return maker
+
+
+@contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Errors of the user's own code with its line; those that say enough by themselves pass."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        frame = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename][-1]
+        raise ValueError(
+            f"{what} raised {type(error).__name__}: {error}\n    {frame.filename}:{frame.lineno}: {frame.line}\n"
+            "--debug shows the whole traceback"
+        ) from error
 
 
 def _job_of(made: Any, target: str) -> Job:
@@ -175,11 +219,13 @@ def _job_of(made: Any, target: str) -> Job:
         raise ValueError(f"{target} returned a loss that cannot be called: {type(loss).__name__}")
     if isinstance(batch, (torch.Tensor, tuple, list, Mapping)):
         return Job(model, batch, lambda: itertools.repeat(batch), loss)
-    if isinstance(batch, Iterator):
-        first = next(batch)
-        return Job(model, first, lambda: itertools.chain([first], batch), loss)
     if isinstance(batch, Iterable):
-        return Job(model, next(iter(batch)), lambda: _again_and_again(batch), loss)
+        first = next(iter(batch), None)
+        if first is None:
+            raise ValueError(f"{target} returned batches that end at once; there must be one to plan with")
+        if isinstance(batch, Iterator):
+            return Job(model, first, lambda: itertools.chain([first], batch), loss)
+        return Job(model, first, lambda: _again_and_again(batch), loss)
     raise ValueError(
         f"{target} returned a batch of type {type(batch).__name__}; expected tensors or an iterable of batches"
     )

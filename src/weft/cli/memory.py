@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.cli import inputs
@@ -119,10 +118,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--budget must be at least one byte, got {arguments.budget}")
     if arguments.save and not arguments.budget:
         raise ValueError("--save writes the plan for a budget; say which with --budget")
-    for name in ("picture", "save"):
-        path = getattr(arguments, name)
-        if path and not Path(path).resolve().parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no folder {Path(path).parent}; make it first")
+    inputs.check_folders(arguments, "picture", "save")
 
 
 def _tier(rate: str | None) -> Any:

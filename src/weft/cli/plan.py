@@ -77,6 +77,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    inputs.check_folders(arguments, "save_plan", "plan_page")
     found = find(arguments, inputs.load_job(arguments))
     if arguments.json:
         print(found.to_json())

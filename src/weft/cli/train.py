@@ -66,12 +66,11 @@ class Trainer(Protocol):
 
 def run(arguments: argparse.Namespace) -> int:
     from weft import runtime
-    from weft.planner import Plan
 
     check(arguments)
     main = int(os.environ.get("RANK", "0")) == 0  # under torchrun, one process speaks
     job = inputs.load_job(arguments)
-    plan = Plan.load(arguments.plan) if arguments.plan else planning.find(arguments, job)
+    plan = _loaded(arguments) if arguments.plan else planning.find(arguments, job)
     if main:
         print(plan, file=sys.stderr if arguments.json else sys.stdout, flush=True)
         planning.show(plan, arguments)
@@ -90,8 +89,33 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if math.isfinite(losses[-1]) else 1
 
 
+def _loaded(arguments: argparse.Namespace) -> Any:
+    """The plan of --plan, checked against the machines that are named besides."""
+    from weft.planner import Plan
+
+    plan = Plan.load(arguments.plan)
+    if arguments.cluster:
+        plan.check(inputs.load_cluster(arguments))
+    if arguments.processes is not None and arguments.processes != plan.mesh.size:
+        raise ValueError(
+            f"--plan {arguments.plan} is for {plan.mesh.size} processes, not {arguments.processes}; plan again for these"
+        )
+    return plan
+
+
 def check(arguments: argparse.Namespace) -> None:
     """Refuse bad numbers before anything slow happens."""
+    searching = [
+        name
+        for name in ("memory", "mesh", "strategy", "no_recompute", "no_offload", "allow_replicated")
+        if getattr(arguments, name)
+    ]
+    if arguments.plan and searching:
+        raise ValueError(
+            f"--{searching[0].replace('_', '-')} is for the search of a plan, and --plan {arguments.plan} is one; leave one out"
+        )
+    if arguments.checkpoint_every and not arguments.checkpoint:
+        raise ValueError("--checkpoint-every needs --checkpoint DIR, the folder to save to")
     for option, least in (("steps", 1), ("accumulate", 1), ("checkpoint_every", 0)):
         if getattr(arguments, option) < least:
             raise ValueError(f"--{option.replace('_', '-')} must be at least {least}, got {getattr(arguments, option)}")
@@ -101,12 +125,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} must be a positive number, got {number}")
     if arguments.curve and Path(arguments.curve).suffix.lower() not in (".svg", ".html"):
         raise ValueError(f"--curve writes an SVG picture; name it .svg (or .html), not {arguments.curve!r}")
-    for name in ("curve", "plan_page", "save_plan"):
-        path = getattr(arguments, name)
-        if path and not Path(path).resolve().parent.is_dir():
-            raise ValueError(
-                f"--{name.replace('_', '-')} {path}: there is no folder {Path(path).parent}; make it first"
-            )
+    inputs.check_folders(arguments, "curve", "plan_page", "save_plan")
 
 
 def train(trainer: Trainer, job: inputs.Job, steps: int, quiet: bool) -> tuple[list[float], list[float]]:

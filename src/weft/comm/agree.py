@@ -3,6 +3,7 @@
 what an exchange is, in words       `describe`
 the comparison                      `agree`, 16 bytes a rank; the words themselves travel only where hashes differ
 what rank 0 decided, to all         `announce`
+what each knows, to all             `shared`
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from weft.errors import ExchangeMismatch, PeerLost
 
-__all__ = ["agree", "announce", "describe", "mix"]
+__all__ = ["agree", "announce", "describe", "mix", "shared"]
 
 
 def describe(thing: Any) -> str:
@@ -85,6 +86,13 @@ def announce(value: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     _talk("a decision of rank 0", lambda: dist.broadcast(buffer, source, group=group))
     return pickle.loads(bytes(buffer.cpu().numpy()))
+
+
+def shared(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    _talk("what ranks know", lambda: dist.all_gather_object(found, value, group=group))
+    return found
 
 
 def _talk(doing: str, collective: Callable[[], Any]) -> None:

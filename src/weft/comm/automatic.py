@@ -4,7 +4,7 @@ Problem    A code saves seconds on the wire and costs seconds of the processor. 
            how much of the wire the backward pass hides; a code that looks good on paper often loses on a fast link.
 Method     `attach(ddp, auto(link))` runs plain data parallel for `trial` steps and measures the step S, the window W from the
            first bucket to the end of the backward pass, and the seconds E that plain waits after it. Then, for every candidate:
-               codec seconds    measured on tensors of the model's shapes, memory included       `codec_seconds`
+               codec seconds    measured on tensors of the model's shapes at their settings, with memory  `codec_seconds`
                wire seconds     its topology's cost on the link, latency once per bucket         `wire_seconds`
                exposed          codec + max(wire / buckets, wire - W)                            `exposed`
            (no processor is assumed idle, and the last bucket is never hidden.) Of E only what the wire explains can be saved:
@@ -171,8 +171,8 @@ def tried(exchange: Exchange, specs: Sequence[Spec], ranks: int) -> tuple[float,
 
 
 def _one(exchange: Exchange, spec: Spec, x: torch.Tensor, state: State, step: int, ranks: int) -> None:
-    codec, setting = exchange.codec, exchange.codec.default(spec)
-    if setting is None or codec.bypass(spec, setting):
+    codec, setting = exchange.codec, exchange._setting(spec)
+    if setting is None:
         return
     y = exchange.memory.before(x, spec, state)
     if isinstance(codec, LinearCodec) and isinstance(exchange.topology, Ring):

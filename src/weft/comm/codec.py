@@ -29,16 +29,17 @@ State = MutableMapping[str, Any]  # of one tensor on one rank; tensors and plain
 
 @dataclass(frozen=True)
 class Spec:
-    """The tensor that is exchanged: its name in the model, shape and dtype. Codecs get it flat, as float32 or wider.
+    """The tensor that is exchanged: its name in the model, shape and dtype. Codecs get it flat, in `Codec.precision`.
 
     `part` says which part of the tensor of that name it is, as one would index it, where groups exchange one each: random numbers
-    differ from part to part.
+    differ from part to part. `copies` is how many groups exchange this same part, each by itself.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     part: str = ""
+    copies: int = 1
 
     @property
     def numel(self) -> int:
@@ -64,7 +65,11 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, message: Sequence[Tensor], spec: Spec, setting: Setting) -> Tensor:
-        """The flat tensor (numel,) that a message stands for, float32."""
+        """The flat tensor (numel,) that a message stands for, in `precision`."""
+
+    def precision(self, spec: Spec) -> torch.dtype:
+        """In which an exchange gives the tensor to `encode`, and adds up what `decode` gives."""
+        return torch.float32
 
     def sent(self, message: Sequence[Tensor], spec: Spec, setting: Setting) -> tuple[Tensor, Tensor | None]:
         """What a message says, as (values, where): values (numel,) and None, or values (k,) at the positions `where` (k,), int64.
@@ -74,7 +79,7 @@ class Codec(abc.ABC):
         return self.decode(message, spec, setting), None
 
     def add_to(self, out: Tensor, message: Sequence[Tensor], spec: Spec, setting: Setting, weight: float = 1.0) -> None:
-        """out += weight * decode(message), for a float32 `out` (numel,)."""
+        """out += weight * decode(message), for an `out` (numel,) in `precision`."""
         values, where = self.sent(message, spec, setting)
         if where is None:
             out.add_(values, alpha=weight)

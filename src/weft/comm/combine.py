@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weft.comm.gram import gram, weighted
 
-__all__ = ["Arrival", "Combine", "Info", "Needs"]
+__all__ = ["Arrival", "Combine", "Info", "Needs", "wide"]
 
 Needs = Literal["count", "gram", "arrivals", "elementwise"]
 
@@ -86,8 +86,25 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
         return mixed
 
     def __call__(self, stack: Tensor, own: int = -1) -> Tensor:
-        """Combine messages (n, d) that lie in one place: the plain form, for one process and for tests."""
+        """Combine messages (n, d) that lie in one place: the plain form, for one process and for tests.
+
+        Those of 16 bits are combined in 32, and the result is rounded once.
+
+        Raises:
+            ValueError: messages are not floating-point numbers of shape (n, d), or the rule refuses them.
+        """
+        if stack.dtype.itemsize < 4 or stack.ndim != 2 or not stack.is_floating_point():
+            return self(wide(type(self).__name__, stack), own).to(stack.dtype)
         if self.needs == "elementwise":
             return self.elementwise(stack)
         found = gram(stack) if self.needs == "gram" else None
         return self.finish(weighted(self.weights(Info(len(stack), found, own)), stack))
+
+
+def wide(rule: str, stack: Tensor) -> Tensor:
+    """Messages of 16 bits in 32; an error for what are no messages."""
+    if stack.ndim != 2 or not stack.is_floating_point():
+        raise ValueError(
+            f"{rule}: messages must be floating-point numbers of shape (n, d), got {stack.dtype} of shape {tuple(stack.shape)}"
+        )
+    return stack.float()

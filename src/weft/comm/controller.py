@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from weft.comm.codec import Codec, Setting, Spec
 
-__all__ = ["Controller"]
+__all__ = ["Controller", "Total", "alone"]
+
+Numbers = Mapping[str, Sequence[float] | None]  # by tensor name; None where nothing is known of it
+Total = Callable[[Numbers], dict[str, list[float]]]
+
+
+def alone(numbers: Numbers) -> dict[str, list[float]]:
+    """The numbers of whole tensors, made of those of a group's parts, where there is one group: what is known of them."""
+    return {name: list(row) for name, row in numbers.items() if row is not None}
 
 
 class Controller(abc.ABC):
@@ -17,6 +25,8 @@ class Controller(abc.ABC):
     Attributes:
         every: steps between decisions, >= 1; the first is for step 0.
         agreed: decisions depend on the step alone, so that every rank makes them itself and nothing is broadcast.
+        additive: decisions depend on numbers that add up over the parts of a tensor, which `decide` passes through `total`. Then
+            groups that exchange parts of a model decide as one group would of the whole: rank 0 of each, by the same numbers.
         needs_gradient: `observe` is to be called.
         options: names of the attributes that are options, for a class that is no dataclass: they must be the same on all ranks
             and in a checkpoint.
@@ -24,6 +34,7 @@ class Controller(abc.ABC):
 
     every: int = 1
     agreed: bool = False
+    additive: bool = False
     needs_gradient: bool = True
     options: tuple[str, ...] = ()
 
@@ -32,7 +43,7 @@ class Controller(abc.ABC):
         return
 
     def initial(self, spec: Spec, default: Setting) -> Setting:
-        """In force until the first decision, given the codec's default: that."""
+        """In force until the first decision, and what costs are predicted with, given the codec's default: that."""
         return default
 
     @abc.abstractmethod
@@ -44,8 +55,13 @@ class Controller(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:
-        """Settings by tensor name from `step` on; names left out keep theirs."""
+    def decide(self, step: int, specs: Mapping[str, Spec], total: Total = alone) -> Mapping[str, Setting]:
+        """Settings by tensor name from `step` on; names left out keep theirs.
+
+        Args:
+            specs: of the group's tensors, which may be parts.
+            total: adds up numbers over parts; an `additive` controller calls it once, whatever it has seen.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
-from weft.comm.agree import announce, describe, mix
+from weft.comm.agree import announce, describe, mix, shared
 from weft.comm.codec import Codec, Setting, Spec, State
 from weft.comm.combine import Combine, Info
-from weft.comm.controller import Controller
-from weft.comm.memory import Memory
+from weft.comm.controller import Controller, Numbers
+from weft.comm.memory import Memory, NoMemory
 from weft.comm.report import Tally
 from weft.comm.rules.mean import Mean
 from weft.comm.topology import Ring, Topology
@@ -52,7 +52,7 @@ class Core:
     ):
         self.codec, self.memory, self.combine, self.topology, self.controller = (
             codec,
-            memory,
+            memory.sized(wired.ranks),
             combine,
             topology,
             controller,
@@ -62,6 +62,7 @@ class Core:
             "count",
             "arrivals",
         )  # a robust rule goes on without a rank whose gradient is bad
+        self.keeps = not isinstance(memory, NoMemory)
         self.states: dict[str, State] = {}
         self.specs: dict[str, Spec] = {}
         self.settings: dict[str, Setting] = {}
@@ -98,7 +99,7 @@ class Core:
             if self.decides(bucket.step):
                 self._decide(bucket.step)
         for item in bucket.items:
-            item.assign(self.codec, self.setting(item.spec), self.selects(item.spec))
+            item.assign(self.codec, self.setting(item.spec), self.selects(item.spec), self.keeps)
             self.tally(item.spec.name).steps += 1
         bucket.key = (bucket.specs, tuple(item.setting for item in bucket.items))
 
@@ -107,12 +108,30 @@ class Core:
         assert controller is not None
         chosen = {name: spec for name, spec in self.specs.items() if self.selects(spec)}
         alone = controller.agreed or self.wired.ranks == 1
-        decision = dict(controller.decide(step, chosen)) if alone or self.wired.own == 0 else {}
+        decision: dict[str, Setting] = {}
+        if alone or self.wired.own == 0:
+            apart = self.wired.across is not None and controller.additive
+            decision = dict(controller.decide(step, chosen, self._total) if apart else controller.decide(step, chosen))
         if not alone:
             decision = announce(decision, self.wired.group, self.wired.device)
         if any(self.settings.get(name) != setting for name, setting in decision.items()):
             self.wired.forget()
         self.settings.update(decision)
+
+    def _total(self, numbers: Numbers) -> dict[str, list[float]]:
+        """Numbers of whole tensors: those of the groups' parts added in the groups' order, what several hold once."""
+        assert self.wired.across is not None
+        once = {
+            name: None if row is None else [number / self.specs[name].copies for number in row]
+            for name, row in numbers.items()
+        }
+        groups = shared(once, self.wired.across)
+        found = {}
+        for name in dict.fromkeys(name for group in groups for name in group):
+            rows = [group[name] for group in groups if name in group]
+            if None not in rows:
+                found[name] = [sum(column) for column in zip(*rows, strict=True)]
+        return found
 
     def end(self, bucket: Bucket, poisoned: bool) -> None:
         self.poisoned |= poisoned
@@ -232,7 +251,7 @@ class Core:
     def split(self, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
         """(tensors of the message, tensors that are all-reduced): the second only if large, and only for the mean."""
         plain = [item for item in items if not item.coded]
-        if not isinstance(self.combine, Mean) or sum(item.spec.numel * 4 for item in plain) <= SMALL:
+        if not isinstance(self.combine, Mean) or sum(item.y.nbytes for item in plain) <= SMALL:
             return list(items), []
         return [item for item in items if item.coded], plain
 
@@ -244,6 +263,11 @@ class Core:
 
     def measures(self, step: int) -> bool:
         return self.measure > 0 and step % self.measure == 0
+
+    def rounded(self, spec: Spec) -> bool:
+        """Whether codec or memory take a float64 tensor as float32."""
+        used = self.setting(spec) is not None or (self.keeps and self.selects(spec))
+        return used and self.codec.precision(spec).itemsize < spec.dtype.itemsize
 
     def count(self, name: str, nbytes: float, ring: bool = False) -> None:
         topology = Ring() if ring else self.topology

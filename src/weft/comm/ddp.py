@@ -7,11 +7,13 @@ in its thread (or, where nothing but the mean is wanted, all-reduces them at onc
 backward pass waits for the last. State belongs to parameters, not to buckets (R2), so DDP may rebuild its buckets and a
 checkpoint fits any `bucket_cap_mb`. With `no_sync()` the exchange sees one accumulated gradient per synchronised step (R5).
 
-    velocity memories   the momentum moves from the optimizer into the memory, buffers included; `remove` gives it back. Weight
+    velocity memories   the momentum moves from the optimizer into the memory, buffers included; `remove` gives it back, and the
+                        optimizer's own `state_dict` says it has it, so that a checkpoint fits a run without an exchange. Weight
                         decay is not exchanged and stays in the optimizer, with a momentum of its own: b <- m b + decay w, kept
                         beside the memory's state, makes one step of momentum SGD of both
     non-finite (R4)     a step that is not finite on any rank changes no memory and no parameter on any rank (with `optimizer`
-                        given), and is counted in `exchange.skipped`; gradients arrive as NaN, so that a loss scaler sees it
+                        given), and is counted in `exchange.skipped`; gradients arrive as NaN, so that a loss scaler sees it, and
+                        not at all where no optimizer given holds the parameter: another one passes over it
     loss scaling (R4)   give `scaler`: gradients are unscaled before they reach a memory and scaled again afterwards
     clipping (R6)       clip after the backward pass, as ever; with a velocity memory clip inside the memory: what arrives is a
                         velocity, about 1/(1 - momentum) as long as a gradient, and a warning says so where it is clipped
@@ -87,7 +89,7 @@ def attach(
         ddp: without a communication hook of its own; `torch.compile(ddp)` is taken as ddp.
         exchange: see `Exchange`, one for each model; or `auto(link)`, which is decided here.
         optimizer: that of the model, or a list of them; needed by memories that exchange velocities (DGC), and to skip steps that
-            are not finite.
+            are not finite: without one, gradients arrive as NaN.
         scaler: the loss scaler in use, if any.
     Returns:
         A handle; `handle.remove()` restores plain DDP.
@@ -181,7 +183,16 @@ class Handle:
         self._skip = False
         self._arrived = 0.0  # norm of what was delivered, on steps where clipping is looked for
         self._warned = False
-        self._pre = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        self._due: set[int] = set()  # optimizers that have not taken their step since the last backward pass
+        self._hooks = [
+            register(hook)
+            for optimizer in optimizers
+            for register, hook in (
+                (optimizer.register_step_pre_hook, self._before_step),
+                (optimizer.register_state_dict_post_hook, self._as_given),
+                (optimizer.register_load_state_dict_post_hook, self._take_again),
+            )
+        ]
 
     def _open(self, exchange: Exchange) -> None:
         """Begin with an exchange: its group, its momentum."""
@@ -282,6 +293,9 @@ class Handle:
                         grads
                     )  # after DDP's own callback, which hands the results to the parameters
                 )
+        if self._skip and self.optimizers and self.scaler is None and self._backward:
+            torch.autograd.Variable._execution_engine.queue_callback(self._drop)  # type: ignore[attr-defined]
+        self._due = set(map(id, self.optimizers))
         ended = time.perf_counter()
         self.exchange.waited(ended - began)
         if self._choice is not None:
@@ -301,6 +315,13 @@ class Handle:
             if parameter.grad is None or (not view and parameter.grad is grad and grad._version == version)
         }
         self.exchange.core.give_back(unused)
+
+    def _drop(self) -> None:
+        """Take a skipped step's gradients from parameters that no optimizer given holds: theirs would step with NaN."""
+        held = {id(parameter) for _, group in _groups(self.optimizers) for parameter in group["params"]}
+        for parameter in self.ddp.module.parameters():
+            if id(parameter) not in held:
+                parameter.grad = None
 
     def _decide(self, choice: Auto) -> None:
         """End the trial of `auto`: nothing is on the wire, and the momentum is where plain steps left it."""
@@ -338,7 +359,21 @@ class Handle:
 
     # ---- at the optimizer's step
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """The hook; a closure makes the gradients within the step, and they are looked at after it."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._look(optimizer)
+            return None
+
+        def looked() -> Any:
+            loss = closure()
+            self._look(optimizer)
+            return loss
+
+        return (args, {**kwargs, "closure": looked}) if "closure" in kwargs else ((args[0], looked, *args[2:]), kwargs)
+
+    def _look(self, optimizer: Any) -> None:
         if self._skip:
             for parameter in self.ddp.module.parameters():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
@@ -351,6 +386,9 @@ class Handle:
                     f"attach: momentum must be 0 in the optimizer while the memory has it, got {group['momentum']}: it was "
                     "set after attach (by a scheduler with cycle_momentum?)"
                 )
+        if id(optimizer) not in self._due:  # nothing has been exchanged since its last step
+            return
+        self._due.discard(id(optimizer))
         if (self.step - 1) % LOOK_EVERY == 1 and not self._warned:
             self._look_for_clipping()
         self._carry_decay(optimizer)
@@ -404,6 +442,17 @@ class Handle:
                     _shaped(held, parameter).copy_(buffer)
                     core.state(name)[memory.buffer] = held.mul_(_unit(memory, group))
 
+    def _as_given(self, optimizer: Any, state: dict[str, Any]) -> None:
+        """What is saved of an optimizer whose momentum the memory has: that it has it, as before `attach`."""
+        memory = self.exchange.memory
+        for group in state["param_groups"] if self._moved else ():
+            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov  # type: ignore[attr-defined]
+
+    def _take_again(self, optimizer: Any) -> None:
+        """A loaded optimizer has its momentum again."""
+        self._moved |= _check_momentum(self.exchange, (optimizer,), self._parameters)
+        self._take_momentum()
+
     def _give_momentum_back(self) -> None:
         memory, core = self.exchange.memory, self.exchange.core
         if not self._moved:
@@ -431,7 +480,7 @@ class Handle:
         if self._switch is None or self._switch.handle is not self:
             return
         self._give_momentum_back()
-        for hook in self._pre:
+        for hook in self._hooks:
             hook.remove()
         self._switch.handle = None
         self.exchange.close()

@@ -349,12 +349,15 @@ class Exchange:
     def one_group(self) -> str:
         """Why groups may not exchange parts of a model side by side, "" if they may.
 
-        What several groups hold must get the same bits in each, so nothing may depend on the other tensors of a group.
+        What several groups hold must get the same bits in each, so nothing may depend on the other tensors of a group but what
+        adds up over groups: inner products of messages, and what a controller says does (`Controller.additive`).
         """
-        if self.combine.needs == "gram":
-            return f"{type(self.combine).__name__} weighs workers by the whole model, of which each group has a part"
-        if self.controller is not None and not self.controller.agreed:
-            return f"{type(self.controller).__name__} would decide in each group by itself; use Schedule"
+        controller = self.controller
+        if controller is not None and not (controller.agreed or controller.additive):
+            return (
+                f"{type(controller).__name__} would decide in each group by itself: it is neither agreed nor additive "
+                "(Controller); use LayerwiseBudget, Accordion or Schedule"
+            )
         return ""
 
     def waited(self, seconds: float) -> None:
@@ -391,6 +394,7 @@ class Exchange:
                 ratio=dense / nbytes if nbytes else 1.0,
                 relative_error=(tally.error / tally.size) ** 0.5 if tally.size else 0.0,
                 codec_seconds=tally.codec_seconds / tally.steps,
+                rounded=core.rounded(spec),
             )
         return Report(tensors, steps, core.skipped, self._waited / steps if steps else 0.0)
 

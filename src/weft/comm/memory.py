@@ -30,6 +30,10 @@ class Memory(abc.ABC):
     buffer: str = ""
     additive: bool = False
 
+    def sized(self, ranks: int) -> Memory:
+        """The same memory as one of so many ranks, which an exchange knows once it is open: as a rule itself."""
+        return self
+
     @abc.abstractmethod
     def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
         """What to encode, given this step's gradient x (numel,), which it may overwrite."""

@@ -57,7 +57,6 @@ def dgc(
 
     Usage: `weft.comm.attach(ddp, dgc(ratio=0.001, warmup=[0.25, 0.0625, 0.0156, 0.004], momentum=0.9), optimizer=sgd)`
     """
-    ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     codec = TopK(ratio, selection=selection, values=values)
     controller = None
     if warmup is not None:
@@ -65,5 +64,5 @@ def dgc(
             if not 0 < stage <= 1:
                 raise ValueError(f"dgc: warmup must hold ratios in (0, 1], got {stage} in {list(warmup)}")
         controller = Schedule(warmup, ratio, stage_steps)
-    memory = MomentumCorrection(momentum, nesterov=nesterov, masking=masking, clip=clip, ranks=ranks)
+    memory = MomentumCorrection(momentum, nesterov=nesterov, masking=masking, clip=clip)
     return Exchange(codec, memory, controller=controller, group=group, seed=seed, timeout=timeout, measure=measure)

@@ -50,7 +50,7 @@ def regrouped(
         reason = f"{type(combine).__name__} mistrusts ranks, so their memories are not averaged"
     elif not memory.additive:
         reason = f"{type(memory).__name__} does not say that its mean is what is owed (Memory.additive)"
-    elif any(set(state["states"]) != set(first["states"]) for state in saved) or not keepers <= set(tensors):
+    elif not keepers <= set(tensors) or any(not keepers <= set(state["states"]) for state in saved):
         reason = "a server or owner keeps a memory of its own"
     elif any(isinstance(value, dict) and _keeps(value) for name in keepers for value in first["states"][name].values()):
         reason = "codes of segments have states of their own"

@@ -48,6 +48,7 @@ class TensorReport:
         relative_error: |y - sent| / |y| of what the memory handed to the codec, root mean square over the measured steps; 0
             where nothing is lost.
         codec_seconds: CPU seconds of memory, encoding, decoding and combining on this rank.
+        rounded: the gradient is float64, and codec and memory take it as float32.
     """
 
     setting: Setting
@@ -55,6 +56,7 @@ class TensorReport:
     ratio: float
     relative_error: float
     codec_seconds: float
+    rounded: bool = False
 
 
 @final
@@ -99,5 +101,6 @@ class Report:
             lines.append(
                 f"  {name}: setting {tensor.setting}, {tensor.nbytes:.0f} bytes (1/{tensor.ratio:.1f}), "
                 f"error {tensor.relative_error:.3f}, codec {tensor.codec_seconds * 1e3:.2f} ms"
+                + (", float64 taken as float32" if tensor.rounded else "")
             )
         return "\n".join(lines)

@@ -14,6 +14,8 @@ flag says that the sender's gradient was not finite (rule R4).
 
 All but the ring go `up`, where messages come to who combines them, and `down`, where results go to who wants them. A rule that
 weighs ranks by the inner products of the whole model gets as far as `up` with each bucket, and `down` with the step's last.
+Where groups side by side exchange parts of a model, those of the parts add up to those of the whole, and every group weighs its
+ranks alike.
 """
 
 from __future__ import annotations
@@ -52,14 +54,20 @@ class Item:
 
     def __init__(self, spec: Spec, flat: Tensor, state: State):
         self.spec, self.out, self.state = spec, flat, state
-        self.x = flat if flat.dtype == torch.float32 else flat.float()  # overwritten: the result goes to the same place
+        self.x = flat  # overwritten: the result goes to the same place
+        self.assign(PLAIN, None, False, False)
         self.y = self.x
-        self.assign(PLAIN, None, False)
 
-    def assign(self, codec: Codec, setting: Setting, selected: bool) -> None:
-        """How it is coded in this step. Selected tensors go through the memory also where a setting of None leaves them whole."""
+    def assign(self, codec: Codec, setting: Setting, selected: bool, kept: bool) -> None:
+        """How it is coded in this step. Selected tensors go through the memory also where a setting of None leaves them whole.
+
+        `kept`: the memory keeps something of them, in one dtype for all settings.
+        """
         self.setting, self.coded, self.selected = setting, setting is not None, selected
         self.codec = codec if self.coded else PLAIN
+        dtype = (codec if self.coded or (selected and kept) else PLAIN).precision(self.spec)
+        if self.x.dtype != dtype:
+            self.x = self.out.to(dtype)
 
     def deliver(self, mean: Tensor, memory: Memory) -> Tensor:
         """Write the combined result (numel,) where the gradient was."""
@@ -174,9 +182,7 @@ class RingBucket(Bucket):
                 self.coding.append((item, talk, next(talk)))
                 self.exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
             else:
-                self.coding.append(
-                    (item, None, item.y if item.out.dtype == torch.float32 else item.y.to(item.out.dtype))
-                )
+                self.coding.append((item, None, item.y.to(item.out.dtype)))
 
     def run(self) -> Iterator[dist.Work]:
         live, first, poisoned = self.coding, True, False
@@ -216,7 +222,7 @@ class RingBucket(Bucket):
         if talk is None:
             if item.selected:
                 self.take_note(item, item.y, None)
-            exchange.look(item.deliver(mean.float(), exchange.memory), self.step)
+            exchange.look(item.deliver(mean.to(item.x.dtype), exchange.memory), self.step)
             return None
         began = time.thread_time()
         try:
@@ -260,16 +266,26 @@ class CombiningBucket(Bucket):
             yield from self.down()
             yield from self.finish(self.poisoned)
             return
-        for number in range(len(self.combined) if self.rows else 0):
-            exchange.add_gram(gram(self.stacked(number)), self.sees_all)
+        for number, (_, spec, _) in enumerate(self.combined if self.rows else ()):
+            exchange.add_gram(gram(self.stacked(number)) / spec.copies, self.sees_all)
         exchange.hold(self)
         if self.last:
             if exchange.gram_of_pieces is not None:  # the sum over owners is that of whole tensors
                 yield dist.all_reduce(exchange.gram_of_pieces, group=self.group, async_op=True)
                 exchange.add_gram(exchange.gram_of_pieces, True)
+            yield from self.add_groups()
             for bucket in exchange.held:
                 yield from bucket.down()
         yield from self.finish(self.poisoned)
+
+    def add_groups(self) -> Iterator[dist.Work]:
+        """Make the Gram matrix that of the parts of all groups, added in the groups' order: the same bits in each (R7)."""
+        exchange, across = self.exchange, self.exchange.wired.across
+        if across is None or exchange.gram is None:  # one group, or a star's rank that combines nothing
+            return
+        found = exchange.gram.new_empty(dist.get_world_size(across), *exchange.gram.shape)
+        yield dist.all_gather_single(found.view(-1), exchange.gram.reshape(-1), group=across, async_op=True)
+        exchange.gram = found.sum(0)
 
     def up(self) -> Iterator[dist.Work]:
         raise NotImplementedError
@@ -287,7 +303,7 @@ class CombiningBucket(Bucket):
         return stack
 
     def mix(self, number: int, into: Tensor | None = None) -> Tensor:
-        """What the rule makes of the messages for one tensor: W @ messages, (numel,) float32; it may be written `into` there."""
+        """What the rule makes of the messages for one tensor: W @ messages, (numel,); it may be written `into` there."""
         exchange, rule = self.exchange, self.exchange.combine
         if rule.needs == "elementwise":
             return rule.elementwise(self.stacked(number))
@@ -297,9 +313,9 @@ class CombiningBucket(Bucket):
         if self._row is None:
             self._row = self.weights(own)
         codec, spec, setting = self.combined[number]
-        out = (
-            torch.zeros(spec.numel, device=self.device) if into is None or into.dtype != torch.float32 else into.zero_()
-        )
+        dtype = codec.precision(spec)
+        fits = into is not None and into.dtype == dtype
+        out = into.zero_() if into is not None and fits else torch.zeros(spec.numel, dtype=dtype, device=self.device)
         for weight, messages in zip(self._row, self.rows, strict=True):  # in rank order (R7)
             if weight:
                 codec.add_to(out, messages[number], spec, setting, weight)
@@ -319,20 +335,17 @@ class CombiningBucket(Bucket):
         return [float(weight) for weight in table]
 
     def reduce_whole(self, items: Sequence[Item]) -> Iterator[dist.Work]:
-        """All-reduce tensors that go uncompressed."""
-        if not items:
-            return
-        flat = torch.cat([item.y for item in items]).mul_(1 / self.ranks)
-        for item in items:
-            self.exchange.count(item.spec.name, item.y.numel() * 4, ring=True)
-        yield dist.all_reduce(flat, group=self.group, async_op=True)
-        start = 0
-        for item in items:
-            mean = flat[start : start + item.y.numel()]
-            start += item.y.numel()
-            if item.selected:
-                self.take_note(item, item.y, None)
-            self.exchange.look(item.deliver(mean, self.exchange.memory), self.step)
+        """All-reduce tensors that go uncompressed, those of one dtype together."""
+        for dtype in dict.fromkeys(item.y.dtype for item in items):
+            alike = [item for item in items if item.y.dtype == dtype]
+            flat = torch.cat([item.y for item in alike]).mul_(1 / self.ranks)
+            for item in alike:
+                self.exchange.count(item.spec.name, item.y.nbytes, ring=True)
+            yield dist.all_reduce(flat, group=self.group, async_op=True)
+            for item, mean in zip(alike, flat.split([item.y.numel() for item in alike]), strict=True):
+                if item.selected:
+                    self.take_note(item, item.y, None)
+                self.exchange.look(item.deliver(mean, self.exchange.memory), self.step)
 
 
 class PackedBucket(CombiningBucket):

@@ -15,7 +15,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -275,7 +275,7 @@ class ShardBucket(SegmentBucket):
 
 
 def _piece(item: Item, cut: Cut, rank: int) -> Spec:
-    return Spec(f"{item.spec.name}{cut.name(rank)}", cut.piece_shape(rank), item.spec.dtype, item.spec.part)
+    return replace(item.spec, name=f"{item.spec.name}{cut.name(rank)}", shape=cut.piece_shape(rank))
 
 
 def _leg(down: Codec | None, codec: Codec, spec: Spec, setting: Setting) -> tuple[Codec, Spec, Setting]:

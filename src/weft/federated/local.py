@@ -5,7 +5,7 @@ Method     theta <- theta_sent;  K times:  g = gradient on the next batch, norm 
 Batches    passes over the client's data in random order, laid end to end and cut into batches of one size; the order is a
            function of (seed, client, number of the job), never of who else computes or when.
 Vectorised Jobs whose batches have one shape are computed together: parameters stacked (m, d), `torch.func.vmap` of the loss over
-           the stack, one backward pass of the sum.                                                     `Trainer.changes`
+           the stack, one backward pass of the sum; models without rules for it (recurrent ones) one by one   `Trainer.changes`
 
 Source: the setting of Fraboni et al., arXiv:2206.10189 (momentum 0.9 and fresh, batch 64, norm at most 1e4).
 """
@@ -99,6 +99,7 @@ class Trainer:
             work,
             seed,
         )
+        self._vectorised = True
         self.specs = specs(model)
         if not self.specs or len({spec.dtype for spec in self.specs}) > 1:
             raise ValueError(
@@ -157,16 +158,26 @@ class Trainer:
 
     def _descend(self, starts: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         theta, velocity = starts.clone(), torch.zeros_like(starts)
-        each = torch.func.vmap(self._loss_at, randomness="different")
         for x, y in zip(inputs, targets, strict=True):
             theta.requires_grad_()
-            (gradient,) = torch.autograd.grad(each(theta, x, y).sum(), theta)
+            (gradient,) = torch.autograd.grad(self._losses(theta, x, y).sum(), theta)
             with torch.no_grad():
                 norm = gradient.norm(dim=1, keepdim=True)
                 gradient *= (self.work.clip / norm).clamp(max=1.0)
                 velocity.mul_(self.work.momentum).add_(gradient)
                 theta = torch.add(theta, velocity, alpha=-self.work.lr)
         return theta.detach() - starts
+
+    def _losses(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of each job (m,), one by one from when on vmap is found to have no rule for the model or the loss."""
+        if self._vectorised:
+            try:
+                return torch.func.vmap(self._loss_at, randomness="different")(theta, x, y)
+            except RuntimeError as error:  # torch has no finer class: recurrent layers, branches on values
+                if "vmap" not in str(error) and "Batching rule" not in str(error):
+                    raise
+                self._vectorised = False
+        return torch.stack([self._loss_at(*job) for job in zip(theta, x, y, strict=True)])
 
     def _loss_at(self, vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
         pieces = vector.split([spec.numel for spec in self.specs])

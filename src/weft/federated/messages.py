@@ -52,7 +52,7 @@ class Coder:
             state = states.setdefault(
                 spec.name, {"seed": self._draw(spec, client), "shared_seed": self._draw(spec, -1)}
             )
-            y = self.memory.before(x.float().clone(), spec, state)
+            y = self.memory.before(x.to(self.codec.precision(spec)).clone(), spec, state)
             coded = self.codec.encode(y, spec, state, setting, job)
             sent, where = self.codec.sent(coded, spec, setting)
             self.memory.after(y, sent, where, state)

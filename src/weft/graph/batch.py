@@ -2,7 +2,8 @@
 
 A batch is any nesting of dicts, lists and tuples with tensors (the *leaves*) and plain values (numbers, strings, booleans, None)
 inside. Leaves are numbered depth first in the order of the containers; a leaf's *path* is its keys joined by dots (`labels`,
-`0.pixel_values`). One convention says how the batch reaches the model; capture, runtime and tests all use `call`:
+`0.pixel_values`). Later batches may have lists where the captured one has tuples, and the other way round.
+One convention says how the batch reaches the model; capture, runtime and tests all use `call`:
 
     batch              loss   value that is minimised
     dict               None   scalar in model(**batch)
@@ -112,6 +113,8 @@ def call(
 
 def _check_loss(loss: Callable[..., Any]) -> None:
     """Said before the model runs: the error of the call itself would look like one of the model's."""
+    if not callable(loss):
+        raise ValueError(f"loss: must be a function of (output, target) or None, got {loss!r}")
     try:
         signature = inspect.signature(loss)
     except ValueError:  # a builtin without one
@@ -202,7 +205,7 @@ def check_batch(graph: Graph, batch: Any, *, vary: Collection[int] | None = ()) 
 def _same_structure(want: Any, got: Any, path: tuple[str, ...], order: dict[int, int]) -> None:
     where = ".".join(path) or "batch"
     ((kind, old),), ((other, new),) = want.items(), got.items()
-    if kind != other:
+    if kind != other and {kind, other} != {"list", "tuple"}:  # a DataLoader makes lists of tuples
         said = {"leaf": "tensor", "value": "plain value"}
         raise ValueError(
             f"batch: {where} must be a {said.get(kind, kind)} as in the captured batch, got a {said.get(other, other)}"

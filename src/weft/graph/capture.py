@@ -67,7 +67,7 @@ def capture(model: nn.Module, batch: Any, loss: Callable[..., Any] | None = None
         raise ValueError("batch: there is no tensor in it; a batch holds at least one")
     step = _Step(model, loss, structure, scalar=train)
     origin = _origin(step, paths)
-    with rarely_collecting(), _mode(model, train), _quiet(), _without_data(step, leaves) as fakes:
+    with rarely_collecting(), _mode(model, train), _quiet(), _unchecked(), _without_data(step, leaves) as fakes:
         try:
             program = torch.export.export(step, tuple(fakes), strict=False)
         except Exception as error:
@@ -208,6 +208,17 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    """Without the checks of `torch.distributions`: they look at values, and there are none."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
 
 
 _TALKATIVE = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export._trace")

@@ -7,8 +7,8 @@ Conventions
     keeps      which operands and outputs autograd holds on to, from each operator's derivative formula, and `saved`: bytes it
                holds besides (a mask, row statistics). Checked against torch's saved-tensor hooks, call by call, in tests.
 
-The table `_ROWS` gives for each operator its kind (the rate it runs at) and a function of the call. An operator without a row is
-priced by its bytes and assumed to keep everything; `unpriced` lists such calls.
+The table `_ROWS` gives for each operator a function of the call; the rate it runs at is that of its kind (`kinds`). An operator
+without a row is priced by its bytes and assumed to keep everything; `unpriced` lists such calls.
 
 Where devices differ, `device` decides: attention with dropout or an unusual mask is one kernel on a GPU, while a CPU
 computes and keeps the scores.
@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from weft.graph.graph import Cost, Graph, Kind, Node, Ref, TensorSpec, refs_in
+from weft.graph.kinds import kind_of
 
 __all__ = ["Work", "one_kernel", "price", "reprice", "unpriced"]
 
@@ -101,8 +102,8 @@ def price(
     if view:
         return "view", Cost(keeps_inputs=(False,) * len(inputs))
     op = target.split(".")[1] if target.startswith(("aten.", "transformers.")) else target
-    kind, row = _ROWS.get(op) or _ROWS.get(op.removesuffix("_")) or ("elementwise", _unknown)
-    return kind, row(Work(op, args, kwargs, inputs, outputs, device, scattered))
+    row = _ROWS.get(op) or _ROWS.get(op.removesuffix("_")) or _unknown
+    return kind_of(op), row(Work(op, args, kwargs, inputs, outputs, device, scattered))
 
 
 def reprice(graph: Graph, device: str) -> Graph:
@@ -480,76 +481,76 @@ def _fourier(work: Work) -> Cost:
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def _table() -> dict[str, tuple[Kind, RowOfCost]]:
-    rows: dict[str, tuple[Kind, RowOfCost]] = {}
+def _table() -> dict[str, RowOfCost]:
+    rows: dict[str, RowOfCost] = {}
 
-    def put(kind: Kind, row: RowOfCost, names: str) -> None:
-        rows.update((name, (kind, row)) for name in names.split())
+    def put(row: RowOfCost, names: str) -> None:
+        rows.update((name, row) for name in names.split())
 
-    put("elementwise", _pointwise(1), "add sub rsub neg __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor bitwise_not "
+    put(_pointwise(1), "add sub rsub neg __and__ __or__ __xor__ bitwise_and bitwise_or bitwise_xor bitwise_not "
         "logical_and logical_or logical_not logical_xor eq ne lt le gt ge floor ceil round trunc sign isnan isinf isfinite "
         "floor_divide remainder fmod clone contiguous copy detach triu tril one_hot real imag")  # fmt: skip
-    put("elementwise", _pointwise(1, (0,)), "nan_to_num abs clamp clamp_min clamp_max relu6 hardtanh leaky_relu "
+    put(_pointwise(1, (0,)), "nan_to_num abs clamp clamp_min clamp_max relu6 hardtanh leaky_relu "
         "hardswish hardsigmoid hardshrink softshrink threshold square prelu")  # fmt: skip
-    put("elementwise", _pointwise(10, (0,)), "gelu silu sin cos log log2 log10 log1p erf erfc softplus mish elu celu "
+    put(_pointwise(10, (0,)), "gelu silu sin cos log log2 log10 log1p erf erfc softplus mish elu celu "
         "selu asin acos atan xlogy special_xlogy logit glu atan2 hypot erfinv")  # fmt: skip
-    put("elementwise", _pointwise(1, output=True), "relu sqrt rsqrt reciprocal")
-    put("elementwise", _pointwise(10, output=True), "tanh tan sigmoid exp exp2 expm1")
-    put("elementwise", _product, "mul multiply outer")
-    put("norm", _distance, "cdist")
-    put("elementwise", _quotient, "div divide true_divide")
-    put("elementwise", _power, "pow")
-    put("elementwise", _choice, "where masked_fill")
-    put("elementwise", _extremum, "maximum minimum fmax fmin")
-    put("elementwise", _mixed, "addcmul addcdiv lerp")
-    put("elementwise", _pointwise(10, (0, 1)), "grid_sampler grid_sampler_2d grid_sampler_3d polar logaddexp")
-    put("elementwise", _log_sigmoid, "log_sigmoid")
-    put("elementwise", _fourier, "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2")
-    put("elementwise", _dropout, "dropout native_dropout alpha_dropout bernoulli")
-    put("elementwise", _channel_dropout, "feature_dropout feature_alpha_dropout")
-    put("elementwise", _made, "arange zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones "
+    put(_pointwise(1, output=True), "relu sqrt rsqrt reciprocal")
+    put(_pointwise(10, output=True), "tanh tan sigmoid exp exp2 expm1")
+    put(_product, "mul multiply outer")
+    put(_distance, "cdist")
+    put(_quotient, "div divide true_divide")
+    put(_power, "pow")
+    put(_choice, "where masked_fill")
+    put(_extremum, "maximum minimum fmax fmin")
+    put(_mixed, "addcmul addcdiv lerp")
+    put(_pointwise(10, (0, 1)), "grid_sampler grid_sampler_2d grid_sampler_3d polar logaddexp")
+    put(_log_sigmoid, "log_sigmoid")
+    put(_fourier, "fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2")
+    put(_dropout, "dropout native_dropout alpha_dropout bernoulli")
+    put(_channel_dropout, "feature_dropout feature_alpha_dropout")
+    put(_made, "arange zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones "
         "new_full new_empty scalar_tensor eye linspace rand randn rand_like randn_like randint uniform normal_functional "
         "tril_indices triu_indices")  # fmt: skip
-    put("elementwise", _moved, "cat stack pad constant_pad_nd to _to_copy roll flip repeat tile repeat_interleave reshape "
+    put(_moved, "cat stack pad constant_pad_nd to _to_copy roll flip repeat tile repeat_interleave reshape "
         "select_scatter slice_scatter diagonal_scatter meshgrid expand view_as_real view_as_complex pixel_shuffle "
         "pixel_unshuffle hstack vstack fill unfold im2col col2im tril triu masked_scatter copy zero block_diag")  # fmt: skip
-    put("matmul", _linear, "linear")
-    put("matmul", _matmul, "matmul mm bmm mv dot vdot inner chain_matmul linalg_multi_dot tensordot")
-    put("matmul", _addmm, "addmm baddbmm addbmm addmv")
-    put("matmul", _einsum, "einsum bilinear")
-    put("matmul", _grouped, "grouped_mm_fallback _grouped_mm grouped_mm")
-    put("conv", _convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
-    put("attention", _attention, "scaled_dot_product_attention")
-    put("norm", _normalise(_rows_of_layer_norm), "layer_norm native_layer_norm")
-    put("norm", _normalise(lambda work: work.inputs[0].shape[0] * int(work.arg(1, "num_groups"))), "group_norm")
-    put("norm", _normalise(lambda work: work.inputs[0].shape[1]), "batch_norm")
-    put("norm", _normalise(lambda work: math.prod(work.inputs[0].shape[:2])), "instance_norm")
-    put("norm", _rms_norm, "rms_norm")
-    put("norm", _softmax, "softmax log_softmax _softmax _log_softmax")
-    put("norm", _cross_entropy, "cross_entropy_loss")
-    put("norm", _nll, "nll_loss nll_loss_nd nll_loss2d")
-    put("norm", _compare_loss, "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div soft_margin_loss "
+    put(_linear, "linear")
+    put(_matmul, "matmul mm bmm mv dot vdot inner chain_matmul linalg_multi_dot tensordot")
+    put(_addmm, "addmm baddbmm addbmm addmv")
+    put(_einsum, "einsum bilinear")
+    put(_grouped, "grouped_mm_fallback _grouped_mm grouped_mm")
+    put(_convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
+    put(_attention, "scaled_dot_product_attention")
+    put(_normalise(_rows_of_layer_norm), "layer_norm native_layer_norm")
+    put(_normalise(lambda work: work.inputs[0].shape[0] * int(work.arg(1, "num_groups"))), "group_norm")
+    put(_normalise(lambda work: work.inputs[0].shape[1]), "batch_norm")
+    put(_normalise(lambda work: math.prod(work.inputs[0].shape[:2])), "instance_norm")
+    put(_rms_norm, "rms_norm")
+    put(_softmax, "softmax log_softmax _softmax _log_softmax")
+    put(_cross_entropy, "cross_entropy_loss")
+    put(_nll, "nll_loss nll_loss_nd nll_loss2d")
+    put(_compare_loss, "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div soft_margin_loss "
         "binary_cross_entropy_with_logits poisson_nll_loss hinge_embedding_loss cosine_embedding_loss margin_ranking_loss "
         "triplet_margin_loss "
         "cosine_similarity pairwise_distance")  # fmt: skip
-    put("norm", _reduction(), "sum mean all any count_nonzero argmax argmin nansum cumsum histc bincount")
-    put("norm", _reduction(2, (0, 1)), "_weight_norm")
-    put("norm", _reduction(2, (0,)), "var var_mean")
-    put("norm", _reduction(2, (0,), output=True), "std std_mean amax amin prod norm linalg_vector_norm logsumexp cumprod "
+    put(_reduction(), "sum mean all any count_nonzero argmax argmin nansum cumsum histc bincount")
+    put(_reduction(2, (0, 1)), "_weight_norm")
+    put(_reduction(2, (0,)), "var var_mean")
+    put(_reduction(2, (0,), output=True), "std std_mean amax amin prod norm linalg_vector_norm logsumexp cumprod "
         "logcumsumexp frobenius_norm")  # fmt: skip
-    put("gather", _picked, "max min sort topk msort argsort kthvalue median mode aminmax cummax cummin")
-    put("gather", _embedding, "embedding")
-    put("gather", _indexed, "index gather take_along_dim index_select index_put _unsafe_index scatter scatter_add "
+    put(_picked, "max min sort topk msort argsort kthvalue median mode aminmax cummax cummin")
+    put(_embedding, "embedding")
+    put(_indexed, "index gather take_along_dim index_select index_put _unsafe_index scatter scatter_add "
         "scatter_reduce index_add index_copy index_fill take masked_select embedding_bag bucketize searchsorted")  # fmt: skip
-    put("elementwise", _pool, "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool1d "
+    put(_pool, "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool1d "
         "adaptive_max_pool2d max_pool2d_with_indices lp_pool2d")  # fmt: skip
-    put("elementwise", _adaptive_mean, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
-    put("elementwise", _resize, "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
+    put(_adaptive_mean, "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d")
+    put(_resize, "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
         "upsample_linear1d upsample_bicubic2d upsample_trilinear3d _upsample_nearest_exact2d")  # fmt: skip
-    put("recurrent", _cell, "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
-    put("recurrent", _recurrent("lstm"), "lstm")
-    put("recurrent", _recurrent("gru"), "gru")
-    put("recurrent", _recurrent("rnn"), "rnn_tanh rnn_relu")
+    put(_cell, "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+    put(_recurrent("lstm"), "lstm")
+    put(_recurrent("gru"), "gru")
+    put(_recurrent("rnn"), "rnn_tanh rnn_relu")
     return rows
 
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from weft.errors import CaptureError
 
-__all__ = ["depends_on_data", "explain", "frame_at", "left_torch", "refuse"]
+__all__ = ["TRANSFORMED", "depends_on_data", "explain", "frame_at", "left_torch", "refuse"]
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -40,6 +40,12 @@ _OPAQUE = (
     "a tensor left torch (numpy, .data, .tolist(), a C extension) or a tensor made elsewhere came in",
     "Use torch operations on the tensor itself, pass outside tensors as buffers or in the batch, or wrap foreign code as "
     "torch.library.custom_op with register_fake.",
+)
+
+
+TRANSFORMED = (
+    "torch.func transforms (vmap, grad, jacrev, ...) leave marks in the program that are no operators",
+    "Write the batched computation itself (einsum, bmm, broadcasting), or wrap it as torch.library.custom_op with register_fake.",
 )
 
 
@@ -85,7 +91,7 @@ def explain(error: Exception, model: torch.nn.Module) -> Exception:
         return error
     where, code = _innermost(frames)
     name, text = type(error).__name__, str(error)
-    if "PendingUnbacked" in name:
+    if "PendingUnbacked" in name or "DynamicOutputShape" in name:
         return CaptureError(where, code, *_DYNAMIC_SIZE)
     if "DataDependent" in name or "data-dependent" in text or "data dependent" in text or "is_nonzero" in text:
         sizes = (

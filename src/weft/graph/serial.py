@@ -100,10 +100,24 @@ def graph_fingerprint(graph: Graph) -> str:
         digest.update(repr((node.role, node.target, fixed, dtypes, wiring, _structure(node), node.module)).encode())
     digest.update(
         repr(
-            (number[graph.loss.node], graph.loss.index, sorted(graph.aliases.items()), graph.batch, graph.train)
+            (
+                number[graph.loss.node],
+                graph.loss.index,
+                sorted(graph.aliases.items()),
+                _tuples(graph.batch),
+                graph.train,
+            )
         ).encode()
     )
     return digest.hexdigest()[:16]
+
+
+def _tuples(structure: Any) -> Any:
+    """The structure of a batch with lists as tuples: they are the same to `check_batch`."""
+    ((kind, content),) = structure.items()
+    if kind == "dict":
+        return {kind: {key: _tuples(value) for key, value in content.items()}}
+    return {"tuple": [_tuples(value) for value in content]} if kind in ("list", "tuple") else structure
 
 
 def _structure(node: Node) -> list[Any]:

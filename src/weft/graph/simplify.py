@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind
 
 from weft.graph.aliasing import Memory, NotWritable, Tracked, View, read, write
 from weft.graph.cost import price
-from weft.graph.diagnose import depends_on_data, frame_at, left_torch, refuse
+from weft.graph.diagnose import TRANSFORMED, depends_on_data, frame_at, left_torch, refuse
 from weft.graph.graph import Node, Ref, TensorSpec, map_refs, refs_in
 from weft.graph.masks import mask_kind
 from weft.graph.rewrite import OUT_OF_PLACE, Draft, operator, rewrite, without_out
@@ -179,6 +179,8 @@ class _Simplifier:
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._region(module, node)
+        if getattr(target, "__module__", "").startswith("torch._functorch"):
+            raise refuse(node, *TRANSFORMED)
         if not isinstance(target, torch._ops.OpOverload):
             raise depends_on_data(node)  # arithmetic on sizes; with static sizes there is none
         if target._schema.name.split("::")[1] in _CHECKS:

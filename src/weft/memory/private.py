@@ -74,6 +74,7 @@ __all__ = [
     "problem",
     "references",
     "require",
+    "saving_is_hooked",
     "sequence_number",
     "shaped",
     "storage_of",
@@ -269,6 +270,7 @@ try:
     _next_sequence_number = torch._C._autograd._get_sequence_nr
     _current_node = torch._C._current_autograd_node
     _current_task = torch._C._current_graph_task_id
+    _hooks_on_saving = torch._C._autograd._top_saved_tensors_default_hooks
 except (AttributeError, ImportError) as error:
     raise ImportError(
         f"weft.memory cannot trace with torch {torch.__version__}: {error}; it works with torch 2.13"
@@ -295,6 +297,11 @@ def sequence_number() -> int:
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return _current_task() != -1
+
+
+def saving_is_hooked() -> bool:
+    """Whether hooks get what autograd saves from now on (`saved_tensors_hooks`, as checkpoints set when they run again)."""
+    return _hooks_on_saving(False) is not None
 
 
 def backward_node() -> int:

@@ -26,17 +26,15 @@ class ParameterPlacement:
 
     Attributes:
         used: as forward and backward read it.
-        stored: between steps. Shard where `used` is Replicate: gathered before use (ZeRO-3).
+        stored: between steps. Shard where `used` is Replicate: gathered before use in forward, again in backward (ZeRO-3).
         gradient: as accumulated over micro-batches. Replicate: all-reduced; Shard: reduce-scattered.
         state: of the optimizer's state, and where its update runs. Shard while `stored` is Replicate: ZeRO-1 and -2.
-        regather: the gathered copy is freed after forward and gathered again for backward.
     """
 
     used: Placements
     stored: Placements
     gradient: Placements
     state: Placements
-    regather: bool = False
 
     @classmethod
     def same(cls, placements: Placements) -> ParameterPlacement:
@@ -55,7 +53,7 @@ class ParameterPlacement:
             raise ValueError(
                 f"ZeRO stage must be 1, 2 or 3 over axes where the parameter is Replicate, got {stage}, {used}"
             )
-        return cls(used, cut if stage == 3 else used, cut if stage >= 2 else used, cut, regather=stage == 3)
+        return cls(used, cut if stage == 3 else used, cut if stage >= 2 else used, cut)
 
     def __post_init__(self) -> None:
         for what in ("stored", "gradient", "state"):
@@ -104,10 +102,7 @@ class Assignment:
             },
             "signatures": {name: [str(s) for s in per_axis] for name, per_axis in self.signatures.items()},
             "parameters": {
-                name: {
-                    **{what: write(getattr(p, what)) for what in ("used", "stored", "gradient", "state")},
-                    "regather": p.regather,
-                }
+                name: {what: write(getattr(p, what)) for what in ("used", "stored", "gradient", "state")}
                 for name, p in self.parameters.items()
             },
             "buffers": {name: write(placements) for name, placements in self.buffers.items()},
@@ -130,9 +125,7 @@ class Assignment:
                 for name, per_axis in data["signatures"].items()
             },
             {
-                name: ParameterPlacement(
-                    read(p["used"]), read(p["stored"]), read(p["gradient"]), read(p["state"]), bool(p["regather"])
-                )
+                name: ParameterPlacement(read(p["used"]), read(p["stored"]), read(p["gradient"]), read(p["state"]))
                 for name, p in data["parameters"].items()
             },
             {name: read(placements) for name, placements in data["buffers"].items()},

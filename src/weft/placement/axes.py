@@ -133,7 +133,11 @@ def _probed(call: Call) -> Row | None:
     """What probing finds, or None where it finds no way to split the call (or may not try that many)."""
     try:
         row = probed_row(call)
-    except (TooManyToProbe, RuntimeError):  # RuntimeError: the operator does not run on made-up operands
+    except (
+        TooManyToProbe,
+        ValueError,
+        RuntimeError,
+    ):  # the operator does not run on made-up operands, or says nothing there
         return None
     return row if row.links or row.extra else None
 

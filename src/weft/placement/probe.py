@@ -6,7 +6,8 @@ Method     enumerate Replicate, Shard(d) and Partial for every tensor operand; r
            placements its local outputs form; keep what holds forward, then what `verify` confirms backward:   `discover`
            Operands are random numbers, drawn twice, over 2 and 3 parts and unequal weights. Sizes are made small, odd and
            different from each other if the operator still runs with them (even sizes make strided pooling look
-           splittable); else they stay as they are. A combination on which the operator fails is not splittable.
+           splittable); else they stay as they are. A combination on which the operator fails is not splittable. Operands
+           on which every result is one and the same number (a hinge that is not active) prove nothing, and are drawn anew.
 Guarantee  as good as a numeric test can be; what it finds needs no communication inside the operator, and holds for whole
            indices (no blocks). Operators whose combinations are more than `limit` are refused: they need a row.
            It is tried in a child process: shapes it was not meant for may crash it.                    `apart.each_apart`
@@ -150,7 +151,7 @@ def _run(call: Call, operands: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _sample(call: Call, operands: Sequence[Tensor], seed: int) -> _Sample:
-    """Operands on which the operator gives finite numbers.
+    """Operands on which the operator gives finite numbers, not all of them alike.
 
     Of odd sizes if it accepts them, else of its own; normal numbers, or some between 0 and 1, or else the values given.
     """
@@ -170,9 +171,13 @@ def _sample(call: Call, operands: Sequence[Tensor], seed: int) -> _Sample:
         ranks = [out.dim() for out in sample.outputs]
         if ranks != [len(spec.shape) for spec in call.outputs]:
             continue  # unbind and the like make another number of outputs of another size
-        if all(bool(out.isfinite().all()) for out in sample.outputs if out.is_floating_point()):
+        numbers = [out for out in sample.outputs if out.is_floating_point()]
+        if not all(bool(out.isfinite().all()) for out in numbers):
+            continue
+        if any(bool((out != (out.flatten()[0] if out.numel() > 1 else 0)).any()) for out in numbers) or not numbers:
             return sample
-    raise ValueError(f"probing {call.node.target}: it does not run on random operands of its own shapes: {last}")
+        last = "its results are constant, which would agree with any placement"
+    raise ValueError(f"probing {call.node.target}: random operands of its own shapes do not do: {last}")
 
 
 def _like(x: Tensor, shape: Sequence[int], generator: torch.Generator, domain: str) -> Tensor:

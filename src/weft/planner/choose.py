@@ -82,8 +82,8 @@ def plan(
             takes to fit, or costs less than more sharding does; `weft.run` then keeps each process within these bytes.
         offload: likewise, activations may wait in the tier that the cluster names below a device (`Device.offload`).
         exchange: of gradients (`weft.comm`), to be given to `weft.run` as well. Plans whose gradients it can carry, those of data
-            parallelism and ZeRO over all devices or beside tensor parallelism, are priced with its messages and with codec
-            seconds as tried on this machine; others with all-reduce. `Plan.exchange` says which the plan is.
+            parallelism and ZeRO over all devices, beside each other or beside tensor parallelism, are searched and priced
+            with its messages and codec seconds as tried on this machine; others with all-reduce. `Plan.exchange` says it.
     Raises:
         UnknownOperators: operators without a rule, all at once, before anything else is done.
         DoesNotFit: no plan in reach fits; the error names the device, the least bytes that would do there, what is largest,
@@ -121,28 +121,18 @@ def make_plan(
     from weft.graph import graph_fingerprint
 
     started = time.perf_counter()
+    if not isinstance(cluster, Cluster):
+        raise ValueError(
+            f"plan: cluster must be a weft.Cluster, got {cluster!r}; weft.Cluster.load reads one from a file"
+        )
+    if isinstance(mesh, str):
+        raise ValueError(f"plan: mesh must be a Mesh or its shape, as (2, 4), got {mesh!r}")
     graph = model if isinstance(model, Graph) else _capture(model, batch, loss, cluster)
     costing, coding = OptimizerCost.of(optimizer), _coding(exchange, graph, cluster)
     limits = memory_limits(memory, cluster)
     bound = lower_bound(graph, cluster, costing)
-    refused: list[ValueError] = []
-    candidates: list[tuple[Explorer, Candidate]] = []
-    for make in _explorers(graph, cluster, costing, constraints, limits, mesh, weights, allow_replicated, coding):
-        if any(c.prediction.fits and c.prediction.seconds <= ENOUGH * bound for _, c in candidates):
-            break
-        try:
-            explorer = make()
-            candidates += [(explorer, c) for c in (*explorer.named(), *explorer.free())]
-        except (ImpossibleConstraint, MeshTooLarge, Infeasible) as error:
-            refused.append(error)
-    if not candidates:
-        raise refused[0] if refused else MeshTooLarge("the cluster", len(cluster), len(cluster), "x0")
-    candidates += _named_again(candidates)
-    candidates += _refined(candidates)
-    if not any(c.prediction.fits for _, c in candidates):
-        fastest = {id(e): min((c for x, c in candidates if x is e), key=_seconds) for e, _ in candidates}
-        for explorer in dict.fromkeys(e for e, _ in candidates):
-            candidates += [(explorer, c) for c in explorer.within_memory(fastest[id(explorer)])]
+    explorers = _explorers(graph, cluster, costing, constraints, limits, mesh, weights, allow_replicated, coding)
+    candidates = _candidates(explorers, bound)
     squeezable = moves.recompute or (moves.offload and any(device.offload for device in cluster))
     if squeezable:
         candidates = _squeezed(candidates, moves)
@@ -167,6 +157,33 @@ def make_plan(
         best.squeezed.squeezes() if best.squeezed is not None else (),
         exchange.options if exchange is not None and explorer.pricing.coded(best.assignment) else "",
     )
+
+
+def _candidates(explorers: Sequence[Callable[[], Explorer]], bound: float) -> list[tuple[Explorer, Candidate]]:
+    """What the search finds on every mesh, up to one that is near the bound; more of the best, and leaner ones if none fits.
+
+    Raises:
+        ImpossibleConstraint, MeshTooLarge, Infeasible: there is no candidate on any mesh; the first mesh says why.
+    """
+    refused: list[ValueError] = []
+    candidates: list[tuple[Explorer, Candidate]] = []
+    for make in explorers:
+        if any(c.prediction.fits and c.prediction.seconds <= ENOUGH * bound for _, c in candidates):
+            break
+        try:
+            explorer = make()
+            candidates += [(explorer, c) for c in (*explorer.named(), *explorer.free())]
+        except (ImpossibleConstraint, MeshTooLarge, Infeasible) as error:
+            refused.append(error)
+    if not candidates:
+        raise refused[0]
+    candidates += _named_again(candidates)
+    candidates += _refined(candidates)
+    if not any(c.prediction.fits for _, c in candidates):
+        fastest = {id(e): min((c for x, c in candidates if x is e), key=_seconds) for e, _ in candidates}
+        for explorer in dict.fromkeys(e for e, _ in candidates):
+            candidates += [(explorer, c) for c in explorer.within_memory(fastest[id(explorer)])]
+    return candidates
 
 
 def _coding(exchange: Exchange | None, graph: Graph, cluster: Cluster) -> Coding | None:
@@ -304,6 +321,11 @@ def meshes_for(
         shapes = [tuple(int(p) for p in mesh)]
     elif isinstance(constraints.strategy, tuple):
         shapes = factorizations(len(cluster), len(constraints.strategy))
+        if not shapes:
+            raise ValueError(
+                f"strategy names {len(constraints.strategy)} mesh axes ({', '.join(constraints.strategy)}), but "
+                f"{len(cluster)} devices cannot be arranged in as many of two or more; name fewer, or use more devices"
+            )
     else:
         shapes = [(len(cluster),), *factorizations(len(cluster), 2)]
         if _one_link(cluster):

@@ -7,30 +7,38 @@ Method     a bucket of tensors travels as one message over the link on which a r
            as the exchange says (`Exchange.wire`), to whole results or to pieces (ZeRO). Codec seconds are compute, and memories
            bytes that stay, both as tried on this machine's processor (`comm.automatic.tried`) and taken in proportion to the
            elements that are coded.                                                                              `Coding.price`
+           The search's tables are made for some axes at a time, with a bucket's share of latencies for a parameter, and without
+           storage that the exchange could not carry along them: its plans are those that it carries.    `fits`, `Coding.choices`
 Guarantee  priced so is exactly what `weft.run` sends so: gradients that are all summed along some mesh axes. Where a plan has
            others, an exchange is refused there, and none of its buckets is priced as coded here.       `carries`, `Coding.axes`
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import TYPE_CHECKING, final
 
+import numpy as np
+
 from weft.cluster.costs import ring_link
 from weft.graph.graph import Graph, TensorSpec
 from weft.placement.boxing_cost import unlike_lines
-from weft.placement.layout import Mesh
+from weft.placement.layout import Mesh, Partial, Placements, Replicate, Shard, local_shape
+from weft.placement.parameters import Owed
 
 if TYPE_CHECKING:
     from weft.cluster import Cluster, Link
     from weft.comm import Exchange, Spec
+    from weft.placement.assignment import ParameterPlacement
+    from weft.planner.costs import Costs
 
-__all__ = ["Coded", "Coding", "carries", "described"]
+__all__ = ["Coded", "Coding", "Summed", "carries", "described", "fits", "in_pieces"]
 
-Owed = tuple[tuple[int, ...], tuple[int, ...]]
+Summed = tuple[tuple[int, ...], tuple[int, ...]]
 """Mesh axes over which a gradient is summed and cut, and over which it is summed and kept whole."""
 
 
@@ -68,19 +76,65 @@ class Coding:
         nodes = {name: node.outputs[0] for name, node in graph.parameters.items()}
         return cls(exchange, gradients(nodes.items()), cluster, link)
 
-    def axes(self, owed: Iterable[Owed | None], mesh: Mesh) -> tuple[int, ...]:
+    def axes(self, owed: Iterable[Summed | None], mesh: Mesh) -> tuple[int, ...]:
         """Mesh axes over which this exchange carries gradients that are owed so, () if it cannot; see `carries`."""
         found = carries(owed)
-        whole = math.prod(mesh.shape[axis] for axis in found) == mesh.size
-        return found if whole or not self.exchange.one_group else ()
+        return found if self._may(found, mesh) else ()
 
-    def price(self, specs: Sequence[Spec], mesh: Mesh, axes: tuple[int, ...], scatter: bool) -> Coded:
+    def choices(self, mesh: Mesh) -> list[tuple[int, ...]]:
+        """All sets of axes over which it may carry gradients on a mesh."""
+        long = [axis for axis, size in enumerate(mesh.shape) if size > 1]
+        sets = (axes for count in range(len(long), 0, -1) for axes in itertools.combinations(long, count))
+        return [axes for axes in sets if self._may(axes, mesh)]
+
+    def _may(self, axes: tuple[int, ...], mesh: Mesh) -> bool:
+        return math.prod(mesh.shape[axis] for axis in axes) == mesh.size or not self.exchange.one_group
+
+    def name_of(self, spec: TensorSpec) -> str:
+        """Of the first parameter of a shape and dtype."""
+        return next(own.name for own in self.specs if (own.shape, own.dtype) == (tuple(spec.shape), spec.dtype))
+
+    def reduce(
+        self,
+        specs: Mapping[str, TensorSpec],
+        placements: Sequence[ParameterPlacement],
+        axes: tuple[int, ...],
+        costs: Costs,
+        share: float = 1.0,
+    ) -> Coded:
+        """Of parameters whose gradients travel together: along some mesh axes by the exchange, along the others before as ever.
+
+        Args:
+            specs, placements: by name, and in the same order; they are owed the same.
+            axes: that fit.
+            share: of what travels together that these are; latencies count in proportion.
+        """
+        mesh, used, cut = costs.mesh, placements[0].used, in_pieces(placements[0])
+        scattered = Owed.of(placements[0], mesh.shape).scatter_axes
+        cut_first = bool(scattered) and scattered != axes
+        nbytes = sum(
+            s.nbytes * costs.fraction(s.shape, p.used) for s, p in zip(specs.values(), placements, strict=True)
+        )
+        fullest = costs.places[int(np.argmax(nbytes))].position
+        held = [in_pieces(p) if cut_first else p.used for p in placements]
+        local = [local_shape(s.shape, p, mesh, fullest) for s, p in zip(specs.values(), held, strict=True)]
+        price = self.price(gradients(specs.items(), local), mesh, axes, scattered == axes, share)
+        rest: Placements = tuple(
+            Partial() if isinstance(u, Replicate) and axis not in axes else u for axis, u in enumerate(used)
+        )
+        numel, size = sum(spec.numel for spec in specs.values()), next(iter(specs.values())).dtype.itemsize
+        first = costs.flat(numel / share, size, rest, cut if cut_first else used)
+        return Coded(price.wire + share * first.forward, price.codec, price.nbytes + share * first.nbytes, price.kept)
+
+    def price(
+        self, specs: Sequence[Spec], mesh: Mesh, axes: tuple[int, ...], scatter: bool, share: float = 1.0
+    ) -> Coded:
         """Of local tensors that travel together along some mesh axes; `scatter`: each device wants a piece."""
         n = math.prod(mesh.shape[axis] for axis in axes)
         hops, nbytes = self.exchange.wire(specs, n, scatter)
         seconds, kept = self._per_element(n)
         coded = sum(spec.numel for spec in specs if self.exchange.select(spec))
-        wire = max(hops * link.latency + nbytes / link.bandwidth for link in self._along(mesh, axes))
+        wire = max(hops * share * link.latency + nbytes / link.bandwidth for link in self._along(mesh, axes))
         return Coded(wire, seconds * coded, mesh.size * nbytes, kept * coded + 2 * nbytes)
 
     def _along(self, mesh: Mesh, axes: tuple[int, ...]) -> list[Link]:
@@ -115,18 +169,42 @@ def gradients(
     )
 
 
-def carries(owed: Iterable[Owed | None]) -> tuple[int, ...]:
+def carries(owed: Iterable[Summed | None]) -> tuple[int, ...]:
     """Mesh axes over which an exchange may carry gradients that are owed so (None: to nobody); () if it cannot.
 
-    They are those along which each of the gradients is summed, so that one exchange takes them all; along the rest of its own
-    axes a gradient is summed as it is, before. It must be wanted whole, or in pieces along just these axes.
+    Each of the gradients must be summed along all of them, so that one exchange takes them all, and be wanted
+
+        whole, or in pieces along just these axes    then along the rest of its own axes it is summed as it is, before
+        in pieces along other axes alone             then it is cut along those before, and each piece is carried by itself
+
+    Of the sets of axes that will do it is the largest, and of equally large ones the first: outer axes have the slower links.
 
     >>> carries([((), (0,)), ((), (0, 1))]), carries([((), (0,)), ((), (1,))])  # data x tensor parallel; nothing in common
     ((0,), ())
+    >>> carries([((1,), (0,)), ((), (0, 1))])  # data parallel x ZeRO: pieces along the first
+    (0,)
     """
     found = {one or ((), ()) for one in owed}
-    axes = tuple(sorted(set.intersection(*({*cut, *summed} for cut, summed in found)))) if found else ()
-    return axes if all(cut in ((), axes) for cut, _ in found) else ()
+    common = sorted(set.intersection(*({*cut, *summed} for cut, summed in found))) if found else []
+    for count in range(len(common), 0, -1):
+        for axes in itertools.combinations(common, count):
+            if all(fits(one, axes) for one in found):
+                return axes
+    return ()
+
+
+def fits(owed: Summed, axes: tuple[int, ...]) -> bool:
+    """Whether an exchange along these axes may carry a gradient that is owed so."""
+    cut, summed = owed
+    return {*axes} <= {*cut, *summed} and (cut == axes or not {*cut} & {*axes})
+
+
+def in_pieces(placement: ParameterPlacement) -> Placements:
+    """As used, but cut where the optimizer's state is."""
+    return tuple(
+        s if isinstance(u, Replicate) and isinstance(s, Shard) else u
+        for u, s in zip(placement.used, placement.state, strict=True)
+    )
 
 
 def described(options: str) -> str:

@@ -47,18 +47,24 @@ PATIENCE = 10.0  # seconds for HiGHS; what it has by then is compared with the n
 NAMED_MU = 0.3  # the one under which strategies with names are tried first
 NAMED_1D = ("dp", "zero-1", "zero-2", "zero-3", "tp", "tp+sp")
 NAMED_2D = (("dp", "tp"), ("zero-1", "tp"), ("zero-3", "tp"), ("dp", "tp+sp"), ("zero-3", "tp+sp"))
-CODED_2D = (("dp", "dp"), ("zero-1", "zero-1"), ("zero-3", "zero-3"))  # what an exchange can carry
+CODED_2D = (  # what an exchange can carry besides
+    ("dp", "dp"), ("zero-1", "zero-1"), ("zero-3", "zero-3"), ("dp", "zero-1"), ("dp", "zero-3"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An assignment with its price, the strategy or weights that led to it, how it was found, and how it was made to fit."""
+    """An assignment with its price, the strategy or weights that led to it, how it was found, and how it was made to fit.
+
+    `along`: axes of the mesh along which the search took gradients to go by an exchange.
+    """
 
     name: str
     assignment: Assignment
     prediction: Prediction
     method: str
     squeezed: Squeezed | None = None
+    along: tuple[int, ...] = ()
 
     @property
     def excess(self) -> float:
@@ -144,8 +150,8 @@ class Explorer:
         optimizer: what it costs.
         constraints: what the user fixed.
         memory: bytes that each device of the cluster may use, in place of what it has.
-        coding: of gradients by an exchange. Candidates are priced with it; the tables of the search are not, as it carries all
-            gradients of a plan or none.
+        coding: of gradients by an exchange. It carries all gradients of a plan along the same axes, or none: there is a
+            search without it, and one for each set of axes among the plans that it can carry along them.
     """
 
     def __init__(
@@ -162,6 +168,9 @@ class Explorer:
         self.roles = roles
         self.pricing = Pricing(prepared, roles, costs, optimizer, memory, coding)
         self.constraints = constraints
+        self._models: dict[tuple[int, ...], Model] = {
+            (): self.model
+        }  # by the axes along which an exchange carries gradients
         self._programs: dict[object, _Restricted] = {}
         self._known: list[Solution] = []
         self._prices: dict[tuple[int, ...], tuple[Assignment, Prediction]] = {}  # keeps alive what the ids name
@@ -177,7 +186,11 @@ class Explorer:
         Raises:
             ImpossibleConstraint, MeshTooLarge: the constraints cannot be met on this mesh.
         """
-        return [self.candidate("search", self.constraints, mu) for mu in MU]
+        found = [self.candidate("search", self.constraints, mu) for mu in MU]
+        for along in self.pricing.coding.choices(self.mesh) if self.pricing.coding is not None else ():
+            with contextlib.suppress(Infeasible):  # it can carry none
+                found += [self.candidate("search", self.constraints, mu, along=along) for mu in MU]
+        return found
 
     def named(self) -> list[Candidate]:
         """The strategies with names that are legal here, under the user's other constraints."""
@@ -199,16 +212,18 @@ class Explorer:
         """A named strategy under the other weights of hidden communication."""
         return [self.candidate(found.name, self._named[found.name], mu) for mu in MU if mu != NAMED_MU]
 
-    def candidate(self, name: str, constraints: Constraints, mu: float, weight: float = 0.0) -> Candidate:
-        """Search once and price the result in full."""
-        restricted = self._restricted(constraints)
+    def candidate(
+        self, name: str, constraints: Constraints, mu: float, weight: float = 0.0, along: tuple[int, ...] = ()
+    ) -> Candidate:
+        """Search once and price the result in full; `along`: the axes along which an exchange carries gradients, if it does."""
+        restricted = self._restricted(constraints, along)
         solution = restricted.solve(mu, weight, self._known[-3:])
         self._known.append(solution)
-        assignment = self.model.assignment(solution, mu, weight, restricted.choose)
+        assignment = restricted.model.assignment(solution, mu, weight, restricted.choose)
         if constraints.parameters:
             fixed = {n: overridden(constraints, n, p) for n, p in assignment.parameters.items()}
             assignment = Assignment(assignment.mesh, assignment.signatures, fixed, assignment.buffers)
-        return Candidate(name, assignment, self._price(assignment), solution.method)
+        return Candidate(name, assignment, self._price(assignment), solution.method, None, along)
 
     def _price(self, assignment: Assignment) -> Prediction:
         """The price, remembered: other weights often lead to the same plan. States and placements are shared objects."""
@@ -240,7 +255,7 @@ class Explorer:
                 assignment = replace(best.assignment, parameters=parameters)
                 prediction = self._price(assignment)
                 if (prediction.fits or not best.prediction.fits) and prediction.seconds < best.prediction.seconds:
-                    best = Candidate("search", assignment, prediction, best.method)
+                    best = Candidate("search", assignment, prediction, best.method, None, found.along)
         return best
 
     def _modes(self, name: str, used: Placements) -> dict[object, ParameterPlacement]:
@@ -252,15 +267,18 @@ class Explorer:
             found[mode.name, cut] = mode.placement
         return found
 
-    def _restricted(self, constraints: Constraints) -> _Restricted:
+    def _restricted(self, constraints: Constraints, along: tuple[int, ...] = ()) -> _Restricted:
         """Compiled programs are shared by constraints that leave the same states (data parallel and the ZeRO stages)."""
-        key = (constraints.strategy, id(constraints.parameters), id(constraints.inputs))
+        key = (constraints.strategy, id(constraints.parameters), id(constraints.inputs), along)
         if key not in self._programs:
+            if along not in self._models:
+                assert self.pricing.coding is not None
+                self._models[along] = self.model.carried(self.pricing.coding, along)
             allowed = masks(self.model, constraints, self.roles)
-            same = tuple(sorted((str(v), m.tobytes()) for v, m in allowed.items()))
+            same = (along, *sorted((str(v), m.tobytes()) for v, m in allowed.items()))
             shared = self._programs.get(same)
             if shared is None:
-                shared = self._programs[same] = _Restricted(self.model, allowed, constraints)
+                shared = self._programs[same] = _Restricted(self._models[along], allowed, constraints)
             made = object.__new__(_Restricted)
             made.__dict__.update(shared.__dict__, choose=modes_left(constraints, self.mesh))
             self._programs[key] = made
@@ -298,7 +316,7 @@ class Explorer:
         found: list[Candidate] = []
 
         def at(exponent: float) -> Candidate:
-            found.append(self.candidate("search", self.constraints, 0.3, unit * 2.0**exponent))
+            found.append(self.candidate("search", self.constraints, 0.3, unit * 2.0**exponent, fastest.along))
             return found[-1]
 
         low, high = -6.0, None

@@ -288,12 +288,11 @@ def copies(buckets: Sequence[Bucket], steps: int) -> Iterator[Hold]:
     gathered = [bucket for bucket in buckets if bucket.gathers]
     for number, bucket in enumerate(gathered):
         fetched = gathered[number - 1].first if number else bucket.first
-        if bucket.regathers:
-            yield min(fetched, bucket.first), bucket.last, bucket.used_bytes
-            fetched = gathered[number + 1].last if number + 1 < len(gathered) else bucket.last
-            yield steps - 1 - max(fetched, bucket.last), steps - 1 - bucket.first, bucket.used_bytes
-        else:
-            yield min(fetched, bucket.first), steps - 1 - bucket.first, bucket.used_bytes
+        yield min(fetched, bucket.first), bucket.last, bucket.used_bytes
+    again = sorted((bucket for bucket in gathered if bucket.regathers), key=lambda bucket: -bucket.last)
+    for number, bucket in enumerate(again):  # the first is still there from forward, the others come one ahead
+        fetched = steps - 1 - max(bucket.last, again[number - 1].last if number > 1 else 0)
+        yield fetched if number else bucket.last + 1, steps - 1 - bucket.first, bucket.used_bytes
 
 
 def gradients_held(placed: PlacedGraph, assignment: Assignment, buckets: Sequence[Bucket]) -> Iterator[Hold]:
@@ -317,7 +316,7 @@ def gradients_held(placed: PlacedGraph, assignment: Assignment, buckets: Sequenc
             scattered = placement.state != placement.used
             yield 0, end, spec.nbytes * placed.shares(spec, placement)[1] if scattered else used
             if scattered:
-                yield full, (end if bucket.coded else full), used
+                yield full, (end if bucket.coded and not bucket.cut_first else full), used
     for bucket in buckets:
         if bucket.kept:
             yield 0, end, bucket.kept

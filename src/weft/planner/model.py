@@ -17,6 +17,7 @@ need no variables. What the additive model leaves out (buckets, windows of overl
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from weft.placement.assignment import Assignment, ParameterPlacement
 from weft.placement.axes import nests
 from weft.placement.layout import Mesh, Partial, Placements, Replicate, Shard
 from weft.placement.signature import Signature
+from weft.planner.coding import Coding
 from weft.planner.costs import Costs, State
 from weft.planner.modes import Choose, Mode, best_mode, modes, used_for
 from weft.planner.optimizer import OptimizerCost
@@ -97,6 +99,7 @@ class Model:
         repeats: variables of each copy of each repeated block.
         parameter_of: for each parameter read once, the (call, operand) that reads it.
         used_states: for each parameter read several times, the placements that its variable stands for.
+        coding, along: an exchange of gradients, and the axes of the mesh along which it sums them; see `carried`.
     """
 
     def __init__(self, prepared: Prepared, costs: Costs, optimizer: OptimizerCost):
@@ -107,6 +110,9 @@ class Model:
         self.parameter_of: dict[str, tuple[str, int]] = {}
         self.used_states: dict[str, tuple[Placements, ...]] = {}
         self._tables: dict[Hashable, _Table] = {}
+        self.coding: Coding | None = None
+        self.along: tuple[int, ...] = ()
+        self._asked: dict[Hashable, tuple[TensorSpec, Sequence[Placements], NDArray[np.int64]]] = {}
         self._mode_tables: dict[Hashable, tuple[tuple[Mode, ...], ...]] = {}
         self._mode_cache: dict[tuple, tuple[Mode, ...]] = {}
         self._by_shape: dict[Hashable, _Template] = {}
@@ -383,15 +389,28 @@ class Model:
         inverse: NDArray[np.int64],
     ) -> None:
         if key not in self._mode_tables:
-            found = [self.modes_of(spec, placements) for placements in used]
-            self._mode_tables[key] = tuple(found[i] for i in inverse)
+            self._asked[key] = (spec, used, inverse)
+            self._mode_tables[key] = self._modes_by_state(spec, used, inverse)
         self.factors.append(Factor((variable,), key))
+
+    def _modes_by_state(
+        self, spec: TensorSpec, used: Sequence[Placements], inverse: NDArray[np.int64]
+    ) -> tuple[tuple[Mode, ...], ...]:
+        found = [self.modes_of(spec, placements) for placements in used]
+        return tuple(found[i] for i in inverse)
+
+    def carried(self, coding: Coding, along: tuple[int, ...]) -> Model:
+        """The same problem for the plans whose gradients an exchange can carry along some mesh axes, and with its price."""
+        made = copy.copy(self)
+        made.coding, made.along, made._mode_cache, made._dominated = coding, along, {}, {}
+        made._mode_tables = {key: made._modes_by_state(*asked) for key, asked in self._asked.items()}
+        return made
 
     def modes_of(self, spec: TensorSpec, used: Placements) -> tuple[Mode, ...]:
         """Storage modes of a parameter in a used placement."""
         key = (spec, used)
         if key not in self._mode_cache:
-            self._mode_cache[key] = modes(spec, used, self.costs, self.optimizer)
+            self._mode_cache[key] = modes(spec, used, self.costs, self.optimizer, self.coding, self.along)
         return self._mode_cache[key]
 
     def used(self, name: str, solution: Solution) -> Placements:

@@ -2,6 +2,7 @@
 
 Time is split into what nothing hides (the update, gathers after it) and what may hide behind compute (reductions of
 gradients, gathers before use); small parameters travel in buckets, so that they pay their bytes' share of a bucket's time.
+Gradients by an exchange: messages may hide, codec seconds do not, and what it cannot carry is infinitely dear.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 from weft.graph.graph import TensorSpec
 from weft.placement.assignment import ParameterPlacement
 from weft.placement.layout import Mesh, Partial, Placements, Replicate, Shard
-from weft.planner.buckets import BUCKET_NBYTES
+from weft.placement.parameters import BUCKET_NBYTES, Owed
+from weft.planner.coding import Coding, fits
 from weft.planner.costs import Costs
 from weft.planner.memory import held
 from weft.planner.optimizer import OptimizerCost
@@ -37,13 +39,21 @@ class Mode:
 Choose = Callable[[Sequence[Mode]], Sequence[Mode]]  # the modes that constraints leave of a parameter's
 
 
-def modes(spec: TensorSpec, used: Placements, costs: Costs, optimizer: OptimizerCost) -> tuple[Mode, ...]:
+def modes(
+    spec: TensorSpec,
+    used: Placements,
+    costs: Costs,
+    optimizer: OptimizerCost,
+    coding: Coding | None = None,
+    along: tuple[int, ...] = (),
+) -> tuple[Mode, ...]:
     """Ways to store a parameter that is used in a placement.
 
         as used       gradients all-reduced where it is Replicate (data parallel); nothing owed where Shard
         zero-1, -2    gradients reduce-scattered, the piece updated, the new parameters gathered; -2 keeps the gradient's piece
         zero-3        stored as a piece, gathered for forward and again for backward, gradients reduce-scattered
-    over every set of mesh axes on which it is Replicate and a dim is long enough to be cut.
+    over every set of mesh axes on which it is Replicate and a dim is long enough to be cut. With `coding` an exchange sums along
+    the mesh axes `along`.
     """
     mesh = costs.mesh
     n, size = spec.numel, spec.dtype.itemsize
@@ -59,15 +69,23 @@ def modes(spec: TensorSpec, used: Placements, costs: Costs, optimizer: Optimizer
         moved = optimizer.moved_bytes(spec.nbytes) * share
         return float(costs.seconds("optimizer", optimizer.flops(n) * share, moved, "float32", 0).max())
 
+    def reducing(placement: ParameterPlacement, cut: Placements) -> tuple[float, float, float]:
+        """Seconds that nothing hides, seconds that compute may hide, and bytes that stay, of summing and cutting the gradient."""
+        if coding is None:
+            return 0.0, moving(owed, cut), 0.0
+        fate = Owed.of(placement, mesh.shape)
+        if not fits((fate.scatter_axes, fate.sum_axes), along):
+            return np.inf, 0.0, 0.0
+        price = coding.reduce({coding.name_of(spec): spec}, [placement], along, costs, 1 / bucket)
+        return price.codec, price.wire, price.kept
+
+    same = ParameterPlacement.same(used)
     if not spec.requires_grad:
-        found = [Mode(ParameterPlacement.same(used), "frozen", 0.0, 0.0, local)]
+        found = [Mode(same, "frozen", 0.0, 0.0, local)]
     else:
-        found = [
-            Mode(
-                ParameterPlacement.same(used), "as used", update(used), moving(owed, used),
-                2 * local + optimizer.state_bytes(local),
-            )
-        ]  # fmt: skip
+        code, reduce, kept = reducing(same, used)
+        nbytes = 2 * local + optimizer.state_bytes(local) + kept
+        found = [Mode(same, "as used", update(used) + code, reduce, nbytes)]
     free = [axis for axis, p in enumerate(used) if isinstance(p, Replicate) and mesh.shape[axis] > 1]
     for count in range(1, len(free) + 1):
         for axes in itertools.combinations(free, count):
@@ -82,11 +100,11 @@ def modes(spec: TensorSpec, used: Placements, costs: Costs, optimizer: Optimizer
                 if not spec.requires_grad:
                     found.append(Mode(placement, "zero-3", 0.0, 2 * gather, piece))
                     continue
-                reduce = moving(owed, cut)
+                code, reduce, kept = reducing(placement, cut)
                 exposed, hidden = (update(cut), reduce + 2 * gather) if stage == 3 else (update(cut) + gather, reduce)
-                nbytes = (
-                    (piece if stage == 3 else local) + (piece if stage >= 2 else local) + optimizer.state_bytes(piece)
-                )
+                exposed += code
+                nbytes = (piece if stage == 3 else local) + (piece if stage >= 2 else local)
+                nbytes += optimizer.state_bytes(piece) + kept
                 found.append(Mode(placement, f"zero-{stage}", exposed, hidden, nbytes))
     return tuple(found)
 

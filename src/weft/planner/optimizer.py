@@ -48,6 +48,10 @@ class OptimizerCost:
         """
         if isinstance(optimizer, OptimizerCost):
             return optimizer
+        if not (isinstance(optimizer, str) or callable(optimizer) or hasattr(optimizer, "param_groups")):
+            raise ValueError(
+                f"optimizer: must be a class, instance, function or name of torch.optim, got {optimizer!r}"
+            )
         function = getattr(optimizer, "func", optimizer)  # functools.partial(SGD, momentum=0.9)
         options = {**getattr(optimizer, "keywords", {}), **getattr(optimizer, "defaults", {})}
         if isinstance(function, str):

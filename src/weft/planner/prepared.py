@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from weft.graph.graph import Graph, Node, Ref, TensorSpec
 from weft.placement.axes import Cuts, signatures
+from weft.placement.parameters import Readings
 from weft.placement.signature import Signature
-from weft.planner.buckets import Readings
 from weft.planner.memory import Retention
 
 __all__ = ["Call", "Prepared", "layer_of"]

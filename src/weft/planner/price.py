@@ -423,9 +423,8 @@ class _Walk:
                 where[ref] = placement
 
     def _backward(self) -> None:
-        before = self._gathers(
-            [bucket for bucket in self.buckets if bucket.regathers][::-1], lambda bucket: bucket.last
-        )
+        again = sorted((bucket for bucket in self.buckets if bucket.regathers), key=lambda bucket: -bucket.last)
+        before = self._gathers(again[1:], lambda bucket: bucket.last)  # the first is still there from forward
         complete: dict[int, list[Bucket]] = {}
         for bucket in self.buckets:
             complete.setdefault(bucket.first, []).append(bucket)

@@ -9,7 +9,8 @@ thing (`pieces.Holding`), and does it in one collective, under way while backwar
                      gathered back after its step (ZeRO-1, ZeRO-2) or before every use (ZeRO-3)
 
 In place of all-reduce and reduce-scatter an exchange may `send` gradients (see coded.py). It takes one gradient per step, also
-where micro-batches would be scattered one by one: they add up whole before.
+where micro-batches would be scattered one by one: they add up whole before. Where it goes along other axes than those that cut
+(`cut_first`), pieces are scattered as ever, and it sends a piece in place of summing it over further axes.
 
 A bucket does not decide when: `store.ParameterStore` calls it, in an order that is the same on every process.
 Source: Li et al., PyTorch Distributed, arXiv:2006.15704 (buckets); Rajbhandari et al., ZeRO, arXiv:1910.02054; Zhao et al.,
@@ -25,7 +26,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from weft.placement.comms import Group, Handle
+from weft.placement.comms import DONE, After, Group, Handle
 from weft.runtime.pieces import Holding
 
 __all__ = ["Bucket", "LocalBucket", "ScatterBucket", "SumBucket"]
@@ -40,8 +41,9 @@ class Bucket(abc.ABC):
         pieces: by name, what the optimizer updates: the leaf itself, or this process's piece of it.
         waiting: trainable leaves whose gradient has not yet come in this backward.
         lend: told before a flat tensor's storage is given so many bytes, and after all are taken from it (0).
-        send: starts to sum a flat tensor of the trainable parameters' gradients over the processes, in place; when that is done,
-            it holds the result as far as this process keeps it. None: the bucket's own collective does.
+        send: starts to sum a flat tensor of the trainable parameters' gradients over the processes, in place, as soon as a
+            handle is done; after that it holds the result as far as this process keeps it. None: the bucket's own collective.
+        cut_first: what is sent is this process's piece, and not the whole.
     """
 
     def __init__(self, holdings: Sequence[Holding], leaves: Mapping[str, nn.Parameter]):
@@ -52,7 +54,8 @@ class Bucket(abc.ABC):
         self._grown = [leaves[h.name] for h in self.trainable]  # leaves that get a gradient
         self.waiting = 0
         self.lend: Callable[[Tensor, int], None] = lambda tensor, nbytes: None
-        self.send: Callable[[Bucket, Tensor], Handle] | None = None
+        self.send: Callable[[Bucket, Tensor, Handle], Handle] | None = None
+        self.cut_first = False
 
     def flats(self) -> list[Tensor]:
         """Flat tensors that are held besides leaves and pieces."""
@@ -129,7 +132,7 @@ class SumBucket(Bucket):
             for i in fresh:
                 leaves[i].grad = views[i]
         if last:
-            self._pending = self.send(self, self.flat) if self.send else self.group.all_reduce_async(self.flat)
+            self._pending = self.send(self, self.flat, DONE) if self.send else self.group.all_reduce_async(self.flat)
 
     def finish(self) -> None:
         if self._pending is not None:
@@ -162,7 +165,7 @@ class ScatterBucket(Bucket):
     ):
         super().__init__(holdings, leaves)
         first = self.holdings[0]
-        self.stored_cut, self.every_micro_batch = first.stored_cut, first.every_micro_batch
+        self.stored_cut, self.every_micro_batch = first.stored_cut, first.owed.every_micro_batch
         self.reducing, self.gathering, self.summing = reducing, gathering, summing
         self.member, self.members = first.member, len(first.boxes)
         device = next(iter(leaves.values())).device
@@ -184,7 +187,7 @@ class ScatterBucket(Bucket):
         ]  # where each member's pieces stand in the leaves
         self._gathering: tuple[Handle, list[Tensor], Tensor] | None = None
         self._reducing: tuple[Handle, list[Tensor]] | None = None
-        self._sending: tuple[Handle, Tensor] | None = None
+        self._sending: tuple[Handle, Tensor | None] | None = None  # None: the gradient's piece
         self._accumulated = False
         if self.stored_cut:
             self.free()
@@ -283,13 +286,14 @@ class ScatterBucket(Bucket):
     # ---- gradients
 
     def collect(self, last: bool) -> None:
-        if not self.trainable or not (last or (self.every_micro_batch and self.send is None)):
+        whole = self.send is not None and not self.cut_first
+        if not self.trainable or not (last or (self.every_micro_batch and not whole)):
             return
-        if self.send is not None:
+        if self.send is not None and whole:
             flat = torch.cat([leaf.grad.reshape(-1) for leaf in self._grown])  # type: ignore[union-attr]
             for leaf in self._grown:
                 leaf.grad = None
-            self._sending = (self.send(self, flat), flat)
+            self._sending = (self.send(self, flat, DONE), flat)
             return
         grads = [leaf.grad for leaf in self._grown]
         parts = list(self.gradient.new_empty(sum(self._grad_sizes)).split(self._grad_sizes))
@@ -306,7 +310,12 @@ class ScatterBucket(Bucket):
         if self._accumulated:
             parts[self.member].add_(self.gradient)
         self._accumulated = True
-        self._reducing = (self.reducing.reduce_scatter_async(self.gradient, parts), parts)
+        pending = self.reducing.reduce_scatter_async(self.gradient, parts)
+        if last and self.send is not None:
+            self._sending = (self.send(self, self.gradient, After(pending, parts.clear)), None)
+            self._accumulated = False
+            return
+        self._reducing = (pending, parts)
         self._last = last
 
     def finish(self) -> None:
@@ -314,7 +323,10 @@ class ScatterBucket(Bucket):
             pending, flat = self._sending
             pending.wait()
             self._sending = None
-            for h, part in zip(self.trainable, flat.split([h.numel for h in self.trainable]), strict=True):
+            parts = (
+                () if flat is None else zip(self.trainable, flat.split([h.numel for h in self.trainable]), strict=True)
+            )
+            for h, part in parts:
                 self.pieces[h.name].grad.copy_(h.piece(part.view(h.local)))  # type: ignore[union-attr]
         if self._reducing is None:
             return

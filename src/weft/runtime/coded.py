@@ -2,13 +2,15 @@
 
     data parallel         all-reduce       each process gets the whole            `Exchange.submit`
     ZeRO-1, -2, -3        reduce-scatter   each process gets its piece            `Exchange.submit` with the pieces' boxes
+    ZeRO along others     all-reduce       each holder gets the whole of a piece  `Exchange.submit`, after a reduce-scatter
 
 Every process holds partial gradients whose sum is the gradient of the global loss; an exchange delivers W @ messages, a mean
 where nobody is mistrusted. So each process submits n times its part: the mean of n such messages is the sum, and each one is
 about as long as the gradient of a whole batch, which is what thresholds and robust rules expect.
 
-An exchange goes along those axes of the mesh along which every gradient is summed (`planner.coding.carries`): all of them, or
-those of data parallelism beside tensor parallelism. Then processes stand in rows, each with its parts of the parameters   `Rows`
+An exchange goes along axes of the mesh along which every gradient is summed (`planner.coding.carries`): all of them, or those
+of data parallelism beside tensor parallelism, or beside ZeRO along the others (hybrid sharding: plain reduce-scatters inside a
+node, coded messages between nodes). Then processes stand in rows, each with its parts of the parameters                  `Rows`
 
     a part                  to the codec a tensor of its own, with its shape and random numbers of its own
     what rows hold alike    summed as it is over the rows first; then the same bits go the same way, by the same random numbers,
@@ -45,10 +47,10 @@ from weft.comm.segments import Cut
 from weft.errors import ExchangeMismatch
 from weft.placement.comms import DONE, Group, Handle
 from weft.placement.layout import intervals
-from weft.planner.coding import Owed, carries
+from weft.planner.coding import Summed, carries
 from weft.runtime.buckets import Bucket, ScatterBucket
 from weft.runtime.choice import Choice
-from weft.runtime.pieces import Holding
+from weft.runtime.pieces import Holding, hold
 from weft.runtime.store import Groups
 
 __all__ = ["Coded", "Rows", "code", "about", "check", "read", "save"]
@@ -80,7 +82,7 @@ class Rows:
         mesh, axes = held[0].mesh, carries(_owed(h) for h in held)
         ranks = tuple(mesh.lines(axes))
         own = next(number for number, row in enumerate(ranks) if mesh.at(held[0].position) in row)
-        parts = {h.name: [_part(h, mesh.coordinates(row[0])) for row in ranks] for h in held}
+        parts = {h.name: [_part(h, mesh.coordinates(row[0]), axes) for row in ranks] for h in held}
         return cls(axes, ranks, own, {name: of for name, of in parts.items() if any(of)})
 
     @property
@@ -88,16 +90,39 @@ class Rows:
         return len(self.ranks[0])
 
 
-def _owed(h: Holding) -> Owed:
+def _owed(h: Holding) -> Summed:
     return h.scatter_axes, h.sum_axes
 
 
-def _part(h: Holding, position: Sequence[int]) -> str:
-    """What of a parameter is used at a position of the mesh, as one would index it; "" for all of it."""
+def _cut_first(h: Holding, axes: Sequence[int]) -> bool:
+    """Whether an exchange along some axes carries pieces of a gradient, cut along other axes before."""
+    return bool(h.scatter_axes) and not {*h.scatter_axes} & {*axes}
+
+
+def _part(h: Holding, position: Sequence[int], axes: Sequence[int]) -> str:
+    """What of a parameter is exchanged at a position of the mesh, as one would index it; "" for all of it."""
     held = [intervals(size, dim, h.used, h.mesh, position) for dim, size in enumerate(h.shape)]
+    if _cut_first(h, axes):
+        there = hold(h.name, h.shape, h.dtype, h.trainable, h.placement, h.mesh, tuple(position))
+        held = [_inside(ranges, *box) for ranges, box in zip(held, there.boxes[there.member], strict=True)]
     if all(ranges == [(0, size)] for ranges, size in zip(held, h.shape, strict=True)):
         return ""
     return f"[{', '.join('+'.join(f'{start}:{stop}' for start, stop in ranges) for ranges in held)}]"
+
+
+def _inside(ranges: Sequence[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+    """Entries start..stop of what some index ranges hold, as index ranges.
+
+    >>> _inside([(0, 4), (10, 14)], 2, 5)
+    [(2, 4), (10, 11)]
+    """
+    found = []
+    for low, high in ranges:
+        first, last = low + max(start, 0), min(high, low + stop)
+        if first < last:
+            found.append((first, last))
+        start, stop = start - (high - low), stop - (high - low)
+    return found or [(0, 0)]
 
 
 @final
@@ -146,10 +171,10 @@ class Coded:
         aside, ranks = len(rows.ranks) > 1, len(rows.ranks) * rows.length
         if not rows.axes:
             raise ValueError(
-                "run: exchange= needs axes of the mesh along which all gradients are summed, whole or in pieces along just "
-                f"these, but {_first_refused(buckets)!r} does not fit; use data parallelism or ZeRO over all devices, or along "
-                "an axis beside tensor parallelism (Plan.manual(..., strategy='dp' or 'zero-1', or ('dp', 'tp') on a mesh), or "
-                "leave exchange out"
+                "run: exchange= needs axes of the mesh along which all gradients are summed, whole, or in pieces along just "
+                f"these or others alone, but {_first_refused(buckets)!r} does not fit; use data parallelism or ZeRO over all "
+                "devices, or along an axis beside ZeRO or tensor parallelism (Plan.manual(..., strategy='dp' or 'zero-1', or "
+                "('dp', 'zero-1') or ('dp', 'tp') on a mesh), or leave exchange out"
             )
         if aside and exchange.one_group:
             raise ValueError(
@@ -169,18 +194,18 @@ class Coded:
         if exchange.memory.velocity:
             _check_momentum(exchange, optimizer)
         self.exchange, self.name, self.rows, self._buckets = exchange, name, rows, tuple(buckets)
-        self.pieces = pieces(buckets)
+        self.pieces = pieces(buckets, rows.axes)
         self._specs = {id(b): _specs(b, rows) for b in buckets}
         if aside:
             _agree(exchange, buckets)
         exchange.open([spec for specs in self._specs.values() for spec in specs], rows.ranks)
         members = dist.get_process_group_ranks(exchange.core.wired.group)
-        self._cuts = {id(b): _cuts(b, members) for b in buckets}
+        self._cuts = {id(b): _cuts(b, members, rows.axes) for b in buckets}
         self._first = {id(b): _over_rows(b, rows.axes) for b in buckets}
         self._unsent: Callable[[], None] | None = None  # submits a bucket that rows sum now
         self._catch_up()
         for bucket in buckets:
-            bucket.send = self._send
+            bucket.send, bucket.cut_first = self._send, _cut_first(bucket.trainable[0], rows.axes)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -201,25 +226,27 @@ class Coded:
         self.exchange.load_state_dict(state)
         self._catch_up()
 
-    def _send(self, bucket: Bucket, flat: Tensor) -> Handle:
+    def _send(self, bucket: Bucket, flat: Tensor, after: Handle) -> Handle:
         if bucket is self._buckets[0]:
             self._unsent = None  # of a step that an error has ended
         self._submit_unsent()
         sending = _Sending(self.exchange.timeout + GRACE, self._submit_unsent)
         group = self._first[id(bucket)]
-        summing: Handle = DONE if group is None else group.all_reduce_async(flat)
+        if group is not None:
+            after.wait()
+            after = group.all_reduce_async(flat)
 
         def submit() -> None:
-            summing.wait()
+            after.wait()
             self._submit(bucket, flat, sending)
 
         self._unsent = submit
-        if group is None:
+        if after is DONE:
             self._submit_unsent()
         return sending
 
     def _submit_unsent(self) -> None:
-        """Buckets are submitted in their order; the sum over rows goes on while backward computes the next one."""
+        """Buckets are submitted in their order; what is summed or cut before goes on while backward computes the next one."""
         if self._unsent is not None:
             unsent, self._unsent = self._unsent, None
             unsent()
@@ -291,26 +318,36 @@ def _agree(exchange: Exchange, buckets: Sequence[Bucket]) -> None:
 def _over_rows(bucket: Bucket, axes: Sequence[int]) -> Group | None:
     """Those that hold the same of a bucket's parameters in other rows: gradients are summed over them first."""
     h = bucket.trainable[0]
-    rest = [axis for axis in range(h.mesh.ndim) if axis in (*h.scatter_axes, *h.sum_axes) and axis not in axes]
+    rest = [axis for axis in range(h.mesh.ndim) if axis in h.sum_axes and axis not in axes]
     return Groups(h.mesh, h.mesh.at(h.position)).over(rest, "reduce") if rest else None
 
 
 def _specs(bucket: Bucket, rows: Rows) -> list[Spec]:
-    whole = [""] * len(rows.ranks)
-    return [Spec(h.name, tuple(h.local), h.dtype, rows.parts.get(h.name, whole)[rows.own]) for h in bucket.trainable]
+    whole, found = [""] * len(rows.ranks), []
+    for h in bucket.trainable:
+        shape = h.piece_shape() if _cut_first(h, rows.axes) else tuple(h.local)
+        parts = rows.parts.get(h.name, whole)
+        found.append(Spec(h.name, shape, h.dtype, parts[rows.own], parts.count(parts[rows.own])))
+    return found
 
 
-def _cuts(bucket: Bucket, members: Sequence[int]) -> list[Cut]:
+def _scattered(bucket: Bucket, axes: Sequence[int]) -> bool:
+    """Whether each of those that exchange a bucket keeps a piece."""
+    return isinstance(bucket, ScatterBucket) and bucket.trainable[0].scatter_axes == tuple(axes)
+
+
+def _cuts(bucket: Bucket, members: Sequence[int], axes: Sequence[int]) -> list[Cut]:
     """What each of an exchange's members (global ranks) keeps of every gradient; none where all keep it whole."""
-    if not isinstance(bucket, ScatterBucket):
+    if not _scattered(bucket, axes):
         return []
+    assert isinstance(bucket, ScatterBucket)
     order = [bucket.reducing.ranks.index(rank) for rank in members]
     return [Cut(tuple(h.local), tuple(h.boxes[member] for member in order)) for h in bucket.trainable]
 
 
-def pieces(buckets: Sequence[Bucket]) -> list[str]:
-    """Parameters of whose gradients each process keeps a piece."""
-    return sorted(h.name for bucket in buckets if isinstance(bucket, ScatterBucket) for h in bucket.trainable)
+def pieces(buckets: Sequence[Bucket], axes: Sequence[int]) -> list[str]:
+    """Parameters of whose gradients each of those that exchange them keeps a piece."""
+    return sorted(h.name for bucket in buckets if _scattered(bucket, axes) for h in bucket.trainable)
 
 
 # ---- checkpoints
@@ -379,7 +416,7 @@ def check(exchange: Exchange | None, buckets: Sequence[Bucket], index: Mapping[s
                 "Go on with a plan that cuts parameters as the one that saved, over any number of processes in a group, or load "
                 "the weights alone: trainer.load_state_dict(weft.runtime.read_whole(path)).",
             )  # fmt: skip
-    fresh = sorted(set(pieces(buckets)) - set(saved.get("pieces", ())))
+    fresh = sorted(set(pieces(buckets, rows.axes)) - set(saved.get("pieces", ())))
     if fresh and isinstance(exchange.topology, ScatterGather) and exchange.topology.memory is not None:
         raise ExchangeMismatch(
             f"placements of {fresh[0]!r} of run and checkpoint", "each process keeps a piece of its gradient",

@@ -297,7 +297,7 @@ class Engine:
         if self.coded is not None:
             self.coded.carry_decay(self.optimizer)
         self.optimizer.step()
-        self.store.updated()
+        self.store.updated(frozen=False)
         self.steps += 1
         return replace(result, norm=norm)
 

@@ -29,7 +29,6 @@ ELEMENTWISE = frozenset(
 )
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 NOT_ELEMENTWISE = {
-    "LBFGS": "its steps mix all parameters",
     "Adafactor": "it keeps row and column statistics of whole matrices",
     "Muon": "it orthogonalises whole matrices",
     "SparseAdam": "it needs sparse gradients",
@@ -103,16 +102,25 @@ def recipe(optimizer: Callable[[Iterable[Any]], Optimizer] | Optimizer, model: n
         model: whose parameters it is about.
         loss: if a module, an instance may hold its parameters too; the graph calls them `loss.<name>`.
     Raises:
-        ValueError: it is none of these, it holds tensors that are not the model's, or it has been stepped already.
+        ValueError: it is none of these, it needs a closure, it holds tensors that are not the model's, or it has been stepped.
     """
     built = optimizer
     if not isinstance(optimizer, Optimizer):
         if not callable(optimizer):
-            raise ValueError(f"optimizer: must be a class, a function or an instance of torch.optim, got {optimizer!r}")
+            raise ValueError(
+                f"optimizer: must be a class, a function or an instance of torch.optim, got {optimizer!r}; give "
+                "torch.optim.AdamW or functools.partial(torch.optim.AdamW, lr=1e-3)"
+            )
         built = optimizer(list(model.parameters()))
         if not isinstance(built, Optimizer):
             raise ValueError(f"optimizer: calling it must give a torch.optim.Optimizer, got {type(built).__name__}")
     assert isinstance(built, Optimizer)
+    closure = inspect.signature(built.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"optimizer: {type(built).__name__} evaluates the model within its step (it needs a closure), which a run by a plan "
+            "cannot; use one whose step() takes nothing, as AdamW or SGD"
+        )
     if built.state:
         raise ValueError(
             "optimizer: it has state from earlier steps; pass a fresh one, and load a checkpoint for its state"

@@ -1,18 +1,8 @@
-"""What one process holds of each parameter: which axes owe a sum of gradients, which cut the optimizer's state.
-
-A parameter has a placement in which forward and backward `use` it. Along a mesh axis where that is Shard nothing is owed. Along
-one where it is Replicate each process computes a part of the gradient, and the plan says what becomes of it:
-
-    gradient, state both Replicate    the axis is summed over                             `Holding.sum_axes`
-    gradient or state Shard           the axis is summed over and cut: every process      `Holding.scatter_axes`
-                                      keeps, updates and (ZeRO-3) stores one piece
+"""What one process holds of each parameter: the piece that it keeps, updates and, under ZeRO-3, stores.
 
 The piece is cut from the local tensor that the process uses (not from the whole), outermost axis first, by `layout.deal`. Where
 the used tensor is whole in the cut dim that is the plan's Shard itself; where another axis cuts the same dim already,
-it is a finer cut of the same size that needs no exchange across the other axis.
-
-Several scatter axes form one group, numbered row by row. If one of them stores the parameter cut, all do: never more memory
-than planned.
+it is a finer cut of the same size that needs no exchange across the other axis. What is owed to whom: `placement.parameters`.
 """
 
 from __future__ import annotations
@@ -27,7 +17,8 @@ from torch import Tensor
 
 from weft.graph.graph import Graph
 from weft.placement.assignment import Assignment, ParameterPlacement
-from weft.placement.layout import Mesh, Placements, Replicate, Shard, deal, intervals, local_shape, take
+from weft.placement.layout import Mesh, Placements, deal, intervals, local_shape, take
+from weft.placement.parameters import Owed, Readings, cut_of
 
 __all__ = ["Holding", "hold", "holdings"]
 
@@ -46,12 +37,9 @@ class Holding:
         placement: the plan's word.
         mesh, position: the mesh and where this process is.
         local: shape in the used placement, here.
-        sum_axes: mesh axes over which gradients are summed and the result kept whole.
-        scatter_axes: mesh axes over which gradients are summed and cut.
+        owed: mesh axes over which gradients are summed, and summed and cut.
         boxes: for each member of the scatter group, what it keeps of the local tensor; one box, all of it, without such axes.
         member: which of them this process is.
-        stored_cut: the parameter itself is stored cut and gathered before use (ZeRO-3).
-        every_micro_batch: gradients are scattered after every micro-batch (ZeRO-2, ZeRO-3), not once per step.
     """
 
     name: str
@@ -62,16 +50,25 @@ class Holding:
     mesh: Mesh
     position: tuple[int, ...]
     local: tuple[int, ...]
-    sum_axes: tuple[int, ...]
-    scatter_axes: tuple[int, ...]
+    owed: Owed
     boxes: tuple[Box, ...]
     member: int
-    stored_cut: bool
-    every_micro_batch: bool
 
     @property
     def used(self) -> Placements:
         return self.placement.used
+
+    @property
+    def sum_axes(self) -> tuple[int, ...]:
+        return self.owed.sum_axes
+
+    @property
+    def scatter_axes(self) -> tuple[int, ...]:
+        return self.owed.scatter_axes
+
+    @property
+    def stored_cut(self) -> bool:
+        return self.owed.stored_cut
 
     @property
     def numel(self) -> int:
@@ -123,13 +120,8 @@ def hold(
         ValueError: a Shard does not fit the shape.
     """
     used = placement.used
-    cut = {}
-    for axis in range(mesh.ndim):
-        shards = [
-            p[axis] for p in (placement.state, placement.gradient, placement.stored) if isinstance(p[axis], Shard)
-        ]
-        if used[axis] == Replicate() and shards and mesh.shape[axis] > 1:
-            cut[axis] = shards[0]
+    owed = Owed.of(placement, mesh.shape)
+    cut = {axis: shard for axis in owed.scatter_axes if (shard := cut_of(placement, axis)) is not None}
     local = local_shape(shape, used, mesh, position)
     boxes = []
     for here in itertools.product(*(range(mesh.shape[axis]) for axis in cut)):
@@ -146,31 +138,17 @@ def hold(
     member = 0
     for axis in cut:
         member = member * mesh.shape[axis] + position[axis]
-    return Holding(
-        name, tuple(shape), dtype, trainable, placement, mesh, position, local,
-        sum_axes=tuple(a for a in range(mesh.ndim) if used[a] == Replicate() and a not in cut and mesh.shape[a] > 1),
-        scatter_axes=tuple(cut),
-        boxes=tuple(boxes),
-        member=member,
-        stored_cut=any(isinstance(placement.stored[axis], Shard) for axis in cut),
-        every_micro_batch=any(isinstance(p[axis], Shard) for p in (placement.gradient, placement.stored) for axis in cut),
-    )  # fmt: skip
+    return Holding(name, tuple(shape), dtype, trainable, placement, mesh, position, local, owed, tuple(boxes), member)
 
 
-def holdings(graph: Graph, assignment: Assignment, rank: int) -> dict[str, Holding]:
+def holdings(graph: Graph, assignment: Assignment, rank: int, readings: Readings | None = None) -> dict[str, Holding]:
     """The holding of every parameter of a graph at a global rank, in order of first use in forward."""
     position = assignment.mesh.coordinates(rank)
-    first_use: dict[str, int] = {}
-    by_node = {node.name: name for name, node in graph.parameters.items()}
-    for number, call in enumerate(graph.calls):
-        for ref in call.inputs:
-            if ref.node in by_node:
-                first_use.setdefault(by_node[ref.node], number)
-    names = sorted(graph.parameters, key=lambda name: first_use.get(name, -1))
+    readings = readings or Readings.of(graph)
     found = {}
-    for name in names:
+    for name in readings.order(graph.parameters):
         spec = graph.parameters[name].outputs[0]
         placement = assignment.parameters[name]
-        trainable = spec.requires_grad and name in first_use  # an unused one has no gradient on one device either
+        trainable = spec.requires_grad and name in readings.first  # an unused one has no gradient on one device either
         found[name] = hold(name, spec.shape, spec.dtype, trainable, placement, assignment.mesh, position)
     return found

@@ -90,6 +90,13 @@ def run(
         BudgetError: with a step: a process cannot stay within its bytes; the run has ended on all.
         PlanMismatch: with the first batch: the plan is for another model.
     """
+    if isinstance(plan, str | Path):
+        raise ValueError(f"run: plan must be a weft.Plan, got {str(plan)!r}; weft.Plan.load reads one from a file")
+    if scheduler is not None and not callable(scheduler):
+        raise ValueError(
+            f"run: scheduler must be a function from an optimizer to a torch.optim.lr_scheduler, got {scheduler!r}; give "
+            "functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=1000)"
+        )
     if exchange == "auto":
         exchange = auto()
     if exchange is not None and not isinstance(exchange, Exchange | Auto):
@@ -116,7 +123,7 @@ def run(
     trainer = None
     try:
         trainer = Trainer(
-            plan, model, optimizer or _optimizer(plan), driver, loss=loss if loss is not None else getattr(plan, "loss", None),
+            plan, model, optimizer or _optimizer(plan), driver, loss=loss if loss is not None else plan.loss,
             accumulate=accumulate, scheduler=scheduler, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
             progress=progress, log_dir=log_dir,
         )  # fmt: skip
@@ -137,7 +144,7 @@ def _check_priced(plan: Plan, exchange: Exchange | Auto | None) -> None:
     """Say so if gradients travel otherwise than the plan was priced: it may not be the fastest then, but it is right."""
     from weft.planner.coding import described
 
-    planned, given = getattr(plan, "exchange", ""), exchange.options if isinstance(exchange, Exchange) else ""
+    planned, given = plan.exchange, exchange.options if isinstance(exchange, Exchange) else ""
     if not planned or planned == given or isinstance(exchange, Auto):
         return
     instead = described(given) if given else "all-reduce"

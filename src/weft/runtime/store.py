@@ -2,7 +2,7 @@
 
 Problem    every process must start the same collectives in the same order, as early as data allows, and hold no more memory
            than the plan says. Autograd finishes gradients in an order that nobody promised.
-Method     parameters are put in buckets (`plan_buckets`), and each kind of event has one fixed order:
+Method     parameters are put in buckets (`placement.parameters`), and each kind of event has one fixed order:
                reductions   backward's expected order: a bucket starts when it and all before it are complete
                gathers      forward's order, then backward's; asking for a bucket starts all up to it, and the next one as
                             prefetch
@@ -23,90 +23,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from weft.graph.graph import Graph, Node, Ref
+from weft.graph.graph import Graph
 from weft.placement.assignment import Assignment
 from weft.placement.boxing import box
 from weft.placement.comms import Comms, Group
 from weft.placement.layout import Mesh, Replicate
 from weft.placement.localize import ParameterHooks
+from weft.placement.parameters import Readings, Traveller, buckets, largest_piece
 from weft.runtime.buckets import Bucket, LocalBucket, ScatterBucket, SumBucket
 from weft.runtime.pieces import Holding, holdings
 
 __all__ = ["Groups", "ParameterStore", "plan_buckets"]
 
-MIB = 1 << 20
-BUCKET_NBYTES = 25 * MIB  # as torch DDP: large enough to hide latency, small enough to start early
-FIRST_BUCKET_NBYTES = 1 * MIB  # the first reduction has nothing to hide behind but should start at once
-MIN_GATHER_NBYTES = 1 * MIB  # smaller blocks share a gather
 MAX_IN_FLIGHT = 2  # reduce-scatters under way, each with a copy of its bucket
 
 
-def plan_buckets(graph: Graph, held: Mapping[str, Holding]) -> list[list[Holding]]:
-    """Parameters by bucket, in the order in which gradients are reduced (against the order of first use).
-
-    Parameters gathered before use are bucketed by repeated block (`Graph.repeats`), the others by size.
-    """
-    kinds: dict[object, list[Holding]] = {}
-    for h in held.values():
-        kinds.setdefault(_kind(h), []).append(h)
-    blocks = _blocks(graph)
-    buckets: list[list[Holding]] = []
-    for members in kinds.values():
-        members = members[::-1]
-        buckets += _by_block(members, blocks) if members[0].stored_cut else _by_size(members)
-    place = {name: index for index, name in enumerate(held)}
-    return sorted(buckets, key=lambda bucket: -min(place[h.name] for h in bucket))
-
-
-def _kind(h: Holding) -> object:
-    owed = h.trainable or h.stored_cut
-    return (
-        h.dtype,
-        h.scatter_axes,
-        h.stored_cut,
-        h.every_micro_batch,
-        h.sum_axes if owed else (),
-        h.trainable or h.stored_cut,
-    )
-
-
-def _by_size(members: Sequence[Holding]) -> list[list[Holding]]:
-    buckets: list[list[Holding]] = [[]]
-    room = FIRST_BUCKET_NBYTES
-    for h in members:
-        if buckets[-1] and sum(other.nbytes for other in buckets[-1]) + h.nbytes > room:
-            buckets.append([])
-            room = BUCKET_NBYTES
-        buckets[-1].append(h)
-    return buckets
-
-
-def _by_block(members: Sequence[Holding], blocks: Mapping[str, object]) -> list[list[Holding]]:
-    """Consecutive parameters of one block together; a bucket below the minimum is joined by its neighbour."""
-    buckets: list[list[Holding]] = []
-    for h in members:
-        size = sum(other.nbytes for other in buckets[-1]) if buckets else 0
-        same = bool(buckets) and blocks.get(buckets[-1][-1].name) == blocks.get(h.name)
-        if buckets and (size < MIN_GATHER_NBYTES or (same and size + h.nbytes <= BUCKET_NBYTES)):
-            buckets[-1].append(h)
-        else:
-            buckets.append([h])
-    return buckets
-
-
-def _blocks(graph: Graph) -> dict[str, object]:
-    """Parameter name -> the copy of a repeated block that alone uses it; others are missing."""
-    copy_of: dict[str, object] = {}
-    for number, repeat in enumerate(graph.repeats):
-        for index, call in enumerate(graph.calls[repeat.start : repeat.start + repeat.length * repeat.count]):
-            copy_of[call.name] = (number, index // repeat.length)
-    users: dict[str, set[object]] = {}
-    by_node = {node.name: name for name, node in graph.parameters.items()}
-    for call in graph.calls:
-        for ref in call.inputs:
-            if ref.node in by_node:
-                users.setdefault(by_node[ref.node], set()).add(copy_of.get(call.name))
-    return {name: found.pop() for name, found in users.items() if len(found) == 1 and None not in found}
+def plan_buckets(held: Mapping[str, Holding], readings: Readings) -> list[list[Holding]]:
+    """Parameters by bucket, in the order in which gradients are reduced (against the order of first use)."""
+    travellers = [
+        Traveller(h.name, h.owed, h.dtype, h.trainable, h.dtype.itemsize * largest_piece(h.shape, h.used, h.mesh))
+        for h in held.values()
+    ]
+    return [[held[each.name] for each in bucket] for bucket in buckets(travellers, readings.block)]
 
 
 class ParameterStore(ParameterHooks):
@@ -122,11 +60,12 @@ class ParameterStore(ParameterHooks):
 
     def __init__(self, graph: Graph, assignment: Assignment, comms: Comms, device: torch.device | str = "cpu"):
         mesh, self.comms = assignment.mesh, comms
-        self.holdings = holdings(graph, assignment, comms.rank)
+        readings = Readings.of(graph)
+        self.holdings = holdings(graph, assignment, comms.rank, readings)
         self.leaves: dict[str, nn.Parameter] = {}
         self.buckets: list[Bucket] = []
         groups = Groups(mesh, comms.rank)
-        for members in plan_buckets(graph, self.holdings):
+        for members in plan_buckets(self.holdings, readings):
             self.buckets.append(self._build(members, groups, torch.device(device)))
         self.pieces = {name: bucket.pieces[name] for bucket in self.buckets for name in bucket.pieces}
         self.pieces = {name: self.pieces[name] for name in self.holdings}
@@ -134,7 +73,7 @@ class ParameterStore(ParameterHooks):
         self._hook_leaves()
         self._forward = [b for b in reversed(self.buckets) if isinstance(b, ScatterBucket) and b.stored_cut]
         self.gathered = [[h.name for h in bucket.holdings] for bucket in self._forward]
-        self._plan_backward(graph)
+        self._plan_backward(readings)
         self._next_reduction = 0
         self._in_flight: list[ScatterBucket] = []
         self._last_micro_batch = True
@@ -161,24 +100,11 @@ class ParameterStore(ParameterHooks):
             for h in bucket.trainable:
                 self.leaves[h.name].register_post_accumulate_grad_hook(partial(self._arrived, bucket))
 
-    def _plan_backward(self, graph: Graph) -> None:
+    def _plan_backward(self, readings: Readings) -> None:
         """Backward's order of gathers: against the order of last use, without buckets that backward never reads."""
-        last_use: dict[str, int] = {}
-        rereaders: set[str] = set()
-        lives_in = {Ref(node.name): name for name, node in graph.parameters.items()}
-        for number, call in enumerate(graph.calls):
-            for operand, ref in enumerate(call.inputs):
-                name = lives_in.get(ref)
-                if name is None:
-                    continue
-                last_use[name] = number
-                if not _reads_no_weight_in_backward(call):
-                    rereaders.add(name)
-                if call.kind == "view" and operand == 0:  # who reads a view reads the parameter
-                    lives_in.update({Ref(call.name, index): name for index in range(len(call.outputs))})
         for bucket in self._forward:
-            bucket.reread = any(h.name in rereaders for h in bucket.holdings)
-        rank = lambda b: max((last_use.get(h.name, -1) for h in b.holdings), default=-1)
+            bucket.reread = any(h.name in readings.again for h in bucket.holdings)
+        rank = lambda b: max(readings.last.get(h.name, -1) for h in b.holdings)
         self._backward = sorted((b for b in self._forward if b.reread), key=rank, reverse=True)
         # The bucket that forward reads last is the first that backward reads: freeing it in between would save nothing.
         self._kept = self._backward[0] if self._backward else None
@@ -242,8 +168,8 @@ class ParameterStore(ParameterHooks):
         while self._next_reduction < len(self._order) and self._order[self._next_reduction].waiting <= 0:
             bucket = self._order[self._next_reduction]
             self._next_reduction += 1
-            # (where an exchange sends, a rule may look at a step's buckets all at once)
-            if isinstance(bucket, ScatterBucket) and bucket.send is None:
+            # (where an exchange sends, at the step's end, a rule may look at its buckets all at once)
+            if isinstance(bucket, ScatterBucket) and not (bucket.send and self._last_micro_batch):
                 if len(self._in_flight) == MAX_IN_FLIGHT:
                     self._in_flight.pop(0).finish()
                 self._in_flight.append(bucket)
@@ -269,11 +195,12 @@ class ParameterStore(ParameterHooks):
             bucket.drop_gather()
             bucket.free()
 
-    def updated(self) -> None:
-        """After the optimizer has changed the pieces: bring the leaves in line."""
-        for bucket in self.buckets:
+    def updated(self, frozen: bool = True) -> None:
+        """After pieces have changed: bring the leaves in line; an optimizer leaves `frozen` parameters as they are."""
+        changed = self.buckets if frozen else self._order
+        for bucket in changed:
             bucket.updated()
-        for bucket in self.buckets:
+        for bucket in changed:
             bucket.settle()
 
     def abandon(self) -> None:
@@ -349,11 +276,6 @@ class ParameterStore(ParameterHooks):
         gradient = sum(g.nbytes for b in self._order for g in b.gradients())
         cut = sum(p.nbytes for n, p in self.pieces.items() if self.holdings[n].stored_cut)
         return {"parameters": used + whole + cut, "gradients": gradient, "pieces": stored}
-
-
-def _reads_no_weight_in_backward(call: Node) -> bool:
-    """Whether backward of the operator does without its parameters' values: an embedding only scatters into them."""
-    return call.op == "embedding"
 
 
 class Groups:

@@ -150,7 +150,7 @@ class Trainer:
         self.plan.check_graph(graph)
         self._check_model(graph)
         values: Values = tape_of(self.model) or whole_values(self.model, self._loss)
-        squeezes = {rank: s for s in getattr(self.plan, "squeezes", ()) for rank in s.ranks}
+        squeezes = {rank: s for s in self.plan.squeezes for rank in s.ranks}
         self.driver.setup(graph, self.plan.assignment, self._recipe, values, squeezes)
         self._graph = graph
         self._ready.add(graph_key(graph))
@@ -223,8 +223,7 @@ class Trainer:
         if self._progress is not None:
             if self.steps <= 2:
                 self._nbytes = max(sum(kept.values()) for kept in self.driver.memory())
-            planned = getattr(self.plan, "prediction", None)
-            peak = (self.peak, planned.peak if planned is not None else 0) if self.peak else None
+            peak = (self.peak, self.plan.prediction.peak) if self.peak else None
             self._progress.show(self.steps, result.loss, self.meter, self._nbytes, peak)
         if self._checkpoint is not None and self._every and self.steps % self._every == 0:
             self.save(self._checkpoint)

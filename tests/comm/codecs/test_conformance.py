@@ -44,6 +44,12 @@ CASES = [
 ]
 
 
+def moved(tensor, by):
+    """The same values elsewhere in memory, `by` entries behind an aligned address."""
+    place = tensor.new_empty(tensor.numel() + by)[by:].view(tensor.shape)
+    return place.copy_(tensor)
+
+
 def cases(chosen=CASES):
     return pytest.mark.parametrize(("name", "codec", "setting"), chosen, ids=str)
 
@@ -302,3 +308,26 @@ def test_a_cast_takes_torchs_types():
     assert Cast(torch.bfloat16) == Cast("bfloat16")
     with pytest.raises(ValueError, match=r"must be one of \['bfloat16', 'float16'\], got torch.int8"):
         Cast(torch.int8)
+
+
+@cases()
+def test_bits_do_not_depend_on_where_a_tensor_lies(name, codec, setting):
+    """A bucket begins anywhere, and buckets change: a matrix product's or a dot product's bits change with the address."""
+    spec = Spec("w", (70, 150))
+    x = torch.randn(spec.numel, generator=torch.Generator().manual_seed(0))
+    found = []
+    for by in (0, 1, 5):
+        state = {"seed": 1, "shared_seed": 2}
+        message = codec.encode(moved(x, by), spec, state, setting, 0)
+        made = [*message, codec.decode([moved(part, by) for part in message], spec, setting)]
+        if isinstance(codec, LinearCodec):
+            talk = codec.rounds(moved(x, by), spec, {"seed": 1, "shared_seed": 2}, setting, 0)
+            mean = next(talk)
+            try:
+                while True:
+                    mean = talk.send(moved(mean, by))
+            except StopIteration as stop:
+                made.append(stop.value)
+        found.append(made)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from weft.comm.agree import describe
 from weft.comm.codec import Spec
 from weft.comm.codecs import TopK
 from weft.comm.memories import MomentumCorrection
@@ -106,7 +107,11 @@ def test_half_precision_values_leave_nothing_at_masked_positions():
 
 def test_local_clipping():
     """Each tensor to clip / sqrt(N) before it is added, and only if it is longer."""
-    memory, state = MomentumCorrection(0.9, clip=2.0, ranks=4), {}
+    memory, state = MomentumCorrection(0.9, clip=2.0).sized(4), {}
+    assert describe(memory) == describe(
+        MomentumCorrection(0.9, clip=2.0)
+    )  # a checkpoint of other numbers of ranks fits
+    assert MomentumCorrection(ranks=2).sized(4).ranks == 2
     g = gradients(1)[0]
     y = memory.before(g.clone(), SPEC, state)
     assert math.isclose(float(y.norm()), 1.0, rel_tol=1e-5)

@@ -75,6 +75,23 @@ def test_moves_with_the_messages(name):
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_messages_of_16_bits_are_combined_in_32(name, dtype):
+    for messages in (cloud(3).to(dtype), torch.full((15, 3), 1.8, dtype=dtype), torch.full((15, 3), 1e4, dtype=dtype)):
+        expected = build(name)(messages.double(), 4)
+        found = build(name)(messages, 4)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("messages", [torch.ones(15, 3, dtype=torch.int64), torch.ones(15)])
+def test_what_are_no_messages(name, messages):
+    with pytest.raises(ValueError, match=r"floating-point numbers of shape \(n, d\)"):
+        build(name)(messages, 0)
+
+
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e7])
 def test_equal_messages_are_returned(name, value):
     message = value * torch.linspace(0.5, 1, 20, dtype=torch.float64)

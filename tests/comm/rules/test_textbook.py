@@ -149,6 +149,24 @@ def test_geometric_median_is_the_minimum(seed):
     torch.testing.assert_close(GeometricMedian(iterations=3, nu=0.1, start="zero")(x), z)
 
 
+def test_a_message_may_be_the_geometric_median():
+    corners = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.5, 0.5]], dtype=torch.float64)
+    assert torch.equal(GeometricMedian()(corners), corners[3])  # inside the triangle of the others: Fagnano, 1775
+    obtuse = torch.tensor([[0.0, 0.0], [4.0, 1.0], [-4.0, 1.0]])
+    assert torch.equal(GeometricMedian()(obtuse), obtuse[0])  # an angle above 120 degrees
+    line = torch.tensor([[1.0], [9.0], [3.0], [4.0]])
+    torch.testing.assert_close(GeometricMedian()(line), torch.tensor([3.5]))  # any point between the two in the middle
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_nearest_of_messages_whose_squares_are_no_float32(scale):
+    x = cloud(4, 9)
+    messages = (scale * x).float()
+    torch.testing.assert_close(
+        NearestToOwn(4)(messages, 2), NearestToOwn(4)(messages.double(), 2).float(), rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.parametrize("tau", [0.5, 3.0, 100.0])
 def test_centred_clipping(tau):
     x = cloud(1, 9)

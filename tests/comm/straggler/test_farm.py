@@ -147,6 +147,7 @@ def test_errors_of_the_loss_reach_the_master(crew):
         (GC(1), [nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))], "batch norm at '1'"),
         (GC(1), [nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))], "dropout at '1'"),
         (GC(1), [nn.Tanh()], "trainable parameters"),
+        (GC(1), [make(0).bfloat16()], "as numpy has them, got .*bfloat16"),
     ],
 )
 def test_bad_farms(policy, models, message):

@@ -25,7 +25,7 @@ def by_events(scheme, times):
     n = times.shape[1]
     scheme = scheme.sized(n)
     history, seconds = [], []
-    for t, row in enumerate(times * scaled(scheme.load, n, 3.0)):
+    for t, row in enumerate(times * scaled(scheme, 3.0)):
         arrivals, decision, now = [], None, 0.0
         waiting = [int(i) for i in np.argsort(row, kind="stable")]
         while decision is None:
@@ -73,14 +73,17 @@ def test_a_late_worker_finishes_what_it_began_and_skips_what_it_missed():
     assert replay(GC(1), burst, 0.0).late[:7, 0].all() and not replay(GC(1), burst, 0.0, carry=False).late[1:].any()
 
 
-def test_fit_is_the_best_of_all(capsys):
+@pytest.mark.parametrize("message", [0.0, 0.3])
+def test_fit_is_the_best_of_all(capsys, message):
     times = record(40, 6)
-    best = fit(times, 5.0, max_delay=2)
-    every = {scheme: replay(scheme, times, 5.0).total for scheme in candidates(6, 2)}
+    best = fit(times, 5.0, max_delay=2, message=message)
+    every = {scheme: replay(scheme, times, 5.0, message=message).total for scheme in candidates(6, 2)}
     assert every[best] == min(every.values()) and best.delay <= 2
     table = capsys.readouterr().out
     assert all(family in table for family in ("Uncoded", "GC", "SRSGC", "MSGC")) and "of best" in table
-    assert len(ranking(times, 5.0, candidates(6, 2))) == 4
+    assert len(ranking(times, 5.0, candidates(6, 2), message=message)) == 4
+    among = [Uncoded(), MSGC(1, 3, 1, mu=0.1)]  # three messages where the other makes one
+    assert type(fit(times, 5.0, 2, among=among, message=message)) is (Uncoded if message else MSGC)
 
 
 def test_nobody_late_means_uncoded_and_one_model_means_no_delay():
@@ -92,7 +95,9 @@ def test_slope():
     assert slope([0.1, 0.3, 0.5], [1.2, 1.6, 2.0]) == pytest.approx(2.0)
     assert slope([0.1, 0.2], [1.0, 2.0]) == pytest.approx(math.inf) or slope([0.1, 0.2], [1.0, 2.0]) > 1e9
     assert slope([0.1, 0.2], [1.0, 0.9]) == 0.0
-    assert scaled(0.5, 8, math.inf) == 4 and scaled(1 / 8, 8, 7.0) == 1
+    assert scaled(GC(3, workers=8), math.inf) == 4 and scaled(Uncoded(workers=8), 7.0, 0.5) == 1
+    split = MSGC(1, 2, 0, workers=8)
+    assert split.load == pytest.approx(1 / 8) and scaled(split, 7.0, 0.5) == pytest.approx(1.5)
     with pytest.raises(ValueError, match="two different loads"):
         slope([0.1, 0.1], [1.0, 2.0])
 
@@ -103,6 +108,7 @@ def test_slope():
         (lambda: fit(np.ones((5, 4)), 1.0, 1), "at least 10 rounds"),
         (lambda: fit(np.ones((20, 4)), -1.0, 1), "slope must be"),
         (lambda: fit(np.ones((20, 4)), math.nan, 1), "slope must be"),
+        (lambda: fit(np.ones((20, 4)), 1.0, 1, message=-0.1), "message must be"),
         (lambda: fit(np.zeros((20, 4)), 1.0, 1), "seconds > 0"),
         (lambda: fit(np.ones(20), 1.0, 1), "matrix"),
         (lambda: fit(np.ones((20, 4)), 1.0, -1), "max_delay"),

@@ -255,6 +255,11 @@ def test_evaluation_is_planned_too():
         torch._dynamo.reset()
         with pytest.raises(BudgetError):
             torch.compile(model, backend=backend(engine.regions[0].trace.fixed + 1000), dynamic=False)(x)
+        torch._dynamo.reset()
+        # What is outside leaves less than nothing.
+        with pytest.raises(BudgetError, match="outside of the compiled graph") as refused:
+            torch.compile(model, backend=backend("1KiB", outside="1MiB"), dynamic=False)(x)
+        assert refused.value.budget == 1024 and refused.value.least > 2**20
 
 
 def test_symbolic_sizes_are_refused():

@@ -33,7 +33,7 @@ def test_a_tier_reaches_budgets_that_recomputation_cannot(replay):
     assert_same(eager, train(made, within=limited))
     assert not limited.notes
     if replay:
-        (plan,) = limited._cycle
+        (plan,) = limited._cycle.plans
         assert plan.tier == DISK and plan.checked.saved_bytes and plan.peak <= budget
 
 
@@ -101,3 +101,12 @@ def test_a_full_disk_is_named_and_takes_nothing(monkeypatch):
         train(made, within=limit(int(0.46 * peak_of("halting")), model=made.model, tier=DISK))
     for now, then in zip(made.model.parameters(), before, strict=True):
         assert torch.equal(now, then)
+
+
+def test_what_is_no_tier():
+    for _ in range(2):  # and the first leaves no limit behind
+        with (
+            pytest.raises(ValueError, match=r"tier must be a weft\.memory\.Tier, got 'disk'"),
+            limit("1MiB", tier="disk"),
+        ):
+            pass

@@ -74,6 +74,16 @@ def test_nobody_is_overwritten(backend):
     assert a.tolist() == [1.0] * 64 and b.tolist() == [2.0] * 64
 
 
+def test_a_move_overwrites_nobody(backend):
+    a, _ = made(backend, 1024, 1)
+    b, block = made(backend, 2048, 2)
+    old, block.offset = block.offset, 960  # against the plan: a is still there, the user's loss perhaps
+    backend.move(block, old)
+    c, _ = made(backend, 2048, 3)  # what b has left is free
+    assert a.tolist() == [1.0] * 64 and b.tolist() == [2.0] * 64 and c.tolist() == [3.0] * 64
+    assert c.data_ptr() - base(backend) == 2048
+
+
 def test_what_leaves_outlives_the_arena(backend):
     a, _ = made(backend, 1024, 1)
     backend.leave(storage_of(a))

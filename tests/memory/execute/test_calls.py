@@ -116,7 +116,7 @@ def test_dropped_and_brought_back(name):
         for _ in range(2):
             for hold in recipes:
                 online.core.evict(hold.block)
-            assert len(online._dropped) == len(recipes)
+            assert len(online.bytes.dropped) == len(recipes)
             for hold in reversed(recipes):
                 online._at_work(lambda hold=hold: online.core.ensure(hold.block))
             assert all(torch.equal(tensor, copy) for tensor, copy in zip(made, expected, strict=True))

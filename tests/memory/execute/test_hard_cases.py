@@ -270,7 +270,7 @@ def test_numpy_dlpack_and_pointers_see_the_bytes():
     with limit(6 * 16 * KIB, replay=False) as limited:
         ys = [torch.tanh(x + n) for n in range(3)]
         rest = [torch.exp(x * n) for n in range(3)]
-        assert len(limited._executor._dropped) >= 1
+        assert len(limited._executor.bytes.dropped) >= 1
         del rest
         first = ys[0].numpy()
         assert np.array_equal(first, torch.tanh(x + 0).numpy())
@@ -294,7 +294,7 @@ def test_saving_and_copying_tensors_inside(tmp_path):
     with limit(4 * 16 * KIB, replay=False) as limited:
         y = torch.tanh(x)
         rest = torch.exp(x), torch.sin(x), torch.cos(x)
-        assert limited._executor._dropped
+        assert limited._executor.bytes.dropped
         del rest
         torch.save(y, tmp_path / "y.pt")
         z = copy.deepcopy(y)

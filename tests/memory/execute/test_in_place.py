@@ -114,7 +114,7 @@ BUDGET = 340 * KIB
 def written_over(limited):
     """Names of the operators that the plan lets write over their gradients."""
     variants = {over_gradient(operator(name))[0] for name in OVER_GRADIENT}
-    return [op.name for plan in limited._cycle for op in plan.trace.ops if op.name in variants]
+    return [op.name for plan in limited._cycle.plans for op in plan.trace.ops if op.name in variants]
 
 
 @pytest.mark.parametrize("backend", ["count", "copy", "native"])
@@ -199,6 +199,34 @@ def test_a_second_gradient_is_wanted_from_some_step_on(at):
     eager, _ = loop(Net(), nullcontext(), before=unfreeze)
     found, kinds = loop(Net(), limit(BUDGET + 60 * KIB), before=unfreeze)
     assert found == eager and Replay in kinds
+
+
+class _Noting(torch.autograd.Function):
+    """The identity, whose gradient's strides are noted."""
+
+    strides: list[tuple[int, ...]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _Noting.strides.append(gradient.stride())
+        return gradient
+
+
+@pytest.mark.parametrize("function", [F.relu, F.gelu, F.silu, F.elu, torch.sigmoid, torch.tanh, F.hardtanh, F.softplus])
+def test_gradients_are_laid_out_as_ever(function):
+    """The gradient is contiguous, what it meets has channels last: kernels after it sum in the order of its strides."""
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for context in (nullcontext(), limit("1 MiB", replay=False)):
+        _Noting.strides.clear()
+        with context:
+            (function(_Noting.apply(x)).contiguous() * 2).sin().sum().backward()
+        found.append([*_Noting.strides])
+    assert found[0] == found[1] and len(found[0]) == 1
 
 
 def test_functions_of_users_branches_and_graphs_of_gradients():

@@ -66,6 +66,23 @@ def test_what_a_step_leaves_behind_counts_in_the_next(share):
     assert kinds[-1] is Replay
 
 
+@pytest.mark.parametrize("share", [0.9, 0.8])
+def test_what_hooks_keep_is_held_no_longer_than_they_keep_it(share):
+    """It is read at the beginning of the next step, and replaced in its course."""
+    kept = {}
+
+    def body(net, opt, number):
+        if not number:
+            kept.clear()
+            for n, layer in enumerate(net):
+                layer.register_forward_hook(lambda module, given, made, n=n: kept.update({n: made.detach()}))
+        loss = step(net, opt, torch.randn(256, 32))
+        return loss + sum(value.abs().mean() for value in kept.values())
+
+    _, kinds, *_ = loop(share, body, steps=12)
+    assert kinds[-1] is Replay
+
+
 def test_what_a_loop_collects_ends_a_plan_that_has_no_room_for_it():
     collected = []
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from weft.memory.execute import replay as replaying
+from weft.memory.execute.actions import Actions
 from weft.memory.execute.limit import Limit, limit
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Replay
@@ -65,14 +66,14 @@ def test_a_static_loop_is_replayed_and_repeats_what_the_plan_says():
     eager, found = loop(limit("1 GiB", replay=False)), loop(limited)
     assert same(eager, found)
     assert found[2][3:] == [Replay] * 13 and not limited.notes
-    plan = limited._cycle[0]
+    plan = limited._cycle.plans[0]
     assert any(action.kind == "again" for action in plan.schedule.actions)
 
 
 def count_repeats(monkeypatch):
     seen = []
-    honest = Replay._again
-    monkeypatch.setattr(Replay, "_again", lambda self, j, *rest: (seen.append(j), honest(self, j, *rest))[1])
+    honest = Actions._again
+    monkeypatch.setattr(Actions, "_again", lambda self, j, *rest: (seen.append(j), honest(self, j, *rest))[1])
     return seen
 
 
@@ -80,8 +81,25 @@ def test_repetitions_are_those_of_the_plan(monkeypatch):
     seen = count_repeats(monkeypatch)
     limited = limit(BUDGET)
     *_, kinds = loop(limited)
-    expected = [action.index for action in limited._cycle[0].schedule.actions if action.kind == "again"]
+    expected = [action.index for action in limited._cycle.plans[0].schedule.actions if action.kind == "again"]
     assert seen == expected * kinds[3:].count(Replay)
+
+
+def test_what_a_list_is_made_of_is_there_when_that_is_repeated(monkeypatch):
+    """As caches of keys and values begin: with an empty tensor, which nobody else keeps."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([torch.tensor([]), torch.tanh(layer(x)) + 1], dim=-1)
+        return x.square().mean()
+
+    monkeypatch.setattr(Net, "forward", forward)
+    limited = limit(BUDGET)
+    found = loop(limited)
+    assert same(loop(limit("1 GiB", replay=False)), found) and found[2][3:] == [Replay] * 13
+    plan = limited._cycle.plans[0]
+    again = {plan.trace.ops[action.index].name for action in plan.schedule.actions if action.kind == "again"}
+    assert "aten.cat.default" in again
 
 
 CHANGES = {
@@ -111,7 +129,7 @@ def test_falling_back_is_said_once_and_the_new_program_is_planned():
     with pytest.warns(UserWarning, match="it goes on online") as caught:
         *_, kinds = loop(limited, CHANGES["other operators for long"], at=6)
     assert len([w for w in caught if "weft.memory.limit" in str(w.message)]) == len(limited.notes) == 1
-    assert limited._given_up == 1 and Online in kinds[6:] and kinds[-1] is Replay
+    assert limited._cycle.given_up == 1 and Online in kinds[6:] and kinds[-1] is Replay
 
 
 def test_leaving_in_the_middle_of_a_replayed_step_hands_everything_back():
@@ -159,7 +177,7 @@ def test_a_value_kept_longer_than_the_plan_knows_is_there():
         for number in range(1, 22):
             step(number, number in (6, 21))
             if number == 12:  # planned again, with what is carried on from the sixth
-                assert any(action.kind == "again" for action in limited._cycle[0].schedule.actions)
+                assert any(action.kind == "again" for action in limited._cycle.plans[0].schedule.actions)
             seen.pop(number - 1, None) if number - 1 not in (0, 6, 21) else None
     for number in (6, 21):
         assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[number], strict=True))
@@ -211,7 +229,7 @@ def test_an_optimizer_that_raises_does_not_leave_the_limit_open():
         opt.param_groups[0]["lr"] = 0.1
         for _ in range(4):
             step(False)
-        assert limited._paused is None
+        assert limited._listening._paused is None
         assert limited._executor.hold_of(net.layers[0].weight) is not None
 
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.memory.planning.traces import Builder, chain, random_step, transformer
+from tests.memory.planning.traces import Builder, chain, random_step, training, transformer
 
 from weft.errors import BudgetError
+from weft.memory.core import MOVE_RATE
 from weft.memory.core.policy import POLICIES
 from weft.memory.core.simulate import simulate
+from weft.memory.planning import choose
 from weft.memory.planning.check import Tier, check
 from weft.memory.planning.choose import frontier, least, plan
 from weft.memory.planning.memory_plan import MemoryPlan, size
@@ -79,6 +81,33 @@ def test_more_bytes_never_cost_more_seconds():
     # and one by one, from the least up
     again = [plan(trace, limit, effort_seconds=0.05).seconds for limit, _ in pairs]
     assert again == sorted(again, reverse=True)
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, *range(2, 20)))])
+def test_single_calls_meet_every_budget_from_the_least_on_and_larger_ones_cost_hardly_more(seed, monkeypatch):
+    trace = training(seed)
+    low, costs = least(trace), []
+    for part in range(8):
+        monkeypatch.setattr(choose, "_desks", {})  # nothing is remembered
+        budget = low + (trace.peak - low) * part // 8
+        found = plan(trace, budget, effort_seconds=0.02)
+        sound(found, budget)
+        costs.append(found.seconds)
+    assert all(after <= 1.03 * min(costs[: n + 1]) for n, after in enumerate(costs[1:]))
+
+
+def test_addresses_that_do_not_fit_are_moved_where_that_is_cheaper_than_rebuilding(monkeypatch):
+    trace = training(0)
+    budget = least(trace) + (trace.peak - least(trace)) // 8
+    found = plan(trace, budget, effort_seconds=0.02)
+    moving = found.checked.moved_bytes / MOVE_RATE
+    assert moving > 0 and "move" in str(found)
+    assert found.seconds == pytest.approx(trace.seconds + found.checked.repeated_seconds + moving)
+    monkeypatch.setattr(choose, "MOVE_RATE", 1.0)  # byte per second
+    monkeypatch.setattr(choose, "_desks", {})
+    other = plan(trace, budget, effort_seconds=0.02)
+    assert not other.checked.moved_bytes and other.seconds > found.seconds
+    sound(other, budget)
 
 
 def test_plans_do_not_depend_on_what_was_planned_before_for_more_bytes():

@@ -6,7 +6,7 @@ from tests.memory.planning.traces import chain, random_step, transformer
 
 from weft.errors import BudgetError
 from weft.memory.planning.check import check
-from weft.memory.planning.improve import Gaps, descend, fill, search, smallest
+from weft.memory.planning.improve import Gaps, Ladder, descend, fill, search
 from weft.memory.planning.optimum import optimum
 from weft.memory.planning.retention import Retention
 from weft.memory.planning.shape import Shape
@@ -105,7 +105,7 @@ def test_failing_to_descend_leaves_a_valid_plan():
 def test_a_block_of_a_transformer_is_planned_nearly_as_well_as_can_be_and_the_least_budget_is_exact():
     trace = transformer(1)
     shape = Shape(trace)
-    plan = smallest(shape, 1, floor(shape), 100_000)
+    plan = Ladder(iter([Retention(shape)]), 1, floor(shape), 50_000).lowest().plan
     least = int(plan.peaks().max())
     assert check(trace, plan.schedule()).peak == least
     with pytest.raises(BudgetError):
@@ -120,7 +120,24 @@ def test_a_block_of_a_transformer_is_planned_nearly_as_well_as_can_be_and_the_le
 def test_smallest_needs_little_more_than_one_operator():
     for trace in (chain(12), transformer(4)):
         shape = Shape(trace)
-        assert floor(shape) <= smallest(shape, 1, floor(shape), 300_000).peaks().max() <= 1.4 * floor(shape)
+        assert (
+            floor(shape)
+            <= Ladder(iter([Retention(shape)]), 1, floor(shape), 150_000).lowest().peak
+            <= 1.4 * floor(shape)
+        )
+
+
+def test_a_ladder_is_the_same_whatever_was_asked_for_first():
+    trace = transformer(2)
+    shape, found = Shape(trace), []
+    for first in (None, 0.9, 0.5):
+        ladder = Ladder(iter([Retention(shape), Retention(shape)]), 1, floor(shape), 20_000)
+        if first is not None:
+            assert ladder.above(int(first * trace.peak)).peak > first * trace.peak
+        assert ladder.lowest() is ladder.lowest()
+        found.append([(rung.peak, rung.work, rung.plan.seconds) for rung in ladder.rungs])
+        assert [peak for peak, *_ in found[-1]] == [int(rung.plan.peaks().max()) for rung in ladder.rungs]
+    assert found[0] == found[1] == found[2] and found[0] == sorted(found[0], reverse=True)
 
 
 def test_what_was_given_up_and_taken_back_may_be_given_up_again():

@@ -153,3 +153,30 @@ def transformer(layers: int, *, unit: int = 64) -> Trace:
         d = build.op((d, x), (unit,), seconds=2, name="norm'", phase="backward")[0]
         g = build.op((g, d), (unit,), seconds=0.5, name="add", phase="backward")[0]
     return build.trace()
+
+
+def training(seed: int, layers: int = 25, unit: int = 2**16) -> Trace:
+    """A random network in training: chains, skips, sums of layers of unlike sizes; backward reads inputs, outputs or neither."""
+    draw, build = random.Random(seed), Builder()
+    x = build.before(unit, "input")
+    made, layered, gradient = [(x, unit)], [], {}
+    for _ in range(layers):
+        near = {made[max(0, len(made) - 1 - int(draw.expovariate(0.35)))] for _ in range(draw.choice([1, 1, 1, 2, 3]))}
+        sources, nbytes, kind = sorted(near), int(unit * draw.choice([0.25, 0.5, 1, 1, 2, 4])), draw.random()
+        seconds = draw.choice([0.2, 0.5, 1.0]) if kind < 0.5 else draw.choice([4.0, 8.0, 16.0])
+        workspace = nbytes // 2 if kind > 0.8 else 0
+        y = build.op([v for v, _ in sources], (nbytes,), seconds=seconds, workspace=workspace)[0]
+        layered.append((sources, y, seconds, kind))
+        made.append((y, nbytes))
+    y, nbytes = made[-1]
+    gradient[y] = build.op((y,), (nbytes,), seconds=0.5, phase="backward")[0]
+    for sources, y, seconds, kind in reversed(layered):
+        if y in gradient:
+            reads = [gradient.pop(y), *([y] if kind < 0.3 else ()), *([v for v, _ in sources] if kind > 0.2 else ())]
+            wanted = [(v, nbytes) for v, nbytes in sources if v != x]
+            found = build.op(reads, [nbytes for _, nbytes in wanted], seconds=2 * seconds, phase="backward")
+            for (v, nbytes), g in zip(wanted, found, strict=True):
+                if v in gradient:
+                    g = build.op((gradient[v], g), (nbytes,), seconds=0.2, phase="backward")[0]
+                gradient[v] = g
+    return build.trace()

@@ -203,6 +203,46 @@ def test_resume_on_another_number_of_processes(pool, tmp_path):
     assert len(kept) == 1 and len(list(kept[0].glob("rank*"))) == 2
 
 
+def few() -> nn.Module:
+    """20 elements and 96: of the first layer's parameters only rank 0 has any."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 16), nn.Linear(16, 1))
+
+
+def few_steps(model, optimizer, turns, everything: bool) -> None:
+    for turn in turns:
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(turn))
+        optimizer.zero_grad()
+        (model(x) if everything else model[0](x)).square().mean().backward()
+        optimizer.step()
+
+
+def worker_few(folder: str, everything: bool) -> tuple[dict, dict]:
+    import torch.distributed as dist
+
+    model = few() if everything else few()[:1]
+    tiers = Tiers("disk", "host", "disk")
+    with Tiered(model, ADAMW, tiers, folder, group=dist.group.WORLD, **SMALL) as tiered:
+        few_steps(model, tiered.optimizer, range(2), everything)
+        return tiered.state_dict(), tiered.optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_ranks_that_hold_nothing(pool, tmp_path, everything):
+    """They have no file; states are whole wherever they were, and the folder is resumed on one process."""
+    reference, again = (few() if everything else few()[:1] for _ in range(2))
+    made = ADAMW(reference.parameters())
+    few_steps(reference, made, range(2), everything)
+    for state, states in pool(2).run(worker_few, str(tmp_path), everything, timeout=200):
+        assert not differing(state, reference.state_dict())
+        for index, expected in made.state_dict()["state"].items():
+            assert not differing(states[index], expected)
+    few_steps(reference, made, range(2, 3), everything)
+    with Tiered(again, ADAMW, Tiers("disk", "host", "disk"), tmp_path, resume=True, **SMALL) as tiered:
+        few_steps(again, tiered.optimizer, range(2, 3), everything)
+        assert not differing(tiered.state_dict(), reference.state_dict())
+
+
 def test_a_rank_that_is_missing_from_the_folder(pool, tmp_path):
     import shutil
 

@@ -583,9 +583,10 @@ def test_states_in_memory_cannot_be_undone_and_say_so(tmp_path, monkeypatch):
         ({"tiers": Tiers("host"), "resume": True}, "optimizer='disk'"),
         ({"update": "sometimes"}, "'step' or 'backward'"),
         ({"chunk": "many"}, "chunk"),
-        ({"groups": [{"params": ["nobody"]}]}, "nobody is no trainable"),
+        ({"groups": [{"params": ["nobody"]}]}, "nobody is no parameter"),
         ({"groups": [{"params": ["head.bias"]}, {"params": ["head.bias"]}]}, "in two groups"),
         ({"optimizer": torch.optim.Adafactor, "tiers": Tiers(optimizer="disk"), "folder": "here"}, "elementwise"),
+        ({"optimizer": torch.optim.Adafactor, "tiers": Tiers("host")}, "elementwise"),  # pieces there too
     ],
 )
 def test_bad_options(tmp_path, options, match):
@@ -617,3 +618,6 @@ def test_closing_leaves_the_model_as_it_was(tmp_path):
     loss.backward()
     assert math.isfinite(loss.item()) and all(p.grad is not None for p in model.parameters())
     assert not list(tmp_path.glob("scratch*"))
+    for use in (tiered.step, tiered.state_dict):  # not a file that is gone, nor NaN
+        with pytest.raises(RuntimeError, match="closed"):
+            use()

@@ -81,15 +81,15 @@ def test_one_tile_at_a_time_on_the_device(tmp_path):
     optimizer = ADAMW(reference.parameters())
     most = 0
     with Tiered(model, ADAMW, Tiers("disk", "disk", "disk"), tmp_path, keep_below=1, ahead=1, chunk=1) as tiered:
-        trim = tiered._trim
+        trim = tiered.presence.trim
 
         def counted():
             nonlocal most
             trim()
-            held = [tiered.slots[i] for i in tiered._held if tiered.slots[i].name.startswith("1.")]
+            held = [tiered.slots[i] for i in tiered.presence.held if tiered.slots[i].name.startswith("1.")]
             most = max(most, sum(slot.nbytes for slot in held))
 
-        tiered._trim = counted
+        tiered.presence.trim = counted
         for turn in range(3):
             x = torch.randn(4, 6, generator=torch.Generator().manual_seed(turn))
             for m, begin, end in (

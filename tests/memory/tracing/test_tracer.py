@@ -53,6 +53,27 @@ def test_fake_is_real_but_for_views_written_in_place():
     assert fake.notes[0].startswith("views are written in place 1 times") and not real.notes
 
 
+class Experts(nn.Module):
+    """Rows sorted by expert, and one grouped product for all of them."""
+
+    def __init__(self, width: int, experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, width, width + 4) / width)
+
+    def forward(self, x: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        order = expert.argsort()
+        ends = (expert[:, None] <= torch.arange(len(self.weight))).sum(0).to(torch.int32)
+        return F.gelu(F.grouped_mm(x[order], self.weight, offs=ends)).square().mean()
+
+
+def test_fake_is_real_for_experts():
+    """torch checks fakes of a grouped product for what CUDA can do."""
+    model, batch = Experts(12, 4), (torch.randn(40, 12), torch.randint(4, (40,)))
+    fake, real = trace(model, batch, fake=True, costs=RATES), trace(model, batch, fake=False, costs=RATES)
+    same(fake, real)
+    assert sum("grouped_mm" in op.name for op in fake.ops) == 2  # rows by matrices, and the gradient of these
+
+
 @pytest.mark.parametrize("name", ["gpt", "resnet"])
 def test_fake_is_real_with_an_optimizer(name):
     made = make(name)

@@ -21,6 +21,8 @@ from torch import Tensor
 from weft.comm.codec import LinearCodec, Setting, Spec, State
 from weft.comm.codecs.draws import draw_seed, noise
 
+ALIGNED = 64  # bytes
+
 __all__ = ["LowRank", "matrix_shape"]
 
 
@@ -114,7 +116,10 @@ class LowRank(LinearCodec):
     def _factors(
         self, x: Tensor, spec: Spec, state: State, setting: Setting, step: int
     ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        matrix, rank = x.to(torch.float32).reshape(matrix_shape(spec)), _rank(setting)
+        x, rank = x.to(torch.float32), _rank(setting)
+        if x.data_ptr() % ALIGNED:  # a matrix product's bits depend on where in a bucket x begins
+            x = x.clone()
+        matrix = x.reshape(matrix_shape(spec))
         start = self._start(spec, state, rank, step, x.device)
         mean = yield (start @ matrix.T).view(-1)
         left = torch.linalg.qr(mean.view(rank, -1).T).Q.T

@@ -19,16 +19,19 @@ WIDTHS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 @final
 @dataclass(frozen=True)
 class Identity(LinearCodec):
-    """The tensor itself, in float32."""
+    """The tensor itself, in float64 if it is that, else in float32."""
 
     unbiased = True
     elementwise = True
 
     def default(self, spec: Spec) -> Setting:
-        return 32
+        return 8 * self.precision(spec).itemsize
+
+    def precision(self, spec: Spec) -> torch.dtype:
+        return torch.float64 if spec.dtype == torch.float64 else torch.float32
 
     def message(self, spec: Spec, setting: Setting) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        return (((spec.numel,), torch.float32),)
+        return (((spec.numel,), self.precision(spec)),)
 
     def encode(self, x: Tensor, spec: Spec, state: State, setting: Setting, step: int) -> tuple[Tensor, ...]:
         return (x,)

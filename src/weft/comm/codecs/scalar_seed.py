@@ -52,7 +52,8 @@ class ScalarSeed(Codec):
     def encode(self, x: Tensor, spec: Spec, state: State, setting: Setting, step: int) -> tuple[Tensor, ...]:
         count, seed = self._check(setting), draw_seed(state, step, self.shared)
         x = x.to(torch.float32)
-        projections = [x @ self.direction(seed, number, spec, x.device) for number in range(count)]
+        # Not a dot product: its bits depend on where in a bucket x begins.
+        projections = [self.direction(seed, number, spec, x.device).mul_(x).sum() for number in range(count)]
         return torch.stack(projections), torch.tensor([seed], device=x.device)
 
     def decode(self, message: Sequence[Tensor], spec: Spec, setting: Setting) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, final
 from torch import Tensor
 
 from weft.comm.codec import Setting, Spec
-from weft.comm.controller import Controller
+from weft.comm.controller import Controller, Total, alone
 
 __all__ = ["Accordion"]
 
@@ -33,6 +33,7 @@ class Accordion(Controller):
     """
 
     options = ("low", "high", "eta", "every")
+    additive = True  # squared norms
 
     def __init__(self, low: Setting, high: Setting, eta: float = 0.5, every: int = 1000):
         if not eta > 0 or every < 1:
@@ -51,12 +52,11 @@ class Accordion(Controller):
         else:
             self._sums[spec.name] = gradient.detach().reshape(-1).float().clone()
 
-    def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:
+    def decide(self, step: int, specs: Mapping[str, Spec], total: Total = alone) -> Mapping[str, Setting]:
         found: dict[str, Setting] = {}
-        for name in specs:
-            if name not in self._sums:
-                continue
-            norm = float(self._sums[name].double().norm())
+        square = lambda name: (float(self._sums[name].double().square().sum()),) if name in self._sums else None
+        for name, (squared,) in total({name: square(name) for name in specs}).items():
+            norm = math.sqrt(squared)
             before = self._norms.get(name)
             if not math.isfinite(norm):
                 continue  # keep the setting and the norm to compare with

@@ -26,7 +26,7 @@ import numpy as np
 from torch import Tensor
 
 from weft.comm.codec import Codec, Setting, Spec
-from weft.comm.controller import Controller
+from weft.comm.controller import Controller, Total, alone
 
 __all__ = ["BudgetTooSmall", "Choose", "LayerwiseBudget", "plan_layers"]
 
@@ -248,6 +248,7 @@ class LayerwiseBudget(Controller):
     """
 
     options = ("settings", "default", "alpha", "every", "start", "grid", "cost", "limit", "smallest", "choose")
+    additive = True  # squared errors and costs
 
     def __init__(
         self,
@@ -322,18 +323,18 @@ class LayerwiseBudget(Controller):
         else:
             self._sums[spec.name] = gradient.detach().reshape(-1).float().clone()
 
-    def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:
+    def decide(self, step: int, specs: Mapping[str, Spec], total: Total = alone) -> Mapping[str, Setting]:
         """Settings from `step` on; {} where nothing has been observed, all gradients are zero or one is not finite."""
         if self.codec is None:
             raise ValueError(
                 "LayerwiseBudget: no codec is bound; give the controller to an Exchange, or call bind(codec)"
             )
         begun = time.process_time()
-        names = [name for name in specs if name in self._sums]
+        rows = total({name: self._numbers(spec) for name, spec in specs.items()})
+        names, width = list(rows), len(self.settings)
         found: dict[str, Setting] = {}
-        if names and all(bool(self._sums[name].isfinite().all()) for name in names):
-            err = [self._errors(specs[name]) for name in names]
-            cost = [[self._cost(specs[name], setting) for setting in self.settings] for name in names]
+        if names and not any(math.isnan(row[0]) for row in rows.values()):
+            err, cost = [row[:width] for row in rows.values()], [row[width:] for row in rows.values()]
             uniform = self.settings.index(self.default)
             if math.fsum(row[uniform] for row in err) > 0 or self.limit is not None:
                 found = self._chosen(names, err, cost, uniform)
@@ -344,6 +345,15 @@ class LayerwiseBudget(Controller):
         self._sums.clear()
         self.decision_seconds += time.process_time() - begun
         return found
+
+    def _numbers(self, spec: Spec) -> list[float] | None:
+        """Errors and then costs by setting; NaN if what was observed is not finite, None if nothing was."""
+        if spec.name not in self._sums:
+            return None
+        costs = [self._cost(spec, setting) for setting in self.settings]
+        if not self._sums[spec.name].isfinite().all():
+            return [math.nan] * len(costs) + costs
+        return self._errors(spec) + costs
 
     def _cost(self, spec: Spec, setting: Setting) -> float:
         if self.cost == "seconds":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from weft.comm.codec import Setting, Spec
-from weft.comm.controller import Controller
+from weft.comm.controller import Controller, Total, alone
 
 __all__ = ["Schedule"]
 
@@ -61,8 +61,12 @@ class Schedule(Controller):
         stage = step // self.stage_steps
         return self.warmup[stage] if stage < len(self.warmup) else self.final
 
+    def initial(self, spec: Spec, default: Setting) -> Setting:
+        """The last: what costs are predicted with. Decisions begin with step 0, so that it is not in force before its time."""
+        return self.final
+
     def observe(self, spec: Spec, gradient: Any, step: int) -> None:
         return None
 
-    def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:
+    def decide(self, step: int, specs: Mapping[str, Spec], total: Total = alone) -> Mapping[str, Setting]:
         return dict.fromkeys(specs, self.setting(step))

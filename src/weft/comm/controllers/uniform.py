@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from weft.comm.codec import Setting, Spec
-from weft.comm.controller import Controller
+from weft.comm.controller import Controller, Total, alone
 from weft.comm.controllers.layerwise import BudgetTooSmall
 
 __all__ = ["Uniform", "uniform_layers"]
@@ -51,8 +51,11 @@ class Uniform(Controller):
     agreed = True
     needs_gradient = False
 
+    def initial(self, spec: Spec, default: Setting) -> Setting:
+        return self.setting
+
     def observe(self, spec: Spec, gradient: Any, step: int) -> None:
         return None
 
-    def decide(self, step: int, specs: Mapping[str, Spec]) -> Mapping[str, Setting]:
+    def decide(self, step: int, specs: Mapping[str, Spec], total: Total = alone) -> Mapping[str, Setting]:
         return dict.fromkeys(specs, self.setting)

@@ -16,7 +16,7 @@ Source     Lin et al., Deep Gradient Compression, arXiv:1712.01887.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -39,14 +39,14 @@ class MomentumCorrection(Memory):
         nesterov: the Nesterov form.
         masking: also clear u where v was sent, which stops stale momentum.
         clip: norm at which a tensor's gradient, summed over ranks, would be clipped; None: not clipped.
-        ranks: N, how many ranks there are; used by the clipping.
+        ranks: N, how many ranks there are, for the clipping; None: as many as exchange. A checkpoint fits any number.
     """
 
     momentum: float = 0.9
     nesterov: bool = False
     masking: bool = True
     clip: float | None = None
-    ranks: int = 1
+    ranks: int | None = field(default=None, repr=False)
 
     velocity = True
     additive = True
@@ -59,12 +59,15 @@ class MomentumCorrection(Memory):
             raise ValueError("MomentumCorrection: nesterov needs momentum > 0, got momentum 0")
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"MomentumCorrection: clip must be > 0 and finite, or None, got {self.clip}")
-        if self.ranks < 1:
+        if self.ranks is not None and self.ranks < 1:
             raise ValueError(f"MomentumCorrection: ranks must be >= 1, got {self.ranks}")
+
+    def sized(self, ranks: int) -> MomentumCorrection:
+        return replace(self, ranks=ranks) if self.ranks is None else self
 
     def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
         if self.clip is not None:
-            limit = self.clip / math.sqrt(self.ranks)
+            limit = self.clip / math.sqrt(self.ranks or 1)
             x = x * (limit / torch.linalg.vector_norm(x).clamp(min=limit))
         step = self._push(x, state)
         velocity = state.get("velocity")

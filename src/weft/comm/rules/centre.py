@@ -3,6 +3,7 @@
 Problem    a point that few far messages cannot move far.
 Method     every point in play is z = X^T c, so |x_i - z|^2 = K_ii - 2 (K c)_i + c^T K c, and each method walks in c:
            GeometricMedian       Weiszfeld: c_i ~ 1 / max(nu, |x_i - z|), from the mean of the nearer half    `nearer_half`
+                                 which does not get to a message in time; where one is the median it is known    `at_messages`
            CenteredClip          c <- c + 1/n sum_i min(1, tau / |x_i - z|) (e_i - c)
            NormEqualisedMean     c_i = median norm / (n |x_i|): no geometry at all, the ablation of all the others
 Guarantee  GeometricMedian: minimises sum |x_i - z|, breaks down at n/2 faulty messages only, however far they lie: start, floor
@@ -22,6 +23,8 @@ from torch import Tensor
 from weft.comm.rules.by_gram import ByGram, distances
 
 __all__ = ["CenteredClip", "GeometricMedian", "NormEqualisedMean"]
+
+SAME = 3e-8  # of messages' norms: distances below are rounding
 
 
 def _to_centre(gram: Tensor, centre: Tensor) -> Tensor:
@@ -68,8 +71,8 @@ class GeometricMedian(ByGram):
         centre = torch.zeros(count, dtype=torch.float64)
         if self.start == "near":
             centre[half] = 1.0 / len(half)
-            if radius == 0.0:  # more than half the messages are the same
-                return centre
+            if len(found := at_messages(gram)):
+                return torch.zeros_like(centre).index_fill_(0, found, 1.0 / len(found))
         least = self.nu if self.nu is not None else max(1e-8 * radius, torch.finfo(torch.float64).tiny ** 0.5)
         away = _to_centre(gram, centre)
         before = before_near = float("inf")
@@ -83,6 +86,21 @@ class GeometricMedian(ByGram):
                 break
             before, before_near = total, near
         return centre
+
+
+def at_messages(gram: Tensor) -> Tensor:
+    """Numbers of the messages that lie at a geometric median of all; few or none as a rule, the two middle ones on a line.
+
+    x_k does if the unit vectors from it to messages elsewhere sum to no more than the number of those that lie where it does.
+    """
+    square = gram.diagonal()
+    apart = distances(gram).sqrt()
+    elsewhere = apart > SAME * (square[:, None] + square[None, :]).sqrt()
+    pull = torch.where(elsewhere, 1.0 / apart, 0.0)
+    total = pull.sum(1)
+    summed = ((pull @ gram) * pull).sum(1) - 2 * (pull * gram).sum(1) * total + square * total.square()
+    here = (~elsewhere).sum(1)
+    return (summed <= (here * (1 + 1e-6)).square()).nonzero().flatten()
 
 
 def nearer_half(gram: Tensor) -> tuple[Tensor, float]:

@@ -95,12 +95,13 @@ def mean_near_median(stack: Tensor, drop: int) -> Tensor:
     kept = count - drop
 
     def make(rows: list[Tensor]) -> Tensor:
-        # The window slides while the value that would enter is nearer than the one that would leave. Of every `kept`-th row it
-        # holds one, so that what leaves is replaced and never subtracted: 1e30 would take all digits of the others with it.
-        middle = _middle(rows)
+        # The window slides while the value that would enter is nearer than the one that would leave: while they add up to less
+        # than twice the median, which is exact where they are as far. Of every `kept`-th row it holds one, so that what leaves is
+        # replaced and never subtracted: 1e30 would take all digits of the others with it.
+        twice = rows[(count - 1) // 2] + rows[count // 2]
         for start in range(drop):
             enters, leaves = rows[start + kept], rows[start]
-            rows[start + kept] = torch.where(enters - middle < middle - leaves, enters, leaves)
+            rows[start + kept] = torch.where(enters + leaves < twice, enters, leaves)
         total = rows[drop].clone()
         for row in rows[drop + 1 :]:
             total += row

@@ -5,8 +5,9 @@ Method     MDA            the n - f messages of least diameter. At diameter D th
                           two: a vertex cover of at most f. The least such D by bisection over the distances, all covers of size
                           f by branching on a pair (2^f at most, far less as a rule)                     `covers`
            NearestToOwn   the messages nearest to the receiver's own one, the only one it can trust (MoNNA)
-Guarantee  MDA is exact. Of several subsets of least diameter that of least summed squared distance is taken, then the first in
-           order. NearestToOwn: the own message is always kept; a message that is not finite counts as infinitely far.
+Guarantee  MDA: no n - f messages have a smaller diameter. Where a few pairs decide it and more may go, those of most summed
+           distance go first; of several such subsets that of least summed squared distance is taken.
+           NearestToOwn: the own message is always kept; a message that is not finite counts as infinitely far.
 Source     El Mhamdi et al., arXiv:1905.03853; Farhadkhani et al. (MoNNA), arXiv:2209.10931.
 """
 
@@ -19,8 +20,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from weft.comm.combine import Combine, Info
-from weft.comm.gram import weighted
+from weft.comm.combine import Combine, Info, wide
+from weft.comm.gram import TINY, weighted
 from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances, without_broken
 
 __all__ = ["MDA", "NearestToOwn", "distances_to", "nearest"]
@@ -93,13 +94,24 @@ class MDA(ByGram):
 def distances_to(own: Tensor, stack: Tensor) -> Tensor:
     """|x_i - own|^2 in float64, (n,), for messages (n, d): differences first, by blocks, so that no digits cancel.
 
-    A message that is not finite is infinitely far.
+    A message that is not finite is infinitely far; one whose squares leave the messages' own type is looked at in float64.
     """
-    total = torch.zeros(len(stack), dtype=torch.float64, device=stack.device)
-    for start in range(0, stack.shape[1], BLOCK):
-        apart = stack[:, start : start + BLOCK] - own[start : start + BLOCK]
-        total += torch.linalg.vector_norm(apart, dim=1).double().square()
+    total = _squares(stack, own)
+    if stack.dtype != torch.float64:
+        odd = (~torch.isfinite(total) | (total < TINY * stack.shape[1])).nonzero().flatten().tolist()
+        for number in odd:
+            if stack[number].data_ptr() != own.data_ptr():
+                total[number] = _squares(stack[number : number + 1].double(), own.double())[0]
     return torch.nan_to_num(total, torch.inf, torch.inf)
+
+
+def _squares(stack: Tensor, own: Tensor) -> Tensor:
+    total = torch.zeros(len(stack), dtype=torch.float64, device=stack.device)
+    dtype = torch.float32 if stack.dtype.itemsize < 4 else stack.dtype
+    for start in range(0, stack.shape[1], BLOCK):
+        apart = stack[:, start : start + BLOCK].to(dtype) - own[start : start + BLOCK].to(dtype)
+        total += torch.linalg.vector_norm(apart, dim=1).double().square()
+    return total
 
 
 def nearest(square: Tensor, own: int, keep: int) -> list[int]:
@@ -154,6 +166,8 @@ class NearestToOwn(Combine):
 
     def __call__(self, stack: Tensor, own: int = -1) -> Tensor:
         """The mean of the nearest for messages (n, d): two passes, no n x n matrix."""
+        if stack.dtype.itemsize < 4 or stack.ndim != 2 or not stack.is_floating_point():
+            return self(wide("NearestToOwn", stack), own).to(stack.dtype)
         if not 0 <= own < len(stack):
             raise ValueError(f"NearestToOwn: own must be the number of a message in 0..{len(stack) - 1}, got {own}")
         return weighted(self._row(distances_to(stack[own], stack).cpu(), own), stack)

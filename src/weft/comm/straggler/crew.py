@@ -196,7 +196,7 @@ def _serve(pipe: Connection, parent: int) -> None:
                 answer: tuple[Any, ...] = ("ready", number, None)
             else:
                 assert work is not None
-                answer = ("done", number, {order.job: _message(work, order, versions) for order in content})
+                answer = ("done", number, _messages(work, content, versions))
         except Exception:
             answer = ("error", number, traceback.format_exc())
         try:
@@ -205,10 +205,28 @@ def _serve(pipe: Connection, parent: int) -> None:
             return
 
 
-def _message(work: Work, order: Order, versions: dict[int, int]) -> np.ndarray:
-    """The flat message of one job, weighted loss last."""
+def _messages(work: Work, orders: Sequence[Order], versions: dict[int, int]) -> dict[int, np.ndarray]:
+    """The flat message of each job, weighted loss last: one forward pass a model, and one backward pass for all of them.
+
+    Models share nothing, so that each gets the gradient of its own loss; for small models passes cost more than samples.
+    """
+    parameters = [trainable(work.models[order.model]) for order in orders]
+    totals = [_total(work, order, own, versions) for order, own in zip(orders, parameters, strict=True)]
+    live = [total for total in totals if total is not None]
+    wanted = [p for own, total in zip(parameters, totals, strict=True) if total is not None for p in own]
+    found = iter(torch.autograd.grad(live, wanted, allow_unused=True) if live else ())
+    messages = {}
+    for order, own, total in zip(orders, parameters, totals, strict=True):
+        parts = [None if total is None else next(found) for _ in own]
+        full = [torch.zeros_like(p) if g is None else g for p, g in zip(own, parts, strict=True)]
+        loss = full[0].new_zeros(1) if total is None else total.detach().reshape(1).to(full[0].dtype)
+        messages[order.job] = torch.cat([flat(full), loss]).numpy()
+    return messages
+
+
+def _total(work: Work, order: Order, parameters: Sequence[nn.Parameter], versions: dict[int, int]) -> Tensor | None:
+    """The weighted loss of one job's chunks; None where they have no samples."""
     model = work.models[order.model]
-    parameters = trainable(model)
     if order.parameters is not None:
         nn.utils.vector_to_parameters(torch.from_numpy(order.parameters), parameters)
         versions[order.model] = order.job
@@ -216,7 +234,7 @@ def _message(work: Work, order: Order, versions: dict[int, int]) -> np.ndarray:
     held = work.chunks[order.batch]
     pieces = [(held[chunk], coefficient) for chunk, coefficient in order.tasks if len(held[chunk][0])]
     if not pieces:
-        return np.zeros(sum(p.numel() for p in parameters) + 1, dtype=flat(parameters).numpy().dtype)
+        return None
     items = [torch.cat(column) for column in zip(*(piece for piece, _ in pieces), strict=True)]
     losses = work.loss(model, *items)
     rows = len(items[0])
@@ -225,7 +243,4 @@ def _message(work: Work, order: Order, versions: dict[int, int]) -> np.ndarray:
             f"the loss must give one number per sample, shape ({rows},), got {tuple(losses.shape)}; use reduction='none'"
         )
     weights = torch.cat([losses.new_full((len(piece[0]),), coefficient) for piece, coefficient in pieces])
-    total = weights @ losses
-    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-    full = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
-    return torch.cat([flat(full), total.detach().reshape(1).to(full[0].dtype)]).numpy()
+    return weights @ losses

@@ -331,9 +331,12 @@ class _Run:
 
 def _check(number: int, model: nn.Module) -> None:
     """Refuse what would make a gradient depend on how samples are cut into chunks, or on who computes it."""
-    parameters = trainable(model)
-    if not parameters or len({parameter.dtype for parameter in parameters}) > 1:
-        raise ValueError(f"Farm: model {number} must have trainable parameters of one type")
+    found = {parameter.dtype for parameter in trainable(model)}
+    if len(found) != 1 or not found <= {torch.float16, torch.float32, torch.float64}:
+        raise ValueError(
+            f"Farm: model {number} must have trainable parameters of one type, float16, float32 or float64, as numpy has "
+            f"them, got {sorted(map(str, found))}"
+        )
     for name, module in model.named_modules():
         if not module.training:
             continue

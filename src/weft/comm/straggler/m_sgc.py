@@ -70,6 +70,10 @@ class MSGC(Scheme):
             return (private + self.B) / (n * private)
         return (self.lam + 1) * (private + self.B) / (n * (self.B + private * (self.lam + 1)))
 
+    @property
+    def messages(self) -> int:
+        return self.W - 1 + self.B
+
     def fractions(self) -> tuple[float, ...]:
         n, private = self.count, self.W - 1
         if self.lam == n:

@@ -1,8 +1,11 @@
 """Which scheme is fastest on a record of how long workers took: every candidate replayed on a virtual clock.
 
 Record     times[t, i], seconds that worker i needed in round t with load 1/n (all waited for)
-Model      seconds are affine in the load: time(load) = time(1/n) (1 + slope load)/(1 + slope/n), where slope is the seconds of
-           a whole batch over those of a round without any work                       `slope`, `scaled`
+Model      seconds are affine in the load and in the messages k that a worker makes in a round, one for each job:
+               time(load, k) = time(1/n, 1) ((1 + slope load)/(1 + slope/n) + message (k - 1))        `slope`, `scaled`
+           where slope is the seconds of a whole batch over those of a round without any work, and message those of one
+           message more over those of an uncoded round: MSGC(1, 2, 0) has its load in two messages, so that quick runs of
+           both show it. M-SGC makes W - 1 + B messages where the others make one; small models pay for each
 Replay     each round closes by the scheme's own rule on the scaled record; its past is its own      `replay`
            `carry`: workers are processes, as in a `Farm`. One that is late when a round closes finishes what it began, and
            only then takes the newest order: a burst that an uncoded record shows as one long round, since everybody waited,
@@ -65,14 +68,14 @@ def slope(loads: Sequence[float], seconds: Sequence[float]) -> float:
     return float(per_load / fixed) if fixed > 0 else math.inf
 
 
-def scaled(load: float, workers: int, slope: float) -> float:
-    """time(load) / time(1/n)."""
-    if math.isinf(slope):
-        return load * workers
-    return (1 + slope * load) / (1 + slope / workers)
+def scaled(scheme: Scheme, slope: float, message: float = 0.0) -> float:
+    """time(load, k) / time(1/n, 1) of a sized scheme."""
+    load, n = scheme.load, scheme.count
+    work = load * n if math.isinf(slope) else (1 + slope * load) / (1 + slope / n)
+    return work + message * (scheme.messages - 1)
 
 
-def replay(scheme: Scheme, times: np.ndarray, slope: float, carry: bool = True) -> Replay:
+def replay(scheme: Scheme, times: np.ndarray, slope: float, carry: bool = True, message: float = 0.0) -> Replay:
     """Run a scheme over a record.
 
     Args:
@@ -80,19 +83,21 @@ def replay(scheme: Scheme, times: np.ndarray, slope: float, carry: bool = True) 
         times: float (rounds, workers), > 0, seconds with load 1/n. Infinite: never came.
         slope: of time over load, >= 0.
         carry: a late worker first finishes what it began (a process); False: it begins every round with the others.
+        message: seconds of one message more in a round over those of an uncoded round, >= 0.
     Raises:
-        ValueError: the record is not a matrix of positive numbers, the slope is negative, or the scheme does not fit n.
+        ValueError: the record is not a matrix of positive numbers, a price is negative, or the scheme does not fit n.
     """
-    times = _checked(times, slope)
-    found = _run(scheme.sized(times.shape[1]), times, slope, math.inf, carry)
+    times = _checked(times, slope, message)
+    sized = scheme.sized(times.shape[1])
+    found = _run(sized, times, scaled(sized, slope, message), math.inf, carry)
     assert found is not None
     return found
 
 
-def _run(scheme: Scheme, times: np.ndarray, slope: float, limit: float, carry: bool) -> Replay | None:
-    """The replay, or None as soon as its total is sure to be above `limit` seconds."""
+def _run(scheme: Scheme, times: np.ndarray, longer: float, limit: float, carry: bool) -> Replay | None:
+    """The replay with all times `longer`, or None as soon as its total is sure to be above `limit` seconds."""
     rounds, workers = times.shape
-    times = times * scaled(scheme.load, workers, slope)
+    times = times * longer
     least = np.minimum((1 + scheme.mu) * times.min(1), times.max(1))
     rest = float(least.sum())
     late, redo = np.zeros((rounds, workers), dtype=bool), np.zeros((rounds, workers), dtype=bool)
@@ -161,10 +166,11 @@ def ranking(
     jobs: int | None = None,
     families: bool = True,
     carry: bool = True,
+    message: float = 0.0,
 ) -> list[tuple[float, Scheme]]:
     """(seconds of the whole record, scheme) for the best of each family, the fastest first, or for the best of all only.
     Arguments as of `fit`."""
-    times = _checked(times, slope)
+    times = _checked(times, slope, message)
     workers = times.shape[1]
     first, last = times.min(1), times.max(1)
 
@@ -173,7 +179,7 @@ def ranking(
 
     def bound(scheme: Scheme) -> float:
         shortest = np.minimum((1 + scheme.mu) * first, last).sum()
-        return float(shortest) * scaled(scheme.load, workers, slope) * tail(scheme)
+        return float(shortest) * scaled(scheme, slope, message) * tail(scheme)
 
     best: dict[str, tuple[float, Scheme]] = {}
     for scheme in sorted((scheme.sized(workers) for scheme in among), key=bound):
@@ -181,7 +187,7 @@ def ranking(
         so_far = best[family][0] if family in best else math.inf
         if bound(scheme) >= so_far:
             continue
-        run = _run(scheme, times, slope, so_far / tail(scheme), carry)
+        run = _run(scheme, times, scaled(scheme, slope, message), so_far / tail(scheme), carry)
         if run is not None and run.total * tail(scheme) < so_far:
             best[family] = (run.total * tail(scheme), scheme)
     return sorted(best.values(), key=lambda item: item[0])
@@ -195,6 +201,7 @@ def fit(
     among: Iterable[Scheme] | None = None,
     show: bool = True,
     carry: bool = True,
+    message: float = 0.0,
 ) -> Scheme:
     """The scheme that would have been fastest on a record, sized for its workers.
 
@@ -206,10 +213,11 @@ def fit(
         among: what is tried; `candidates(workers, max_delay)` by default.
         show: print the best of each family.
         carry: as in `replay`; False where late workers do not stay late, such as serverless functions.
+        message: as in `replay`; for a `Farm`, seconds of a quiet round of MSGC(1, 2, 0) over those of Uncoded(), less 1.
     Raises:
         ValueError: the record is too short or not positive, or max_delay is negative.
     """
-    times = _checked(times, slope)
+    times = _checked(times, slope, message)
     rounds, workers = times.shape
     if rounds < 10:
         raise ValueError(f"fit: a record needs at least 10 rounds, got {rounds}; 80 tell short from long bursts")
@@ -217,7 +225,7 @@ def fit(
         raise ValueError(f"fit: max_delay must be >= 0, got {max_delay}; it is the number of models less one")
     tried = [scheme.sized(workers) for scheme in (among or candidates(workers, max_delay))]
     fitting = [scheme for scheme in tried if scheme.delay <= max_delay]
-    ranked = ranking(times, slope, fitting, jobs, carry=carry)
+    ranked = ranking(times, slope, fitting, jobs, carry=carry, message=message)
     if show:
         print(f"{'scheme':<44} {'load':>7} {'T':>3} {'s/round':>9} {'of best':>8}")
         for total, scheme in ranked:
@@ -228,7 +236,7 @@ def fit(
     return ranked[0][1]
 
 
-def _checked(times: np.ndarray, slope: float) -> np.ndarray:
+def _checked(times: np.ndarray, slope: float, message: float) -> np.ndarray:
     times = np.asarray(times, dtype=np.float64)
     if times.ndim != 2 or not times.size or not (times > 0).all() or np.isinf(times.min(1)).any():
         raise ValueError(
@@ -237,4 +245,8 @@ def _checked(times: np.ndarray, slope: float) -> np.ndarray:
         )
     if not slope >= 0:
         raise ValueError(f"slope must be >= 0, got {slope}; measure two loads and use weft.comm.straggler.slope")
+    if not 0 <= message < math.inf:
+        raise ValueError(
+            f"message must be >= 0, got {message}; it is what one message more costs, as a share of an uncoded round"
+        )
     return times

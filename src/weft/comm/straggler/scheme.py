@@ -84,6 +84,11 @@ class Scheme(Wait):
     def load(self) -> float:
         """Share of a batch that a worker computes in a round, the largest of all workers; needs `workers`."""
 
+    @property
+    def messages(self) -> int:
+        """Messages that a worker makes in a round, one for each job, the largest of all workers."""
+        return 1
+
     @abc.abstractmethod
     def fractions(self) -> tuple[float, ...]:
         """Share of a batch in each chunk; they add up to 1."""

@@ -274,13 +274,16 @@ class _Reader:
     def _operator(self, node: fx.Node, phase: Phase, tensors: Mapping[int, torch.Tensor]) -> None:
         reads = self._reads(node)
         module, writes = _module(node), node.target is torch.ops.aten.copy_.default
-        random = draws(node)
+        random, beside = draws(node), 0
         repeatable = self._repeatable(node, reads)
         if random and repeatable:
             own = [x for x in (*node.args, *node.kwargs.values()) if isinstance(x, torch.Generator)]
             repeatable = self.with_states and phase == "forward" and not own
             if repeatable:
                 reads = (*reads, self._state(node, module))
+                beside = self.values[
+                    reads[-1]
+                ].nbytes  # the generator's state of that moment, to put back after a repetition
         index = len(self.ops)
         made = {} if writes else {i: self._new(_nbytes(t), "activation", module, index) for i, t in tensors.items()}
         if isinstance(node.meta.get("val"), torch.Tensor):
@@ -294,7 +297,9 @@ class _Reader:
         for value in reads:
             self.values[value].dies = max(self.values[value].dies, index)
         name, once, makes = str(node.target), tuple(dict.fromkeys(reads)), tuple(made.values())
-        op = Op(name, module, phase, once, makes, (), workspace, seconds, repeatable, random, is_dense(node.target))
+        op = Op(
+            name, module, phase, once, makes, (), workspace + beside, seconds, repeatable, random, is_dense(node.target)
+        )
         self.ops.append(op)
         self.nodes.append(node)
         if random and repeatable:

@@ -223,7 +223,7 @@ class _Compilation:
 
     def _plan(self, module: fx.GraphModule, num_forward: int, fixed: Sequence[int], training: bool) -> None:
         """Plan the graph within what is left, and write the plan into it."""
-        room = self.owner.budget - self.book.elsewhere
+        room = max(0, self.owner.budget - self.book.elsewhere)
         device = device_of(module.graph)
         price = price_graph(module.graph, self.owner.costs, room)
         joint = read_joint(module.graph, num_forward, fixed, price, states=False, device=device)
@@ -255,7 +255,7 @@ class _Compilation:
                 except BudgetError as error:
                     refused.append(error)
         error = min(refused[len(joints) :], key=lambda e: e.least or self.owner.budget)
-        elsewhere = self.owner.budget - room  # the user named the budget, not what is left of it for this graph
+        elsewhere = self.book.elsewhere  # the user named the budget, not what is left of it for this graph
         beside = f"beside {elsewhere:,} bytes outside of the compiled graph, " if elsewhere else ""
         raise BudgetError(self.owner.budget, error.least + elsewhere if error.least else 0, beside + error.what)
 

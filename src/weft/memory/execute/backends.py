@@ -20,10 +20,29 @@ import torch
 
 from weft.memory import native
 from weft.memory.core import Block
-from weft.memory.private import Tie, below, bytes_of, empty_out, fill, hollow, over, storage_of, swap
+from weft.memory.private import SWAPS, Tie, below, bytes_of, empty_out, fill, hollow, over, problem, storage_of, swap
 from weft.memory.record import Category
 
-__all__ = ["Backend", "Copy", "Count", "Hold", "Native", "Owner", "Places", "shown", "tie"]
+__all__ = [
+    "Backend",
+    "Copy",
+    "Count",
+    "Hold",
+    "Native",
+    "Owner",
+    "Places",
+    "check_backend",
+    "make_backend",
+    "shown",
+    "tie",
+]
+
+BACKENDS = ("auto", "count", "copy", "native")
+
+MISSED = (
+    "weft.memory.limit has dropped this tensor, and computes it again when the thread that entered the limit reads it. Another "
+    "thread, or code that passes no operator of torch, cannot read it: give it a copy (tensor.detach().clone()) made there"
+)
 
 Places = Sequence[tuple[int, int]]
 """(bytes, address) of what an operator makes, in order."""
@@ -131,6 +150,8 @@ class Backend(abc.ABC):
             storage = payload()
             if storage is not None:
                 empty_out(storage)
+                if SWAPS:  # and only swapping allows it again
+                    native.forbid(storage, MISSED)
         else:
             block.payload = None
 
@@ -200,6 +221,12 @@ class Copy(Backend):
         insort(self._starts, offset)
         self._lives[offset] = (offset + nbytes, weakref.ref(owner))
 
+    def _forget(self, start: int) -> None:
+        """Whoever lies at an address is about to go."""
+        at = bisect_left(self._starts, start)
+        if self._lives.pop(start, None) is not None:
+            del self._starts[at]
+
     def _clear(self, start: int, end: int) -> bool:
         """Forget who lay between two addresses and has gone; False if somebody has not."""
         at = max(bisect_left(self._starts, start) - 1, 0)
@@ -237,13 +264,16 @@ class Copy(Backend):
     def move(self, block: Block, old_offset: int) -> None:
         if block.payload is None or not block.nbytes or not self.holds(shown(block)):
             return  # what was adopted lies elsewhere, only its bytes are taken off the arena
+        self._forget(old_offset)
+        if not self._clear(block.offset, block.offset + block.nbytes):
+            self.leave(shown(block))  # somebody lives there longer than planned: these bytes go outside
+            return
         source, target = self._slice(old_offset, block.nbytes), self._slice(block.offset, block.nbytes)
         if abs(old_offset - block.offset) < block.nbytes:  # they overlap: copy_ of torch is no memmove
             bytes_of(target).copy_(bytes_of(source).clone())
         else:
             bytes_of(target).copy_(bytes_of(source))
         swap(shown(block), target)
-        self._clear(block.offset, block.offset + block.nbytes)
         self._take(block.offset, block.nbytes, shown(block))
 
 
@@ -313,7 +343,28 @@ class Native(Backend):
         if block.payload is not None and block.nbytes:
             storage = shown(block)
             if self.arena.offset(storage) == old_offset:
-                self.arena.move(storage, block.offset)
+                try:
+                    self.arena.move(storage, block.offset)
+                except ValueError:  # somebody lives there longer than planned: these bytes go outside
+                    self.leave(storage)
 
     def close(self) -> None:
         self.arena.close()  # what lives in it stays valid
+
+
+def check_backend(name: str) -> None:
+    """Raise `ValueError` if there is no such backend, `RuntimeError` if it cannot be used here."""
+    if name not in BACKENDS:
+        raise ValueError(f"limit: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name in ("copy", "native") and problem():
+        raise RuntimeError(problem())
+    why = native.problem() if name == "native" else None
+    if why:
+        raise RuntimeError(f"limit: backend='native' cannot be used: {why}")
+
+
+def make_backend(name: str, nbytes: int, device: torch.device) -> Backend:
+    """Memory for activations; `nbytes` of it where addresses matter."""
+    if name == "copy":
+        return Copy(nbytes, device)
+    return Native(nbytes) if name == "native" else Count()

@@ -1,7 +1,8 @@
 """One operator call, remembered without its tensors: enough to run it again and get the same bits.
 
-    Look     where a tensor of the call lay: which block, dtype, sizes, strides, offset (a view costs nothing to make again)
-    Call     the operator, its arguments with looks in place of tensors, and the generator's state if it drew numbers
+    Look         where a tensor of the call lay: which block, dtype, sizes, strides, offset (a view costs nothing to make again)
+    take_apart   arguments -> arguments without tensors, and looks at these
+    Call         the operator, its arguments with looks in place of tensors, and the generator's state if it drew numbers
 
 What is repeated differs from what ran first in two ways only. Running statistics of a normalisation are not passed (or, where the
 operator insists, are passed as copies), so that buffers move once per step. The generator is put where it was and back again.
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 from weft.memory.core.blocks import Block
-from weft.memory.execute.backends import shown
+from weft.memory.execute.backends import Hold, Owner, shown
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.random_state import Drawn
 from weft.memory.private import hollow, marked, shaped, storage_of, uncast
 
-__all__ = ["Call", "Look", "flat", "geometry_of"]
+__all__ = ["Call", "Look", "flat", "geometry_of", "is_plain", "require_bytes", "shapes_only", "take_apart"]
 
 Look = tuple[Any, int, Block | None, tuple[Any, ...], int]
 """(position, index in a list or -1, block, geometry, storage offset) of a tensor among the arguments. The position is a number in
@@ -34,6 +35,80 @@ def geometry_of(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.is_conj() or tensor.is_neg():
         return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
     return tensor.dtype, tensor.shape, tensor.stride()
+
+
+def take_apart(
+    args: Sequence[Any], kwargs: Mapping[str, Any], owner: Owner, adopt: Callable[[Tensor], Hold]
+) -> tuple[list[Any], Mapping[str, Any], list[Look]]:
+    """Arguments of a call with `None` where a tensor was (lists become tuples), and looks at the tensors.
+
+    Args:
+        owner: whose ties they are to have.
+        adopt: called with each tensor that has none.
+    Raises:
+        NotImplementedError, RuntimeError: a tensor has no storage of its own, or no strides (sparse, nested, oneDNN's own).
+    """
+    looks: list[Look] = []
+    plain = list(args)
+    for position, value in enumerate(args):
+        if isinstance(value, Tensor):
+            plain[position] = None
+            storage = storage_of(value)
+            try:
+                hold = storage._weft_tie  # type: ignore[attr-defined]
+                if hold.owner is not owner:
+                    hold = adopt(value)
+            except AttributeError:
+                hold = adopt(value)
+            looks.append((position, -1, hold.block, geometry_of(value), value.storage_offset()))
+        elif isinstance(value, (list, tuple)):
+            plain[position] = _take_apart_list(value, position, looks, adopt)
+    if not kwargs:
+        return plain, kwargs, looks
+    named = dict(kwargs)
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            looks.append(_look(value, name, -1, adopt))
+            named[name] = None
+        elif isinstance(value, (list, tuple)):
+            named[name] = _take_apart_list(value, name, looks, adopt)
+    return plain, named, looks
+
+
+def _take_apart_list(
+    values: Sequence[Any], position: Any, looks: list[Look], adopt: Callable[[Tensor], Hold]
+) -> tuple[Any, ...]:
+    plain = list(values)
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            looks.append(_look(value, position, index, adopt))
+            plain[index] = None
+    return tuple(plain)
+
+
+def _look(tensor: Tensor, position: Any, index: int, adopt: Callable[[Tensor], Hold]) -> Look:
+    return position, index, adopt(tensor).block, geometry_of(tensor), tensor.storage_offset()
+
+
+def is_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether all tensors of a call are a geometry over a storage and no more: not sparse, nested, quantized, oneDNN's own, or
+    known to be zero (as forward-mode derivatives are) and therefore without bytes."""
+    return all(
+        tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor._is_zerotensor())
+        for value in (*args, *kwargs.values())
+        for tensor in flat(value)
+    )
+
+
+def require_bytes(tensor: Tensor) -> None:
+    """Raise `RuntimeError` if a tensor is known to be zero: it has a storage, and no bytes."""
+    if tensor._is_zerotensor():
+        raise RuntimeError("this tensor is known to be zero and has no bytes")
+
+
+def shapes_only(looks: Sequence[Look]) -> list[Look]:
+    """The same looks, for an operator that reads no bytes."""
+    return [(position, index, None, geometry, offset) for position, index, _, geometry, offset in looks]
 
 
 def stand_in(

@@ -44,6 +44,8 @@ class Facts:
         effect: it does something besides its outputs, and cannot be repeated.
         in_flight: its results may be written after it returns (collectives).
         regeometry: it changes which bytes a tensor lies over.
+        opaque: it makes tensors that are known to be zero, without bytes.
+        once: calls of it are not remembered (`unremembered`).
         dense: many operations per byte.
         random: some of its calls draw from a generator.
         varies: bytes of its outputs depend on the data.
@@ -58,6 +60,8 @@ class Facts:
         "in_flight",
         "name",
         "needs_bytes",
+        "once",
+        "opaque",
         "over",
         "random",
         "regeometry",
@@ -82,6 +86,8 @@ class Facts:
         self.needs_bytes = reads_bytes(func)
         self.in_flight = communicates(func)
         self.regeometry = packet in _REGEOMETRY
+        self.opaque = packet == "aten._efficientzerotensor"
+        self.once = self.in_flight or self.regeometry or self.opaque
         self.effect = self.in_flight or self.regeometry or self.name == "aten._local_scalar_dense.default"
         self.dense = is_dense(func)
         tags = getattr(func, "tags", ())

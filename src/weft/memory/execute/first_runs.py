@@ -2,8 +2,9 @@
 
 Outputs are foreseen (`sizes`), the workspace is not. So an operator met for the first time runs under a cap: the bytes of its
 outputs and all that are free. An allocation beyond is refused by the native library before it happens; then room is made for
-what was asked, and the operator begins anew. Not so what writes in place (it might be half done; elementwise or a plain copy
-nearly always, it takes none), and collectives.
+what was asked, and the operator begins anew. What it writes in place might be half done then: it is copied before if there is
+room (running statistics, and the operators in `COPIED`). Other writers are not capped: they work element by element, or copy, and
+take no workspace.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weft.errors import BudgetError
 from weft.memory.core import Step
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.random_state import about_to_draw
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["first_run"]
 
+# they write in place, and take workspace: to sort indices, or for a matrix product
+COPIED = frozenset(
+    f"aten.{name}.default"
+    for name in ("addbmm_", "addmm_", "baddbmm_", "embedding_renorm_", "index_add_", "index_put_", "_index_put_impl_")
+)
+
 
 def first_run(
     online: Online, step: Step, num_over: int, size: Size, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -34,14 +42,11 @@ def first_run(
         BudgetError: there is no room.
     """
     beside = step.workspace - size.workspace  # a generator's state, for a moment
-    if (
-        online.gauge is None
-        or online.backend.addresses
-        or any(at not in facts.statistics for at, _ in facts.written)  # it might be half done when it is refused
-    ):
-        result = _measured(online, step, num_over, size, facts, args, kwargs, -1)
-    else:
+    capped = online.gauge is not None and not online.backend.addresses
+    if capped and (not facts.written or facts.name in COPIED):
         result = _capped(online, step, num_over, size, facts, args, kwargs)
+    else:
+        result = _measured(online, step, num_over, size, facts, args, kwargs, -1)
     step.workspace = size.workspace + beside
     return result
 
@@ -52,12 +57,13 @@ def _capped(
     """Run an operator within the bytes that are there for it; refused, begin anew when there are as many as it asked for."""
     core, made = online.core, sum(size.fresh or ())
     drawn = about_to_draw(args, kwargs, online.device) if facts.random and facts.draws(args, kwargs) else None
-    statistics = [args[at] for at in facts.statistics if at < len(args) and args[at] is not None]
-    copied = sum(tensor.nbytes for tensor in statistics)
-    if copied:
-        core.widen(step, step.workspace + copied)
+    positions = (*facts.statistics, *(at for at, _ in facts.written))
+    written = [args[at] for at in positions if at < len(args) and args[at] is not None]
+    copied = sum(tensor.nbytes for tensor in written)
+    if copied and not _widened(online, step, step.workspace + copied):
+        return _measured(online, step, num_over, size, facts, args, kwargs, -1)
     with below():
-        copies = [tensor.clone() for tensor in statistics]
+        copies = [tensor.clone() for tensor in written]
     while True:
         most = made + step.workspace - copied + core.arena.free
         try:
@@ -69,9 +75,20 @@ def _capped(
         if drawn is not None:
             drawn.rewind()
         with below():
-            for tensor, copy in zip(statistics, copies, strict=True):
+            for tensor, copy in zip(written, copies, strict=True):
                 tensor.copy_(copy)
         core.widen(step, asked - made + copied)
+
+
+def _widened(online: Online, step: Step, workspace: int) -> bool:
+    """Take another workspace for a step that has begun; False, and as before, if there is no room."""
+    before = step.workspace
+    try:
+        online.core.widen(step, workspace)
+    except BudgetError:
+        online.core.widen(step, before)
+        return False
+    return True
 
 
 def _measured(

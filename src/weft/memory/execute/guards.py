@@ -7,7 +7,8 @@ while it reads, so that it is announced here too.
 
 Some functions of torch are made of several operators and look at small integer tensors in between, without asking anybody:
 lengths and batch sizes of packed sequences, places where a tensor is split, a generator's state (`READERS`). While one of them
-runs, these tensors must not go; nor those that the backward pass will look at in the same way.
+runs, these tensors must not go; nor those that the backward pass will look at in the same way. A generator's state is not made by
+an operator either: `torch.utils.checkpoint` keeps one for each of its blocks, and they count.
 
 A C++ extension that takes a tensor's pointer without going through an operator is not seen by anything. Register it with
 `torch.library`, or touch `tensor.data_ptr()` before the call.
@@ -47,6 +48,7 @@ READERS: tuple[tuple[Any, str], ...] = (
     (torch, "ctc_loss"),
     (torch, "tensor_split"),
     (torch.Tensor, "tensor_split"),
+    (torch, "get_rng_state"),
     (torch, "set_rng_state"),
     (torch.random, "set_rng_state"),
 )
@@ -54,10 +56,11 @@ READERS: tuple[tuple[Any, str], ...] = (
 
 @final
 class Guards:
-    """Calls `expose(tensor)` before anybody gets at the bytes of a tensor. `start` and `stop` once each."""
+    """Calls `expose(tensor)` before anybody gets at the bytes of a tensor, and `count(tensor)` with those that no operator makes.
+    `start` and `stop` once each."""
 
-    def __init__(self, expose: Callable[[Tensor], None]):
-        self.expose = expose
+    def __init__(self, expose: Callable[[Tensor], None], count: Callable[[Tensor], None]):
+        self.expose, self.count = expose, count
         self._own: dict[str, Any] = {}  # what stood on the class itself
         self._added: list[str] = []  # what it inherited
         self._readers: list[tuple[Any, str, Any]] = []
@@ -102,6 +105,8 @@ class Guards:
             result = found(*args, **kwargs)
             if found.__name__ == "_pack_padded_sequence":
                 expose(result)
+            elif found.__name__ == "get_rng_state":
+                self.count(result)
             return result
 
         hide_from_compiler(call)

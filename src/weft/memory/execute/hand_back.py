@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -19,13 +20,40 @@ __all__ = ["hand_back"]
 RUN = Count().run
 
 
-def hand_back(online: Online) -> None:
+def hand_back(online: Online, budget: int) -> list[str]:
     """Everything the user still refers to is there when this returns, budget or not, and `online` manages nothing any more.
 
-    Independent of the core, which an exception may have left in the middle of something.
+    Independent of the core, which an exception may have left in the middle of something. Raises nothing: whatever ended the
+    limit is what the user must see. What cannot be made again holds NaN.
+
+    Returns:
+        what the user should know, in sentences.
     """
     online._busy = True  # what dies meanwhile is of no interest any more
-    wanted = [block for block in online._dropped if type(block.payload) is Hold and block.payload() is not None]
+    wanted = [block for block in online.bytes.dropped if type(block.payload) is Hold and block.payload() is not None]
+    with below():
+        _rebuild_all(wanted)
+    gone, notes = [block for block in wanted if not block.resident], []
+    for block in gone:
+        with suppress(RuntimeError):  # no memory: reading it will raise
+            fill(block.payload(), storage_of(torch.full((block.nbytes,), 255, dtype=torch.uint8, device=online.device)))
+    if gone:
+        notes.append(
+            f"weft.memory.limit: {len(gone)} tensors could not be made again when the limit was left (the largest has "
+            f"{max(block.nbytes for block in gone):,} bytes); they hold NaN"
+        )
+    held = sum(hold.block.nbytes for hold in online.owner.holds.values() if hold.block.payload is hold)
+    if held > budget and wanted:
+        notes.append(
+            f"weft.memory.limit: tensors of {held:,} bytes were still referred to when the limit of {budget:,} was left; they "
+            "are all there now. Delete what is not needed before leaving, or detach and reduce it"
+        )
+    online.leave()
+    return notes
+
+
+def _rebuild_all(wanted: Sequence[Block]) -> None:
+    """Make what is not there again, in the order in which it was first made."""
     steps: dict[Step, None] = {}
     stack = [block.step for block in wanted]
     while stack:
@@ -34,19 +62,10 @@ def hand_back(online: Online) -> None:
             steps[step] = None
             stack.extend(read.step for read in step.reads if not read.resident)
     readers = Counter(read for step in steps for read in step.reads)
-    with below():
-        for step in sorted(steps, key=BY_ORDER):
-            if all(read.resident and read.payload is not None for read in step.reads):
+    for step in sorted(steps, key=BY_ORDER):
+        if all(read.resident and read.payload is not None for read in step.reads):
+            with suppress(RuntimeError, OSError):  # no memory, or the disk it was offloaded to
                 _rebuild(step, readers)
-    gone = [block for block in wanted if not block.resident]
-    for block in gone:  # a tensor without bytes must never be left behind: reading it would end the process
-        fill(block.payload(), storage_of(torch.full((block.nbytes,), 255, dtype=torch.uint8, device=online.device)))
-    if gone:
-        warnings.warn(
-            f"weft.memory.limit: {len(gone)} tensors could not be made again when the limit was left (the largest has "
-            f"{max(block.nbytes for block in gone):,} bytes); they hold NaN", RuntimeWarning, stacklevel=4,
-        )  # fmt: skip
-    online.leave()
 
 
 def _rebuild(step: Step, readers: Counter[Block]) -> None:

@@ -79,7 +79,10 @@ def _same_geometry(args: Sequence[Any]) -> bool:
         if isinstance(value, Tensor):
             if value.dtype not in (dtype, torch.bool):
                 return False
-            if value.shape != size and torch.broadcast_shapes(value.shape, size) != size:
+            if value.shape == size:
+                if value.stride() != first.stride():
+                    return False  # the result might be laid out like this one: channels last
+            elif torch.broadcast_shapes(value.shape, size) != size:
                 return False
         elif isinstance(value, complex) or (isinstance(value, torch.dtype) and value != dtype):
             return False

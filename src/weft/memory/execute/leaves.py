@@ -17,15 +17,17 @@ Cost       that of the steps that would run again, when something is dropped; no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import final
 
 import torch
 
 from weft.memory.core import Block, Step
+from weft.memory.core.blocks import BY_ORDER
 from weft.memory.execute.backends import Hold, shown
+from weft.memory.execute.calls import Call
 
-__all__ = ["Leaves", "is_soft"]
+__all__ = ["Leaves", "hold_leaves", "is_soft", "made_from"]
 
 
 def is_soft(block: Block) -> bool:
@@ -33,6 +35,45 @@ def is_soft(block: Block) -> bool:
     if block.step is not None:
         return block.step.payload.soft
     return type(block.payload) is not Hold or block.payload.kind == "activation"
+
+
+def hold_leaves(call: Call, reads: Iterable[Block]) -> bool:
+    """Whether a call may be repeated, going by what it reads: gradients and lent bytes change where we do not see it. If so, it
+    holds what cannot be made again, or is soft where we would have to (`Leaves`)."""
+    keep: list[torch.UntypedStorage] | None = None
+    soft = False
+    for block in reads:
+        maker = block.step
+        if maker is not None:
+            soft = soft or maker.payload.soft
+            continue
+        hold = block.payload
+        if hold.kind == "gradient" or hold.lent:
+            return False
+        if hold.kind == "activation":
+            soft = True
+        elif keep is None:
+            keep = [hold()]
+        else:
+            keep.append(hold())
+    call.keep, call.soft = keep, soft
+    return True
+
+
+def made_from(leaves: Collection[Block], alive: Sequence[Block]) -> tuple[list[Block], set[Step]]:
+    """Those of the blocks `alive` that were made from leaves, in however many steps; and these steps, as far as recipes go."""
+    reached: set[Step] = set()
+    stack = [block.step for block in alive if block.step is not None]
+    while stack:
+        step = stack.pop()
+        if step not in reached:
+            reached.add(step)
+            stack.extend([read.step for read in step.reads if read.step is not None])
+    stale: set[Step] = set()
+    for step in sorted(reached, key=BY_ORDER):
+        if any(read in leaves or read.step in stale for read in step.reads):
+            stale.add(step)
+    return [block for block in alive if block.step in stale], stale
 
 
 @final

@@ -1,8 +1,8 @@
 """`with weft.memory.limit("6GiB"):` around an unchanged training loop.
 
 Given bytes      The first steps run online: the policy core decides as operators come. Each step is written down (`Tape`). When
-                 a step does what the one before it did (or the cycle of up to `LONGEST_CYCLE` steps repeats), it is planned,
-                 and from then on replayed. A step that does something else falls back to online, in its middle if need be.
+                 they repeat (`Cycle`), they are planned, and from then on replayed. A step that does something else falls
+                 back to online, in its middle if need be.
 Given a plan     Replay from the first step on.
 A step           ends with the optimizer's (`torch.optim`'s hooks say so; the next operator outside an optimizer begins another
                  one), at `Limit.step()`, or at the end of the with-block. Between two steps it may `rest`: others work meanwhile.
@@ -11,43 +11,42 @@ A step           ends with the optimizer's (`torch.optim`'s hooks say so; the ne
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from weft.cluster.device import Tier
 from weft.cluster.units import quantity
 from weft.errors import BudgetError
 from weft.memory import native
-from weft.memory.core import Block, simulate
+from weft.memory.core import Block
+from weft.memory.execute.actions import Deviation
 from weft.memory.execute.away import Sender
-from weft.memory.execute.backends import Backend, Copy, Count, Native, Owner
-from weft.memory.execute.facts import Facts, facts_of
-from weft.memory.execute.guards import Guards
+from weft.memory.execute.backends import Backend, Count, Owner, check_backend, make_backend
+from weft.memory.execute.cycle import Cycle, planned
+from weft.memory.execute.facts import Facts
 from weft.memory.execute.hand_back import hand_back
+from weft.memory.execute.listening import Listening
 from weft.memory.execute.online import Online
-from weft.memory.execute.replay import Deviation, Replay
+from weft.memory.execute.replay import Replay
 from weft.memory.execute.sizes import Sizes
 from weft.memory.execute.takeover import take_over
-from weft.memory.execute.tape import Tape, joined
-from weft.memory.planning.check import check
+from weft.memory.execute.tape import Tape
 from weft.memory.planning.memory_plan import MemoryPlan
-from weft.memory.private import QuickMode, below, hide_from_compiler, is_innermost, plain_parts, problem, require
+from weft.memory.private import below, hide_from_compiler, plain_parts, require
 from weft.memory.record import Trace
 from weft.memory.tracing.state import state_to_come
 
 __all__ = ["Limit", "limit"]
 
-BACKENDS = ("auto", "count", "copy", "native")
-RESERVE = 2**16  # bytes (a 64th of the budget at most) that plans leave for what a program does besides, if they can
-LASTING = 100  # steps after which a plan that no longer holds was a good one
-LONGEST_CYCLE = 4  # steps that follow each other and are planned one by one (a generator's and a discriminator's, say)
-MOST_PLANS = 4  # that are given up, until it stays online
+PLAN_FIRST = (
+    "The first steps decide operator by operator. A plan made beforehand may need less: weft.memory.limit(budget, model=model, "
+    "trace=weft.memory.trace(model, batch, loss, optimizer)) says so before anything runs."
+)
 
 _ACTIVE: list[Limit] = []  # at most one
 
@@ -110,50 +109,29 @@ class Limit:
         device: torch.device, replay: bool, by_hand: bool = False, tier: Tier | None = None,
     ):  # fmt: skip
         require()
-        self.model, self.device, self.tier = model, device, tier
+        plan = budget if isinstance(budget, MemoryPlan) else None
+        self.model, self.device = model, device
+        self.tier = tier or (plan and plan.tier)  # a step that is not the planned one may use it, too
+        self.budget = _nbytes(budget)
+        check_backend(backend)
+        self._backend_name, self._policy, self._by_hand = backend, policy, by_hand
+        addresses = backend in ("copy", "native")
+        if plan is None and trace is not None:
+            plan = planned(trace, self.budget, addresses, tier)
+        self._cycle = Cycle(self.budget, addresses, self.tier, plan if replay else None, replay)
         self.optimizer: torch.optim.Optimizer | None = None
-        self._reserved: Block | None = None  # for the state that it is to make
-        self._backend_name, self._policy, self._may_replay, self._by_hand = backend, policy, replay, by_hand
-        self._cycle: list[MemoryPlan] = []  # steps that follow each other
-        if isinstance(budget, MemoryPlan):
-            self.budget = budget.budget or budget.peak
-            self._cycle = [budget]
-            self.tier = tier or budget.tier  # a step that is not the planned one may use it as well
-        else:
-            nbytes = quantity(budget, "bytes")
-            if not 0 < nbytes < float("inf"):
-                raise ValueError(f"limit: the budget must be a positive number of bytes, got {budget!r}")
-            self.budget = int(nbytes)
-            if trace is not None:
-                self._cycle = [_planned(trace, self.budget, backend in ("copy", "native"), tier)]
-        if backend not in BACKENDS:
-            raise ValueError(f"limit: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if backend != "count" and problem() and backend != "auto":
-            raise RuntimeError(problem())
-        why = native.problem() if backend == "native" else None
-        if why:
-            raise RuntimeError(f"limit: backend='native' cannot be used: {why}")
         self.steps = 0
         self.notes: list[str] = []
         self._owner = Owner()
         self._executor: Online | Replay | None = None
+        self._listening: Listening | None = None
         self._hooks: list[Any] = []  # of leaves
-        self._optimizer_hooks: list[Any] = []
-        self._mode: _Mode | None = None
-        self._guards: Guards | None = None
+        self._watched: set[int] = set()
         self._gauge = native.ledger() if device.type == "cpu" and native.problem() is None else None
         self._sizes = Sizes()  # what operators have taken so far
+        self._reserved: Block | None = None  # for the state that the optimizer is to make
         self._ended = False  # the optimizer's step is over, the next one's first operator not yet there
         self._leaving = False
-        self._paused: Any = None  # while the optimizer runs without us: what ends that
-        self._watched: set[int] = set()
-        self._seen: dict[int, Trace] = {}  # by that hash: the largest of these steps
-        self._carried: list[int] = []  # for each step of the cycle, bytes that were there when it began
-        self._planned_at = 0
-        self._tapes: list[
-            tuple[int, Trace, int]
-        ] = []  # a hash of what the last online steps did, that, and what was carried
-        self._strayed = self._given_up = 0  # planned steps in a row, and plans, that did not hold
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
 
@@ -195,33 +173,19 @@ class Limit:
 
     def _listen(self) -> None:
         """Operators, optimizers and ways to tensors' bytes come to us from now on."""
-        self._optimizer_hooks += [
-            register_optimizer_step_pre_hook(self._before_optimizer),
-            register_optimizer_step_post_hook(self._after_optimizer),
-        ]
-        self._guards = Guards(self._expose)
-        self._guards.start()
-        self._mode = _Mode(self)
-        self._mode.__enter__()
+        self._listening = Listening(self._call, self._expose, self.count, self._before_optimizer, self._after_optimizer)
 
     def _stop_listening(self) -> None:
-        if self._mode is not None and self._paused is None:
-            self._mode.__exit__(None, None, None)
-        if self._paused is not None:
-            self._paused.remove()
-        if self._guards is not None:
-            self._guards.stop()
-        for hook in self._optimizer_hooks:
-            hook.remove()
-        self._optimizer_hooks.clear()
-        self._mode = self._guards = self._paused = None
+        if self._listening is not None:
+            self._listening.stop()
+        self._listening = None
 
     # -- resting ------------------------------------------------------------------------------------------------------
 
     @property
     def resting(self) -> bool:
         """Entered, and left to rest."""
-        return self._executor is not None and self._mode is None and self._paused is None
+        return self._executor is not None and self._listening is None
 
     def rest(self) -> None:
         """After `step()`: other work is none of ours until `wake`. Everything that is alive is there. Work in between may change
@@ -256,17 +220,29 @@ class Limit:
         Raises:
             BudgetError: there is no room.
         """
-        if self._mode is not None or self._paused is not None:
+        if self._listening is not None:
             self._executor.lend(tensor, nbytes)
 
     def __exit__(self, *problem: Any) -> None:
         executor = self._executor
-        if problem[0] is None and not (isinstance(executor, Replay) and executor.at < len(executor.rows)):
-            self._leaving = True
-            self.step()
-        self._leave()
+        if isinstance(problem[1], BudgetError) and isinstance(executor, Online) and not self._cycle.plans:
+            problem[1].add_note(PLAN_FIRST)
+        try:
+            if problem[0] is None and not (isinstance(executor, Replay) and executor.at < len(executor.rows)):
+                self._leaving = True
+                self.step()
+        except BudgetError:
+            pass  # what the next step could not begin with: there is none, and everything comes back below, budget or not
+        finally:
+            notes = self._leave()
+        for note in notes:
+            if problem[1] is None:
+                warnings.warn(note, RuntimeWarning, stacklevel=2)
+            else:  # never in the way of what was raised inside
+                problem[1].add_note(note)
 
-    def _leave(self) -> None:
+    def _leave(self) -> list[str]:
+        """Nothing is managed any more; what the user should know, in sentences."""
         if self in _ACTIVE:
             _ACTIVE.remove(self)
         self._stop_listening()
@@ -275,41 +251,33 @@ class Limit:
         self._hooks.clear()
         executor, self._executor = self._executor, None
         if isinstance(executor, Replay):
-            executor = self._to_online(executor)
-        if executor is not None:
-            hand_back(executor)
+            executor = self._to_online(executor, sys.maxsize)
+        return [] if executor is None else hand_back(executor, self.budget)
 
-    def _backend(self, nbytes: int) -> Backend:
-        """Memory for activations; `nbytes` of it where addresses matter."""
-        if self._backend_name == "copy":
-            return Copy(nbytes, self.device)
-        if self._backend_name == "native":
-            return Native(nbytes)
-        return Count()
-
-    def _new_online(self, backend: Backend) -> Online:
+    def _new_online(self, backend: Backend, budget: int) -> Online:
         policy = self._policy or ("coop" if backend.addresses else "pager")
-        online = Online(self.budget, policy, backend, self.device, self._owner, self._gauge, self._sizes)
+        online = Online(budget, policy, backend, self.device, self._owner, self._gauge, self._sizes)
         online.watch = self._watch
         if self.tier is not None:
             online.core.lower = Sender(online, self.tier)
         return online
 
     def _first_executor(self) -> Online | Replay:
-        if self._cycle and self._may_replay:
+        if self._cycle.plans:
             return self._new_replay()
-        online = self._new_online(self._backend(self.budget))
+        online = self._new_online(make_backend(self._backend_name, self.budget, self.device), self.budget)
         self._write(online)
         return online
 
     def _write(self, online: Online) -> None:
         """A step begins: it is written down, if it may be replayed later."""
-        online.tape = Tape(self._owner.holds.values()) if self._may_replay else None
+        online.tape = Tape(self._owner.holds.values()) if self._cycle.watching else None
 
     def _new_replay(self) -> Replay:
-        plan = self._cycle[self.steps % len(self._cycle)]
+        plans = self._cycle.plans
+        plan = plans[self.steps % len(plans)]
         slack, folder = self.budget - plan.peak, plan.tier.folder if plan.tier is not None else ""
-        backend = self._backend(plan.schedule.arena)
+        backend = make_backend(self._backend_name, plan.schedule.arena, self.device)
         replay = Replay(plan.trace, plan.schedule, backend, self.device, slack, self._owner, folder)
         replay.watch = self._watch
         return replay
@@ -317,16 +285,16 @@ class Limit:
     def _begin_replayed(self) -> None:
         """A planned step begins. If more is carried into it than when it was planned, and there is no room for that, it is not
         this plan's."""
-        replay = self._executor
-        if isinstance(replay, Replay) and self._carried and not self._leaving:
-            more = replay.held - (expected := self._carried[self.steps % len(self._cycle)])
-            if more > replay.slack:
-                gc.collect()  # what waits for it may be of use to nobody
-                more = replay.held - expected
-            if more > replay.slack:
-                self._fall_back(Deviation(f"{more:,} bytes more are carried into it", once=True))
-                if isinstance(self._executor, Online):
-                    self._write(self._executor)
+        replay, carried = self._executor, self._cycle.carried
+        if not isinstance(replay, Replay) or not carried or self._leaving:
+            return
+        more = replay.held - (expected := carried[self.steps % len(carried)])
+        if more > replay.slack:
+            gc.collect()  # what waits for it may be of use to nobody
+            more = replay.held - expected
+        if more > replay.slack:
+            self._fall_back(Deviation(f"{more:,} bytes more are carried into it"))
+            self._write(self._executor)
 
     def _adopt_model(self) -> None:
         if self.model is not None:
@@ -355,26 +323,21 @@ class Limit:
             return self._executor.call(facts, args, kwargs)
 
     def _fall_back(self, deviation: Deviation) -> None:
-        """The step is not the planned one: the rest of it runs online. What may be the whim of one step is tried by the
-        plan again in the next; otherwise, or a second time in a row, the plan is given up for another one."""
-        self._strayed += 1
+        """The step is not the planned one: the rest of it runs online."""
         if not self.notes:
             self._note(f"step {self.steps} is not the planned one ({deviation}); it goes on online")
-        self._executor = self._to_online(self._executor)
-        if self._strayed > 1 or not deviation.once:
-            self._cycle, self._carried, self._tapes = [], [], []
-            self._given_up += self.steps - self._planned_at < LASTING
-            if self._given_up == MOST_PLANS:
-                self._may_replay = False
-                self._note(f"{MOST_PLANS} plans did not hold; all further steps run online")
+        self._executor = self._to_online(self._executor, self.budget)
+        self._note(self._cycle.strayed(self.steps))
 
-    def _to_online(self, replay: Replay) -> Online:
-        online = self._new_online(Count())
+    def _to_online(self, replay: Replay, budget: int) -> Online:
+        online = self._new_online(Count(), budget)
         online.effects = replay.effects
         take_over(replay, online)
         return online
 
     def _note(self, sentence: str) -> None:
+        if not sentence:
+            return
         self.notes.append(sentence)
         warnings.warn(f"weft.memory.limit: {sentence}", stacklevel=4)
 
@@ -394,72 +357,38 @@ class Limit:
     def _end_replayed(self, replay: Replay) -> None:
         try:
             if not replay.end_step():
-                raise Deviation("something outlives it that the plan has dropped", once=True)
+                raise Deviation("something outlives it that the plan has dropped")
         except Deviation as deviation:
             self._fall_back(deviation)
             self._end_online(self._executor)
             return
-        self._strayed = 0
+        self._cycle.held()
         self.steps += 1
-        if len(self._cycle) > 1:
+        if len(self._cycle.plans) > 1:
             self._executor = self._new_replay()
         self._begin_replayed()
 
     def _end_online(self, online: Online) -> None:
         self.steps += 1
-        if not self._may_replay:
-            online.tape = None
-        elif self._cycle:  # it had begun as planned
-            online.hand_over()
-            self._executor = self._new_replay()
-            self._begin_replayed()
-        else:
-            if online.tape is not None:
-                self._written(online.tape)
-            if isinstance(self._executor, Online):
-                self._write(self._executor)
+        if online.tape is not None and not self._cycle.plans:  # else it had begun as planned
+            tape, online.tape = online.tape, None
+            name = type(self.model).__name__ if self.model is not None else ""
+            self._note(self._cycle.add(tape.trace(str(self.device), name), tape.carried, self.steps))
+        if self._cycle.plans:
+            self._replay_from_now_on(online)
+        if isinstance(self._executor, Online):
+            self._write(self._executor)
 
-    def _written(self, tape: Tape) -> None:
-        """A step was written down: if the last ones repeat, plan them and replay from now on."""
-        trace = tape.trace(str(self.device), type(self.model).__name__ if self.model is not None else "")
-        mark = hash(tuple((op.name, op.reads, op.makes) for op in trace.ops))
-        if mark in self._seen:
-            trace = joined(trace, self._seen.pop(mark))
-        self._seen[mark] = trace
-        if len(self._seen) > 2 * LONGEST_CYCLE:
-            del self._seen[next(iter(self._seen))]
-        self._tapes.append((mark, trace, tape.carried))
-        del self._tapes[: -2 * LONGEST_CYCLE]
-        marks = [mark for mark, *_ in self._tapes]
-        for length in range(1, len(marks) // 2 + 1):
-            if marks[-length:] == marks[-2 * length : -length]:
-                _, traces, carried = zip(*self._tapes[-length:], strict=True)
-                self._plan(traces, carried)
-                return
-
-    def _plan(self, traces: Sequence[Trace], carried: Sequence[int]) -> None:
-        try:
-            addresses = self._backend_name in ("copy", "native")
-            planned = [self._planned(trace, addresses) for trace in traces]
-        except BudgetError as error:
-            self._note(f"no plan was found though the step runs ({error.what}); it stays online")
-            self._may_replay = False
+    def _replay_from_now_on(self, online: Online) -> None:
+        """The next step begins, and it is planned. What the program holds must all be there for that."""
+        if not online.all_fits():
+            self._note(f"what is held after step {self.steps} does not fit the budget at once; it stays online")
+            self._note(self._cycle.strayed(self.steps))
             return
-        first = self.steps % len(planned)
-        self._cycle = [planned[(n - first) % len(planned)] for n in range(len(planned))]
-        self._carried = [carried[(n - first) % len(planned)] for n in range(len(planned))]
-        self._planned_at = self.steps
-        self._executor.hand_over()
+        online.hand_over()
+        self._reserved = None
         self._executor = self._new_replay()
         self._begin_replayed()
-
-    def _planned(self, trace: Trace, addresses: bool) -> MemoryPlan:
-        """A plan for a step; with some bytes left over if there is one."""
-        reserve = min(RESERVE, self.budget // 64)
-        try:
-            return _planned(trace, self.budget - reserve, addresses, self.tier)
-        except BudgetError:
-            return _planned(trace, self.budget, addresses, self.tier)
 
     # -- what is not an operator --------------------------------------------------------------------------------------
 
@@ -491,38 +420,23 @@ class Limit:
             self._executor.core.release(self._reserved)
             self._reserved = None
         self._at(lambda executor: executor.optimizing(True))
-        if isinstance(self._executor, Replay) and is_innermost(self._mode) and self._executor.skip_optimizer():
-            self._mode.__exit__(None, None, None)
-            # an optimizer that raises does not call its post hook
-            self._paused = register_module_forward_pre_hook(lambda module, args: self._resume())
+        if isinstance(self._executor, Replay) and self._listening.can_pause() and self._executor.skip_optimizer():
+            self._listening.pause()
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._resume()
+        self._listening.resume()
         self._executor.optimizing(False)
         self._ended = not self._by_hand
 
-    def _resume(self) -> None:
-        """Operators come to us again."""
-        if self._paused is not None:
-            self._paused.remove()
-            self._paused = None
-            self._mode.__enter__()
 
-
-def _planned(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> MemoryPlan:
-    """The best plan for a step; where addresses do not matter, that of the pager if no other is found."""
-    from weft.memory.planning.choose import plan  # here: it loads scipy
-
-    try:
-        return plan(trace, budget, tier=tier)
-    except BudgetError as error:
-        if addresses:
-            raise
-        try:
-            found = simulate(trace, budget, "pager")
-            return MemoryPlan(trace, budget, found.schedule, check(trace, found.schedule), "pager")
-        except (BudgetError, ValueError):  # ValueError: what outlives the step is missing at its end
-            raise error from None
+def _nbytes(budget: Any) -> int:
+    """Bytes of a budget as `limit` takes it."""
+    if isinstance(budget, MemoryPlan):
+        return budget.budget or budget.peak
+    nbytes = quantity(budget, "bytes")
+    if not 0 < nbytes < float("inf"):
+        raise ValueError(f"limit: the budget must be a positive number of bytes, got {budget!r}")
+    return int(nbytes)
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
@@ -533,34 +447,4 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
         return tuple(plain_parts(tensor))
 
 
-_PLAIN: set[Any] = {torch.Tensor, nn.Parameter}  # classes that do not handle operators themselves
-
-
-def _all_plain(types: Any) -> bool:
-    new = {kind for kind in types if kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__}
-    _PLAIN.update(new)
-    return new.issuperset(types)
-
-
-@final
-class _Mode(QuickMode):
-    """Hands every operator to the limit; views pass by."""
-
-    def __init__(self, owner: Limit):
-        super().__init__()
-        self.call = owner._call
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        facts = facts_of(func)
-        if types and not _PLAIN.issuperset(types) and not _all_plain(types):
-            return NotImplemented  # DTensor and the like: their parts come back here
-        if facts.view:
-            return facts.call(*args, **kwargs) if kwargs else facts.call(*args)
-        return self.call(facts, args, kwargs or {})
-
-
-hide_from_compiler(
-    _Mode.__torch_dispatch__, Limit._finished, Limit._before_optimizer, Limit._after_optimizer, Limit._expose
-)
+hide_from_compiler(Limit._finished, Limit._before_optimizer, Limit._after_optimizer, Limit._expose)

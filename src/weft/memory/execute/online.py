@@ -19,32 +19,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from weft.errors import BudgetError
 from weft.memory.core import Block, Core, Step
-from weft.memory.core.blocks import BY_ORDER
 from weft.memory.execute.backends import Backend, Hold, Owner, tie
-from weft.memory.execute.calls import Call, flat, geometry_of
+from weft.memory.execute.calls import Call, flat, require_bytes, shapes_only, take_apart
+from weft.memory.execute.carrying_out import Bytes
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.first_runs import first_run
 from weft.memory.execute.in_place import over_its_gradient
-from weft.memory.execute.leaves import Leaves, is_soft
+from weft.memory.execute.leaves import Leaves, hold_leaves, is_soft, made_from
 from weft.memory.execute.random_state import about_to_draw, state_nbytes
-from weft.memory.execute.sizes import SETTLED, Size, Sizes
+from weft.memory.execute.sizes import SETTLED, Size, Sizes, signature
 from weft.memory.execute.tape import Tape
+from weft.memory.execute.unremembered import adopt_parts, opaque, run_once
 from weft.memory.private import below, storage_of
 from weft.memory.record import Category
-from weft.memory.tracing.operators import tensors_of, writes
 
 __all__ = ["Online"]
+
+_block = itemgetter(2)  # of a look
 
 
 @final
 class Online:
-    """The machine of a `Core`, and the program's side of it.
+    """The program's side of a `Core`.
 
     Args:
         budget: bytes for everything: what is adopted, what operators make, workspace.
@@ -56,7 +60,7 @@ class Online:
         sizes: what earlier runs have shown.
 
     Attributes:
-        core: decides.
+        core: decides. bytes: carries it out.
         clock: measures operators. effects: while True nothing gets a recipe (the optimizer's step).
         tape: writes down the step, if it is set.
         watch: called with each leaf that wants a gradient when it is first met.
@@ -72,7 +76,9 @@ class Online:
         gauge: Any = None,
         sizes: Sizes | None = None,
     ):
-        self.core = Core(budget, policy, self)
+        self.leaves = Leaves(self._holds)
+        self.bytes = Bytes(backend, self.leaves)
+        self.core = Core(budget, policy, self.bytes)
         self.owner = owner or Owner()
         self.owner.executor = self
         self.backend = backend
@@ -82,10 +88,8 @@ class Online:
         self.effects = False
         self.watch: Callable[[Tensor], None] = lambda leaf: None
         self.tape: Tape | None = None
-        self.leaves = Leaves(self._holds)
         self._gone: list[Block] = []  # died while the core was at work
         self._busy = self._clearing = False
-        self._dropped: dict[Block, None] = {}  # not there, but a storage of the user's shows them
         self._single = device.type == "cpu"  # there are no tensors on other devices, or they do not matter
         self.clock = time.thread_time if device.type == "cpu" else time.perf_counter
 
@@ -100,6 +104,7 @@ class Online:
         """Take note of a storage that was there before; it stays until it dies. `kind` is what it is to the user."""
         hold = self.hold_of(tensor)
         if hold is None:
+            require_bytes(tensor)
             storage = storage_of(tensor)
             counted = storage.nbytes() if storage.device.type == self.device.type else 0
             whole = tensor if tensor._base is None else tensor._base  # a weight is met first as its transpose
@@ -120,8 +125,8 @@ class Online:
         block.payload = None
         if block.step is None:
             block.read = False  # nothing that is gone needs it: that would have kept it alive
-        if self._dropped:
-            self._dropped.pop(block, None)
+        if self.bytes.dropped:
+            self.bytes.dropped.pop(block, None)
             self.leaves.died(block)
         if self.tape is not None:
             self.tape.died(hold, self._busy and not self._clearing)
@@ -155,121 +160,44 @@ class Online:
     # -- one call -----------------------------------------------------------------------------------------------------
 
     def call(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operator within the budget."""
-        if facts.in_flight:
-            return self._communicate(facts, args, kwargs)
-        if facts.regeometry:
-            return self._regeometry(facts, args, kwargs)
+        """Run an operator within the budget.
+
+        Raises:
+            BudgetError: it does not fit.
+        """
+        if facts.once:
+            return run_once(self, facts, args, kwargs)
         if facts.over is not None:
             if (over := over_its_gradient(facts, args, kwargs)) is not None and self._may_go(args[0]):
                 facts, kwargs = over
-        looks: list[Any] = []
-        reads: dict[Block, Hold] = {}
-        shapes: list[Any] = []  # geometry of the tensors, part of the signature
-        owner = self.owner
-        plain = list(args)  # what is not a tensor, the rest of it
-        for position, value in enumerate(args):
-            if isinstance(value, Tensor):
-                plain[position] = None
-                try:
-                    storage = storage_of(value)
-                    hold = storage._weft_tie  # type: ignore[attr-defined]
-                    if hold.owner is not owner:
-                        hold = self.adopt(value)
-                except AttributeError:
-                    hold = self.adopt(value)
-                except (NotImplementedError, RuntimeError):
-                    return self._opaque(facts, args, kwargs)  # sparse, opaque: no storage of its own
-                block = hold.block
-                reads[block] = hold
-                geometry = geometry_of(value)
-                shapes.append(geometry)
-                looks.append((position, -1, block, geometry, value.storage_offset()))
-            elif isinstance(value, (list, tuple)):
-                plain[position] = self._look_into(value, position, looks, shapes, reads)
-        if kwargs:
-            plain_kwargs = dict(kwargs)
-            for name, value in kwargs.items():
-                if isinstance(value, Tensor):
-                    self._look(value, name, -1, looks, shapes, reads)
-                    plain_kwargs[name] = None
-                elif isinstance(value, (list, tuple)):
-                    plain_kwargs[name] = self._look_into(value, name, looks, shapes, reads)
-            size = self.sizes.look_up((facts, *shapes, *plain, *plain_kwargs.items()), facts, args, kwargs)
-        else:
-            plain_kwargs = kwargs
-            size = self.sizes.look_up((facts, *shapes, *plain), facts, args, kwargs)
-
-        if not facts.needs_bytes:
-            looks = [(position, index, None, geometry, offset) for position, index, _, geometry, offset in looks]
-            reads.clear()
-        repeatable = not (facts.effect or self.effects)
+        try:
+            plain, named, looks = take_apart(args, kwargs, self.owner, self.adopt)
+        except (NotImplementedError, RuntimeError):
+            return opaque(self, facts, args, kwargs)
+        size = self.sizes.look_up(signature(facts, plain, named, looks), facts, args, kwargs)
+        if not size.managed:
+            return opaque(self, facts, args, kwargs)
+        reads = dict.fromkeys(map(_block, looks)) if facts.needs_bytes else {}
+        holds = [block.payload for block in reads]  # what is overwritten has none afterwards
+        call = Call(facts, plain, named, looks if reads else shapes_only(looks), self.device)
         makes: list[tuple[int, bool]] = []
-        overwrites: Sequence[tuple[Block, int]] = ()
-        written: Sequence[Hold] = ()
-        if facts.written:
-            overwrites, written = self._overwritten(facts, args, kwargs, makes)
-            if len(overwrites) < len(written):
-                repeatable = False
-        keep: list[torch.UntypedStorage] | None = None
-        soft = False
-        if repeatable:
-            for block in reads:
-                maker = block.step
-                if maker is not None:
-                    soft = soft or maker.payload.soft
-                    continue
-                hold = reads[block]
-                if hold.kind == "gradient" or hold.lent:
-                    repeatable = False
-                    break
-                if hold.kind == "activation":
-                    soft = True
-                    continue
-                storage = hold()
-                if keep is None:
-                    keep = [storage]
-                else:
-                    keep.append(storage)
-        call = Call(facts, plain, plain_kwargs, looks, self.device, keep, soft)
-        makes += [(nbytes, facts.dense) for nbytes in size.fresh or ()]
-        workspace = size.workspace
-        random = facts.random and facts.draws(args, kwargs)
-        if random and repeatable:
-            workspace += state_nbytes(self.device)
-        self._busy = True
-        core = self.core
+        overwrites, written = self._overwritten(facts, args, kwargs, makes) if facts.written else ((), ())
+        repeatable = not (facts.effect or self.effects or len(overwrites) < len(written)) and hold_leaves(call, reads)
+        draws = facts.random and facts.draws(args, kwargs)
+        for nbytes in size.fresh or ():
+            makes.append((nbytes, facts.dense))
+        workspace = size.workspace + (state_nbytes(self.device) if draws and repeatable else 0)
+
+        self._busy, core = True, self.core
         try:
             step = core.begin(list(reads), makes, workspace, size.seconds, repeatable, overwrites, call)
         except BaseException:
             self._clear()
             raise
         try:
-            if random and repeatable:
+            if draws and repeatable:
                 call.drawn = about_to_draw(args, kwargs, self.device)
-            unforeseen = size.fresh is None
-            if unforeseen or size.runs < SETTLED:
-                result = first_run(self, step, len(overwrites), size, facts, args, kwargs)
-            else:
-                result = self.execute(step, len(overwrites), facts, args, kwargs)
-            taken = step.workspace
-            if unforeseen:  # its outputs lie in what was taken for workspace
-                core.widen(step, 0)
-            if overwrites:
-                for old, position in overwrites:
-                    hold, block = old.payload, step.makes[position]
-                    block.payload, old.payload, hold.block = hold, None, block
-                    if old in self.leaves.wants:
-                        self.leaves.lost(old)
-            fresh = self._bind(step, call, size, len(overwrites), result)
-            if repeatable and not step.repeatable:
-                for made in step.makes:
-                    core.settle(made)
-            if unforeseen:
-                lain = sum(block.nbytes for block in fresh)
-                step.workspace = max(0, taken - lain)
-                if size.fresh is not None:
-                    size.workspace = max(0, size.workspace - lain)
+            result, fresh = self._run(step, size, args, kwargs)
         except BaseException:
             core.abort(step)
             self._clear()
@@ -277,40 +205,58 @@ class Online:
         core.end(step, size.seconds)
         if self.tape is not None:
             self.tape.ran(
-                facts, list(reads.values()), written, [block.payload for block in fresh], workspace=step.workspace,
-                seconds=size.seconds, repeatable=not facts.effect, random=random, effects=self.effects,
-                has_outputs=bool(flat(result)),
+                facts, holds, written, [block.payload for block in fresh], workspace=step.workspace, seconds=size.seconds,
+                repeatable=not facts.effect, random=draws, effects=self.effects, has_outputs=bool(flat(result)),
             )  # fmt: skip
         self._busy = False
         if self._gone or self.leaves.loose:
             self._clear()
         return result
 
+    def _run(
+        self, step: Step, size: Size, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Block]]:
+        """Run the operator of a step that has begun. Its result, and the blocks that are fresh."""
+        call: Call = step.payload
+        overwrites, repeatable, foreseen = step.overwrites, step.repeatable, size.fresh is not None
+        if foreseen and size.runs >= SETTLED:
+            result = self.execute(step, len(overwrites), call.facts, args, kwargs)
+        else:
+            result = first_run(self, step, len(overwrites), size, call.facts, args, kwargs)
+        if overwrites:
+            self._new_versions(step)
+        if foreseen:
+            fresh = self._bind(step, call, size, len(overwrites), result)
+        else:
+            fresh = self._bind_unforeseen(step, call, size, result)
+        if repeatable and not step.repeatable:
+            for made in step.makes:
+                self.core.settle(made)
+        return result, fresh
+
+    def _new_versions(self, step: Step) -> None:
+        """What an operator has overwritten shows its new blocks."""
+        for old, position in step.overwrites:
+            hold, block = old.payload, step.makes[position]
+            block.payload, old.payload, hold.block = hold, None, block
+            if old in self.leaves.wants:
+                self.leaves.lost(old)
+
+    def _bind_unforeseen(self, step: Step, call: Call, size: Size, result: Any) -> Sequence[Block]:
+        """The same as `_bind` after a run that has told what it makes: its outputs lie in what was taken for workspace."""
+        taken = step.workspace
+        self.core.widen(step, 0)
+        fresh = self._bind(step, call, size, len(step.overwrites), result)
+        lain = sum(block.nbytes for block in fresh)
+        step.workspace = max(0, taken - lain)
+        if size.fresh is not None:
+            size.workspace = max(0, size.workspace - lain)
+        return fresh
+
     def _may_go(self, tensor: Tensor) -> bool:
         """Whether the bytes of a tensor may be written over: they can be made again, and nobody knows their address."""
         hold = self.hold_of(tensor)
         return hold is not None and hold.block.step is not None and hold.kind == "activation" and not hold.exposed
-
-    def _look_into(
-        self, values: Sequence[Any], position: Any, looks: list[Any], shapes: list[Any], reads: dict[Block, Hold]
-    ) -> Sequence[Any]:
-        """Look at the tensors of a list; the list without them, as a tuple."""
-        plain = list(values)
-        for index, value in enumerate(values):
-            if isinstance(value, Tensor):
-                self._look(value, position, index, looks, shapes, reads)
-                plain[index] = None
-        return tuple(plain)
-
-    def _look(
-        self, tensor: Tensor, position: Any, index: int, looks: list[Any], shapes: list[Any], reads: dict[Block, Hold]
-    ) -> None:
-        """Look at one tensor (`call` does the same in its own loop, for speed)."""
-        hold = self.adopt(tensor)
-        reads[hold.block] = hold
-        geometry = geometry_of(tensor)
-        shapes.append(geometry)
-        looks.append((position, index, hold.block, geometry, tensor.storage_offset()))
 
     def _overwritten(
         self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any], makes: list[tuple[int, bool]]
@@ -332,55 +278,6 @@ class Online:
                 makes.append((block.nbytes, facts.dense))
         return overwrites, list(found.values())
 
-    def _communicate(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operator that other processes take part in, and that may still be writing when it has returned: what it is
-        given stays where it is as long as it lives, and what it makes or writes has no recipe."""
-        holds = dict.fromkeys(self.adopt(tensor) for tensor in tensors_of((*args, *kwargs.values())))
-        for hold in holds:
-            self._pin(hold)
-        written = dict.fromkeys(self.adopt(tensor) for tensor in writes(facts.func, args, kwargs))
-        for hold in written:
-            self.core.settle(hold.block)
-            if hold.block.read:
-                self.cut((hold.block,))
-        result = facts.call(*args, **kwargs)
-        outputs = list(tensors_of((result,)))
-        fresh = dict.fromkeys(self.adopt(tensor, "activation") for tensor in outputs if self.hold_of(tensor) is None)
-        for hold in fresh:
-            self._pin(hold)
-        if self.tape is not None:
-            self.tape.ran(
-                facts, list(holds), list(written), list(fresh), workspace=0, seconds=0.0, repeatable=False, random=False,
-                effects=self.effects, has_outputs=bool(outputs),
-            )  # fmt: skip
-        return result
-
-    def _regeometry(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operator that gives a tensor another storage or a storage another size: what it touches has no recipe."""
-        tensors = [tensor for value in (*args, *kwargs.values()) for tensor in flat(value)]
-        for tensor in tensors:
-            self.settle(tensor)
-            self.cut((self.adopt(tensor).block,))
-        result = facts.call(*args, **kwargs)
-        for tensor in (*tensors, *flat(result)):
-            hold, nbytes = self.adopt(tensor), storage_of(tensor).nbytes()
-            if hold.block.nbytes != nbytes:
-                self.core.release(hold.block)
-                hold.block = self.core.adopt(nbytes, hold, inside=True)
-        return result
-
-    def _opaque(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operator on tensors without storages (sparse, oneDNN's own): everything else it uses comes back and stays."""
-        for value in (*args, *kwargs.values()):
-            for tensor in flat(value):
-                if tensor.layout is torch.strided:
-                    self.settle(tensor)
-        result = facts.call(*args, **kwargs)
-        for tensor in flat(result):
-            if tensor.layout is torch.strided:
-                self.adopt(tensor)
-        return result
-
     def execute(self, step: Step, num_over: int, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not self.backend.addresses:
             return facts.call(*args, **kwargs)
@@ -397,6 +294,7 @@ class Online:
                 storage = storage_of(output)
             except (NotImplementedError, RuntimeError):
                 step.repeatable = False
+                adopt_parts(self, output)
                 continue
             hold = getattr(storage, "_weft_tie", None)
             if hold is not None and hold.owner is owner:
@@ -428,52 +326,6 @@ class Online:
             size.fresh = tuple(block.nbytes for block in fresh)
         return fresh
 
-    # -- what the core asks for ---------------------------------------------------------------------------------------
-
-    def drop(self, block: Block) -> None:
-        if type(block.payload) is Hold:
-            self._dropped[block] = None
-            if is_soft(block):
-                self.leaves.gone(block)
-        self.backend.drop(block)
-
-    def place(self, block: Block) -> None:
-        pass
-
-    def again(self, step: Step) -> None:
-        call: Call = step.payload
-        makes, num_over, places = step.makes, len(step.overwrites), []
-        if self.backend.addresses:
-            places = list(zip(step.sizes, step.places, strict=True))[num_over:]
-        made = call.again(self.backend.run, places, (step.offset, step.workspace))
-        for old, position in step.overwrites:
-            scratch, old.payload = old.payload, None
-            self._come_back(makes[position], scratch)
-        for block, storage in zip(makes[num_over:], made, strict=True):
-            self._come_back(block, storage)
-        self.backend.bound()
-
-    def _come_back(self, block: Block | None, storage: torch.UntypedStorage) -> None:
-        if block is not None:
-            self._dropped.pop(block, None)
-            self.backend.back(block, storage)
-            self.leaves.back(block)
-
-    def move(self, block: Block, old_offset: int) -> None:
-        self.backend.move(block, old_offset)
-
-    def save(self, block: Block) -> None:
-        raise NotImplementedError("no lower tier here")
-
-    def load(self, block: Block) -> None:
-        raise NotImplementedError("no lower tier here")
-
-    def describe(self, step: Step | None, block: Block) -> str:
-        call = (step or block.step).payload if step is not None or block.step is not None else None
-        if call is not None:
-            return repr(call)
-        return block.payload if isinstance(block.payload, str) else "a tensor that came from outside"
-
     # -- what the user does besides calling operators -----------------------------------------------------------------
 
     def ensure(self, tensor: Tensor) -> None:
@@ -486,7 +338,7 @@ class Online:
         """Somebody is about to know the address of a tensor's bytes: they stay there as long as they live."""
         hold = self.hold_of(tensor)
         if hold is not None:
-            self._pin(hold)
+            self.pin(hold)
 
     def lend(self, tensor: Tensor, nbytes: int) -> None:
         """The owner of a tensor's bytes is about to give it `nbytes`, or has just taken them all (0).
@@ -505,10 +357,10 @@ class Online:
         old.payload = None
         self.core.release(old)
 
-    def settle(self, tensor: Tensor, kind: Category = "activation") -> None:
-        """A tensor's bytes come back and stay, without recipe: a finished gradient."""
+    def settle(self, tensor: Tensor, kind: Category | None = None) -> None:
+        """A tensor's bytes come back and stay, without recipe. `kind`: what it is to the user from now on."""
         hold = self.adopt(tensor)
-        hold.kind = kind
+        hold.kind = kind or hold.kind
         if hold.block.step is not None:
             self._at_work(lambda: self.core.settle(hold.block))
             if hold.block.read:
@@ -519,19 +371,7 @@ class Online:
 
         What is recorded of them can no longer be repeated; whoever reads what it made keeps that alive (see `call`).
         """
-        reached: set[Step] = set()
-        alive = [hold.block for hold in self.owner.holds.values()]
-        stack = [block.step for block in alive if block.step is not None]
-        while stack:
-            step = stack.pop()
-            if step not in reached:
-                reached.add(step)
-                stack.extend([read.step for read in step.reads if read.step is not None])
-        stale: set[Step] = set()
-        for step in sorted(reached, key=BY_ORDER):
-            if any(read in leaves or read.step in stale for read in step.reads):
-                stale.add(step)
-        going = [block for block in alive if block.step in stale]
+        going, stale = made_from(leaves, [hold.block for hold in self.owner.holds.values()])
         for block in going:
             self._at_work(lambda block=block: self.core.settle(block))
         for step in stale:
@@ -540,12 +380,23 @@ class Online:
             block.read = False
 
     def optimizing(self, yes: bool) -> None:
-        """The optimizer's step begins or ends."""
+        """The optimizer's step begins or ends.
+
+        Raises:
+            BudgetError: what was made from what it may change, and is still referred to, does not fit.
+        """
         self.effects = yes
         if yes:
-            self.cut({hold.block for hold in self.owner.holds.values() if hold.block.step is None and hold.block.read})
+            try:
+                self.cut({h.block for h in self.owner.holds.values() if h.block.step is None and h.block.read})
+            except BudgetError as error:
+                what = (
+                    "whatever was made from the parameters and is still referred to has to be there when they change; delete or "
+                    f"copy away what the loop collects, before optimizer.step(): {error.what}"
+                )
+                raise BudgetError(error.budget, 0, what) from None
 
-    def _pin(self, hold: Hold) -> None:
+    def pin(self, hold: Hold) -> None:
         if not hold.exposed:
             hold.exposed = True
             self._at_work(lambda: self.core.pin(hold.block))
@@ -557,6 +408,10 @@ class Online:
                 work()
         finally:
             self._clear()
+
+    def all_fits(self) -> bool:
+        """Whether everything that is alive may be there at once."""
+        return sum(hold.block.nbytes for hold in list(self.owner.holds.values())) <= self.core.budget
 
     def rest(self) -> None:
         """Between two steps: everything that is alive is there when this returns, and needs no recipe.
@@ -587,7 +442,8 @@ class Online:
 
     def leave(self) -> None:
         """Nothing is managed any more; what lies in an arena moves to torch's own memory."""
-        self._dropped, self._gone = {}, []
+        self.bytes.dropped.clear()
+        self._gone = []
         for hold in self.owner.holds.values():
             self._leave(hold)
         self.owner.holds.clear()
@@ -596,4 +452,5 @@ class Online:
     def _end(self) -> None:
         self.backend.close()
         self.leaves.clear()
-        del self.core, self.leaves  # they know their machine: apart, they and all that recipes keep are freed at once
+        # they know each other: apart, they and all that recipes keep are freed at once
+        del self.core, self.bytes, self.leaves

@@ -1,6 +1,8 @@
 """Which calls of a planned step replay has to remember, and which results it may keep though the plan drops them.
 
-A call that is remembered can be repeated, and holds what it reads if that cannot be made again: more is safer, less is leaner.
+A call that is remembered can be repeated, and holds what it reads if that cannot be made again: more is safer, less is leaner. A
+plan counts what was carried into the step (a hook's notes of the last one) until the program lets go of it, and no longer: a
+call that reads such a thing is remembered only if the plan may repeat it, and until then.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
 
-__all__ = ["never_read_again", "remembered"]
+__all__ = ["asked_for", "never_read_again", "remembered"]
 
 
 def remembered(trace: Trace, schedule: Schedule, cautious: bool) -> set[int]:
@@ -20,15 +22,22 @@ def remembered(trace: Trace, schedule: Schedule, cautious: bool) -> set[int]:
     phases = ("forward", "backward") if cautious else ("forward",)
     # Not the readers of what cannot be made again (results of collectives): they would hold bytes that no plan counts.
     once = {v for op in trace.ops if not op.repeatable for v in op.makes if trace.values[v].category == "activation"}
+    once.update(v for v, value in enumerate(trace.values) if value.born < 0 and value.dies < len(trace.ops))
     return found | {
         j for j, op in enumerate(trace.ops) if op.phase in phases and op.repeatable and once.isdisjoint(op.reads)
     }
 
 
 def _repeated(trace: Trace, schedule: Schedule) -> set[int]:
-    """Operators that may have to run again: those that the schedule repeats, and those without which something dropped could
-    not be brought back if the step were left, or went on otherwise, while the user still refers to it."""
-    values, found = trace.values, {a.index for a in schedule.actions if a.kind == "again"}
+    """Operators that may have to run again: those that the schedule repeats, and those that may be `asked_for`."""
+    again = {a.index for a in schedule.actions if a.kind == "again"}
+    return {j for j in again | asked_for(trace, schedule) if trace.ops[j].repeatable}
+
+
+def asked_for(trace: Trace, schedule: Schedule) -> set[int]:
+    """Operators without which something dropped could not be brought back if the step were left, or went on otherwise, while
+    the user still refers to it."""
+    values, found = trace.values, set()
     last = {a.index: n for n, a in enumerate(schedule.actions) if a.kind == "drop"}
     back = {v: n for n, a in enumerate(schedule.actions) if a.kind == "again" for v, _ in a.places}
     lasting: dict[int, int] = {}  # value -> until when it may be asked for
@@ -41,7 +50,7 @@ def _repeated(trace: Trace, schedule: Schedule) -> set[int]:
         found.add(values[v].born)
         # an input that lives as long is there, or has been dropped itself and is in this list
         stack += [(read, until) for read in trace.ops[values[v].born].reads if values[read].dies < until]
-    return {j for j in found if trace.ops[j].repeatable}
+    return found
 
 
 def never_read_again(trace: Trace, schedule: Schedule, room: int) -> tuple[set[int], set[int]]:

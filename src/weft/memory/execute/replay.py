@@ -11,53 +11,30 @@ have, makes it hand over to `Online`, in the middle of the step, with everything
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from weft.memory.core import Block
-from weft.memory.execute.backends import Backend, Hold, Owner, Places, shown, tie
-from weft.memory.execute.calls import Call, flat, geometry_of
+from weft.memory.execute.actions import Actions, Deviation
+from weft.memory.execute.backends import Backend, Hold, Owner, Places, tie
+from weft.memory.execute.calls import Call, Look, flat, is_plain, require_bytes, shapes_only, take_apart
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.in_place import over_its_gradient
 from weft.memory.execute.random_state import about_to_draw
 from weft.memory.execute.recall import never_read_again, remembered
+from weft.memory.execute.rows import rows
 from weft.memory.execute.shelf import Shelf
 from weft.memory.private import storage_of
 from weft.memory.record import Trace
-from weft.memory.schedule import Action, Schedule
+from weft.memory.schedule import Schedule
 from weft.memory.tracing.operators import tensors_of
 
 __all__ = ["Deviation", "Replay"]
 
 CAUTIOUS_STEPS = 8  # replayed steps in which every call is remembered; afterwards those of the forward pass
 EXTRA_CALLS = 8  # calls in a row that the trace does not have, before the step counts as another one
-
-
-class Deviation(Exception):
-    """The program does something else than the trace says. `once`: it may well do as planned in the next step."""
-
-    def __init__(self, why: str, once: bool = False):
-        super().__init__(why)
-        self.once = once
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One operator of the trace, and what is to be done before it."""
-
-    name: str
-    makes: tuple[int, ...]  # fresh values, in order
-    overwrites: tuple[tuple[int, int], ...]
-    places: Places  # of the fresh values
-    workspace: tuple[int, int]  # address and bytes
-    remember: bool  # the call may be repeated
-    bind: bool  # what it makes may go, or is read by calls that may be repeated
-    facts: Facts | None = None  # once seen
-    before: list[Callable[[], None]] = field(default_factory=list)
 
 
 @final
@@ -76,7 +53,7 @@ class Replay:
         at: number of the operator that comes next.
         effects: the optimizer's step is running.
         watch: called with each leaf that wants a gradient when it is first met.
-        repeats: operators run again so far.
+        actions: what the schedule says, carried out. dropped: of these.
     """
 
     def __init__(
@@ -95,21 +72,16 @@ class Replay:
         self.slack = max(slack, 0)
         self.at = 0
         self.effects = False
-        self.repeats = 0
         self.token = -1.0  # marks the blocks of this step; negative, as no clock
         self.watch: Callable[[Tensor], None] = lambda leaf: None
-        self.blocks: list[Block | None] = [None] * len(trace.values)
-        self.calls: list[Call | None] = [None] * len(trace.ops)
         self.log: list[tuple[Call, int | None]] = []  # what was remembered in this step, and its number in the trace
-        self.dropped: dict[Block, None] = {}  # not there, but a storage of the user's shows them
-        self.after: list[Callable[[], None]] = []
         self.steps = 0
-        self._cautious = True
+        self._unread, spared = never_read_again(trace, schedule, self.slack // 2)
+        self.slack -= sum(trace.values[v].nbytes for v in spared)
         self.shelf = Shelf(device, folder)
-        self._last_load = {action.index: action for action in schedule.actions if action.kind == "load"}
-        self._unread, self._spared = never_read_again(trace, schedule, self.slack // 2)
-        self.slack -= sum(trace.values[v].nbytes for v in self._spared)
-        self.rows = self._rows(cautious=True)
+        self.actions = Actions(trace, schedule, backend, self.shelf, spared)
+        self.dropped = self.actions.dropped
+        self._lay_out(cautious=True)
         self._extra_calls = self._extra_bytes = 0
 
     @property
@@ -123,43 +95,21 @@ class Replay:
             and (kind == "cpu" or ((storage := hold()) is not None and storage.device.type == kind))
         )
 
-    def _rows(self, cautious: bool) -> list[_Row]:
-        """The schedule as one row per operator; what follows the last operator goes to `after`.
+    @property
+    def repeats(self) -> int:
+        """Operators run again so far."""
+        return self.actions.repeats
+
+    def _lay_out(self, cautious: bool) -> None:
+        """Turn the schedule into rows.
 
         Args:
             cautious: remember all operators, so that everything can go on online if the step turns out to be another one;
                 else those of the forward pass, whose results users may hold on to, and those that will be repeated.
         """
-        trace, rows, end = self.trace, [], len(self.trace.ops)
-        remember = remembered(trace, self.schedule, cautious)
+        remember = remembered(self.trace, self.schedule, cautious)
         self._cautious = cautious and bool(remember)
-        bound = {v for j in remember for v in (*trace.ops[j].reads, *trace.ops[j].makes)}
-        bound.update(a.index for a in self.schedule.actions if a.kind in ("drop", "move", "save", "load"))
-        waiting: list[Callable[[], None]] = []
-        coming: dict[int, Action] = {}  # value -> the load that has begun, and is complete before its first reader runs
-        for action in self.schedule.actions:
-            if action.kind == "load" and not self.backend.addresses:
-                waiting.append(partial(self._fetch, action.index))
-                coming[action.index] = action
-                continue
-            wanted = trace.ops[action.index].reads if action.kind in ("run", "again") else (action.index,)
-            waiting += [self._doing(coming.pop(v)) for v in wanted if v in coming]
-            if action.kind != "run":
-                waiting.append(self._doing(action))
-                continue
-            op, places = trace.ops[action.index], dict(action.places)
-            inherited = {new for _, new in op.overwrites}
-            fresh = tuple(v for v in op.makes if v not in inherited)
-            row = _Row(
-                op.name, fresh, op.overwrites, tuple((trace.values[v].nbytes, places.get(v, -1)) for v in fresh),
-                (action.workspace, op.workspace), remember=action.index in remember,
-                bind=self.backend.addresses or any(v in bound for v in op.makes)
-                or any(trace.values[v].dies >= end for v in fresh),
-            )  # fmt: skip
-            row.before, waiting = waiting, []
-            rows.append(row)
-        self.after = waiting + [self._doing(action) for action in coming.values()]
-        return rows
+        self.rows, self.after = rows(self.trace, self.schedule, self.actions, remember, self.backend.addresses)
 
     # -- storages -----------------------------------------------------------------------------------------------------
 
@@ -172,6 +122,7 @@ class Replay:
         """Take note of a storage that was there before."""
         hold = self.hold_of(tensor)
         if hold is None:
+            require_bytes(tensor)
             storage = storage_of(tensor)
             whole = tensor if tensor._base is None else tensor._base  # a weight is met first as its transpose
             leaf = whole.requires_grad and whole.is_leaf
@@ -207,13 +158,18 @@ class Replay:
                     return self._extra(facts, args, kwargs)
                 over = over_its_gradient(facts, args, kwargs)
                 if over is None:
-                    raise Deviation(f"somebody else has the gradient that {facts.name} is to write over", once=True)
+                    raise Deviation(f"somebody else has the gradient that {facts.name} is to write over")
                 facts, kwargs = over
             row.facts = facts
+        if row.remember:
+            try:
+                parts = take_apart(args, kwargs, self.owner, self.adopt)
+            except (NotImplementedError, RuntimeError):  # a namesake that traces leave out (`unremembered.opaque`)
+                return self._extra(facts, args, kwargs)
         for act in row.before:
             act()
         if row.remember:
-            call = self.calls[at] = self._remember(facts, args, kwargs)
+            call = self.actions.calls[at] = self._remember(facts, *parts)
             self.log.append((call, at))
             if facts.random and facts.draws(args, kwargs):
                 call.drawn = about_to_draw(args, kwargs, self.device)
@@ -247,10 +203,13 @@ class Replay:
         result: Any,
     ) -> None:
         """Tie the fresh outputs of an operator: values `numbers` of the trace."""
-        blocks, places, made, token, owner = self.blocks, [], [], self.token, self.owner
+        blocks, places, made, token, owner = self.actions.blocks, [], [], self.token, self.owner
         count = 0
         for place, output in enumerate((result,) if isinstance(result, Tensor) else flat(result)):
-            storage = storage_of(output)
+            try:
+                storage = storage_of(output)
+            except (NotImplementedError, RuntimeError):
+                continue  # sparse
             hold = getattr(storage, "_weft_tie", None)
             if hold is not None and hold.owner is owner:
                 continue
@@ -285,63 +244,36 @@ class Replay:
             return
         owner = self.owner
         for value in args if not kwargs else (*args, *kwargs.values()):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
                 hold = getattr(storage_of(value), "_weft_tie", None)
                 if hold is not None and not hold.block.resident and hold.owner is owner:
                     raise Deviation(f"{facts.name} reads what the plan has dropped")
             elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
                 self._check(facts, value, {})
 
-    def _remember(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """A call without its tensors. Raises `Deviation` if it reads what is not there."""
-        looks: list[Any] = []
-        plain = list(args)
-        keep: list[torch.UntypedStorage] | None = None
-        needs, token, owner = facts.needs_bytes, self.token, self.owner
-        for position, value in enumerate(args):
-            if isinstance(value, Tensor):
-                plain[position] = None
-                storage = storage_of(value)
-                try:
-                    hold = storage._weft_tie  # type: ignore[attr-defined]
-                    if hold.owner is not owner:
-                        hold = self.adopt(value)
-                except AttributeError:
-                    hold = self.adopt(value)
-                block = hold.block
-                if needs:
-                    if not block.resident:
-                        raise Deviation(f"{facts.name} reads what the plan has dropped")
-                    if block.last != token and hold.kind != "gradient":
-                        if keep is None:
-                            keep = [storage]
-                        else:
-                            keep.append(storage)
-                looks.append((position, -1, block if needs else None, geometry_of(value), value.storage_offset()))
-            elif isinstance(value, (list, tuple)):
-                plain[position] = self._look_into(facts, value, position, looks)
-        if kwargs:
-            kwargs = dict(kwargs)
-            for name, value in kwargs.items():
-                if isinstance(value, Tensor):
-                    self._look_into(facts, (value,), name, looks)
-                    kwargs[name] = None
-                elif isinstance(value, (list, tuple)):
-                    kwargs[name] = self._look_into(facts, value, name, looks)
-        return Call(facts, plain, kwargs, looks, self.device, keep)
+    def _remember(self, facts: Facts, plain: Sequence[Any], named: Mapping[str, Any], looks: Sequence[Look]) -> Call:
+        """A call that was taken apart, to be repeated. It holds what this step has not made and nothing can make again.
 
-    def _look_into(self, facts: Facts, values: Sequence[Any], position: Any, looks: list[Any]) -> Sequence[Any]:
-        plain, single = list(values), isinstance(position, str) and len(values) == 1
-        for index, value in enumerate(values):
-            if isinstance(value, Tensor):
-                block = self.adopt(value).block
-                if facts.needs_bytes and not block.resident:
-                    raise Deviation(f"{facts.name} reads what the plan has dropped")
-                plain[index] = None
-                where = -1 if single else index
-                wanted = block if facts.needs_bytes else None
-                looks.append((position, where, wanted, geometry_of(value), value.storage_offset()))
-        return tuple(plain)
+        Raises:
+            Deviation: it reads what is not there.
+        """
+        if not facts.needs_bytes:
+            return Call(facts, plain, named, shapes_only(looks), self.device)
+        keep: list[torch.UntypedStorage] | None = None
+        token = self.token
+        for look in looks:
+            block: Any = look[2]
+            if not block.resident:
+                raise Deviation(f"{facts.name} reads what the plan has dropped")
+            if block.last != token:
+                hold = block.payload
+                if hold.kind == "gradient":
+                    continue
+                if keep is None:
+                    keep = [hold()]
+                else:
+                    keep.append(hold())
+        return Call(facts, plain, named, looks, self.device, keep)
 
     def _write_over(
         self, overwrites: Sequence[tuple[int, int]], facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any],
@@ -356,7 +288,7 @@ class Replay:
             old.payload, old.resident, old.alive = None, False, False
             over.append((old, block))
             if n < len(overwrites):
-                self.blocks[overwrites[n][1]] = block
+                self.actions.blocks[overwrites[n][1]] = block
         return over
 
     def _written(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any], known: bool = False) -> list[Hold]:
@@ -377,6 +309,8 @@ class Replay:
             self._too_much(facts)
         if inside and self._extra_calls > EXTRA_CALLS:
             raise Deviation(f"{facts.name} where the plan has {self.rows[self.at].name}")
+        if facts.opaque or not is_plain(args, kwargs):
+            return self._extra_opaque(facts, args, kwargs)
         if inside and self._cautious:
             return self._extra_remembered(facts, args, kwargs)
         if self.dropped:
@@ -386,17 +320,22 @@ class Replay:
         known = {storage_of(tensor)._cdata for value in (*args, *kwargs.values()) for tensor in flat(value)}
         result = facts.call(*args, **kwargs)
         if not self.effects:
-            outputs = flat(result)
-            made = [storage_of(out).nbytes() for out in outputs if storage_of(out)._cdata not in known]
-            self._stray(facts, made, bool(outputs))
+            stored = [storage_of(out) for out in flat(result) if out.layout is torch.strided]
+            self._stray(facts, [one.nbytes() for one in stored if one._cdata not in known], bool(flat(result)))
         return result
+
+    def _extra_opaque(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """A call that traces leave out (`unremembered.opaque`)."""
+        if self.dropped:
+            self._check(facts, args, kwargs)
+        return facts.call(*args, **kwargs)
 
     def _too_much(self, facts: Facts) -> None:
         why = f"it has made {self._extra_bytes:,} bytes more before {facts.name}, and there is room for {self.slack:,}"
-        raise Deviation(why, once=True)
+        raise Deviation(why)
 
     def _extra_remembered(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        call = self._remember(facts, args, kwargs)
+        call = self._remember(facts, *take_apart(args, kwargs, self.owner, self.adopt))
         if facts.random and facts.draws(args, kwargs):
             call.drawn = about_to_draw(args, kwargs, self.device)
         result = facts.call(*args, **kwargs)
@@ -417,12 +356,12 @@ class Replay:
         """The optimizer's step begins or ends. Raises `Deviation` if something is still to be brought back that it would make
         impossible to bring back."""
         if yes and self._missed():
-            raise Deviation("something outlives the backward pass that the plan has dropped", once=True)
+            raise Deviation("something outlives the backward pass that the plan has dropped")
         self.effects = yes
 
     def _missed(self) -> bool:
         """Whether something is not there that the user refers to, other than what the trace says nobody will read."""
-        return bool(self.dropped) and not self.dropped.keys() <= {self.blocks[v] for v in self._unread}
+        return bool(self.dropped) and not self.dropped.keys() <= {self.actions.blocks[v] for v in self._unread}
 
     def skip_optimizer(self) -> bool:
         """Whether the optimizer's step may run without us, since nothing is to be done in it; then it counts as done."""
@@ -441,104 +380,6 @@ class Replay:
         self.at = end
         return True
 
-    # -- what the schedule says ---------------------------------------------------------------------------------------
-
-    def _doing(self, action: Action) -> Callable[[], None]:
-        v = action.index
-        if action.kind == "drop":
-            return (lambda: None) if v in self._spared else lambda: self._drop(v)
-        if action.kind == "again":
-            return self._repeating(action)
-        if action.kind == "move":
-            ((_, offset),) = action.places
-            return lambda: self._move(v, offset)
-        if action.kind == "save":
-            return lambda: self._save(v)
-        last = self._last_load[v] is action
-        return lambda: self._load(v, dict(action.places).get(v, -1), last)
-
-    def _drop(self, v: int) -> None:
-        block = self.blocks[v]
-        if block is None or not block.resident:
-            return
-        self.shelf.saved(block)
-        if type(block.payload) is Hold:
-            if block.payload.exposed:
-                return  # somebody has its address
-            self.dropped[block] = None
-        self.backend.drop(block)
-        block.resident = False
-
-    def _repeating(self, action: Action) -> Callable[[], None]:
-        op, places = self.trace.ops[action.index], dict(action.places)
-        inherited = {new for _, new in op.overwrites}
-        fresh = tuple(places.get(v) for v in op.makes if v not in inherited)
-        offsets = tuple((self.trace.values[v].nbytes, places.get(v, -1)) for v in op.makes if v not in inherited)
-        over = tuple(new in places for _, new in op.overwrites)
-        return lambda: self._again(action.index, fresh, over, offsets, (action.workspace, op.workspace))
-
-    def _again(
-        self, j: int, fresh: Sequence[int | None], over: Sequence[bool], places: Places, workspace: tuple[int, int]
-    ) -> None:
-        """Run operator j again. `fresh`: for each fresh output its address, None to throw it away; `over`: for each storage
-        that it writes, whether its new contents are to come back."""
-        call = self.calls[j]
-        if call is None or len(call.over) != len(over) or len(call.made) != len(fresh):
-            raise Deviation(f"operator {j} of the plan was another one")
-        for look in call.looks:
-            if look[2] is not None and look[2].payload is None:
-                raise Deviation(f"what {call.facts.name} needs to run again is not there")
-        self.repeats += 1
-        made = call.again(self.backend.run, places, workspace)
-        for (old, new), comes in zip(call.over, over, strict=True):
-            scratch, old.payload, old.resident = old.payload, None, False
-            if comes:
-                self._back(new, scratch, old.offset)
-        for block, storage, offset in zip(call.made, made, fresh, strict=True):
-            if offset is not None:
-                self._back(block, storage, offset)
-        self.backend.bound()
-
-    def _back(self, block: Block, storage: torch.UntypedStorage, offset: int) -> None:
-        if block.resident:
-            return
-        block.offset = offset
-        self.backend.back(block, storage)
-        block.resident = True
-        self.dropped.pop(block, None)
-
-    def _save(self, v: int) -> None:
-        block = self.blocks[v]
-        if block is not None and block.resident:
-            self.shelf.save(block, shown(block))
-
-    def _fetch(self, v: int) -> None:
-        block = self.blocks[v]
-        if block in self.shelf and block.alive:
-            self.shelf.fetch(block)
-
-    def _load(self, v: int, offset: int, last: bool) -> None:
-        block = self.blocks[v]
-        if block in self.shelf:
-            if block.alive:  # else nobody refers to it any more
-                self._back(block, self.shelf.load(block), offset)
-                self.backend.bound()
-            if last:
-                self.shelf.forget(block)
-
-    def fetch(self, block: Block) -> None:
-        """Bring a block back from the lower tier, if that has it."""
-        if block in self.shelf:
-            self._back(block, self.shelf.load(block), -1)
-            self.shelf.forget(block)
-
-    def _move(self, v: int, offset: int) -> None:
-        block = self.blocks[v]
-        if block is None or not block.resident or (type(block.payload) is Hold and block.payload.exposed):
-            return
-        old, block.offset = block.offset, offset
-        self.backend.move(block, old)
-
     # -- what the user does besides calling operators -----------------------------------------------------------------
 
     def expose(self, tensor: Tensor) -> None:
@@ -546,7 +387,7 @@ class Replay:
         hold = self.hold_of(tensor)
         if hold is not None:
             if not hold.block.resident:
-                raise Deviation("the address of a tensor is asked for that the plan has dropped", once=True)
+                raise Deviation("the address of a tensor is asked for that the plan has dropped")
             hold.exposed = True
 
     def lend(self, tensor: Tensor, nbytes: int) -> None:
@@ -589,11 +430,8 @@ class Replay:
                     hold.block.offset = -1
         self.steps += 1
         if self.steps == CAUTIOUS_STEPS:
-            self.rows = self._rows(cautious=False)
-        self.blocks = [None] * len(self.trace.values)
-        self.calls = [None] * len(self.trace.ops)
+            self._lay_out(cautious=False)
+        self.actions.begin()
         self.log = []
-        self.dropped.clear()
-        self.shelf.clear()
         self.at = self._extra_calls = self._extra_bytes = 0
         self.token -= 1.0

@@ -1,26 +1,31 @@
 """How many bytes a call is about to make: asked before it runs, so that room can be made first.
 
-A call's *signature* is its operator, the geometry of its tensors and its other arguments. The first call of a signature is
-tried on fake tensors (about a millisecond); afterwards what was seen is remembered: bytes of fresh outputs, workspace, and
-seconds, which are frozen after `SETTLED` runs so that decisions do not follow the load of the machine. Operators whose sizes
-depend on the data (`nonzero`) have a `Size` without bytes: they run first, and room is made for what they made.
+A call's *signature* is its operator, the geometry of its tensors, its other arguments with their types (`x + 1` is an integer
+where `x + 1.0` is none) and torch's default dtype; of a call that writes in place, whose floats say nothing about sizes and may
+be others in every step (an optimizer's), only that they are floats. The first call of a signature is tried on fake tensors
+(about a millisecond); afterwards what was seen is remembered: bytes of fresh outputs, workspace, and seconds, which are frozen
+after `SETTLED` runs so that decisions do not follow the load of the machine. Operators whose sizes depend on the data (`nonzero`)
+have a `Size` without bytes: they run first, and room is made for what they made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from weft.memory.execute.calls import flat
+from weft.memory.execute.calls import Look, flat, is_plain
 from weft.memory.execute.facts import Facts
 from weft.memory.private import FakeTensorMode, storage_of, unlogged
 
-__all__ = ["SETTLED", "Size", "Sizes"]
+__all__ = ["SETTLED", "Size", "Sizes", "signature"]
 
 SETTLED = 3  # runs after which the seconds of a signature stay as they are (the least seen)
+
+_geometry = itemgetter(3)  # of a look
 
 
 @final
@@ -30,12 +35,21 @@ class Size:
     Attributes:
         fresh: bytes of each output in a storage of its own, in order; None if it depends on the data.
         workspace: bytes taken and given back. seconds: the least seen. runs: seen so far.
+        managed: False if a tensor among the arguments is more than its geometry and bytes, so that they cannot be repeated.
     """
 
-    __slots__ = ("fresh", "runs", "seconds", "workspace")
+    __slots__ = ("fresh", "managed", "runs", "seconds", "workspace")
 
-    def __init__(self, fresh: tuple[int, ...] | None, workspace: int = 0, seconds: float = 0.0, runs: int = 0):
+    def __init__(
+        self,
+        fresh: tuple[int, ...] | None,
+        workspace: int = 0,
+        seconds: float = 0.0,
+        runs: int = 0,
+        managed: bool = True,
+    ):
         self.fresh = fresh
+        self.managed = managed
         self.workspace = workspace
         self.seconds = seconds
         self.runs = runs
@@ -49,7 +63,7 @@ class Sizes:
         self.known: dict[Any, Size] = {}
 
     def look_up(self, key: tuple[Any, ...], facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Size:
-        """The entry of a signature (`key`, hashable or not); a new one is worked out."""
+        """The entry of a signature (hashable or not); a new one is worked out."""
         try:
             return self.known[key]
         except TypeError:
@@ -58,8 +72,16 @@ class Sizes:
         except KeyError:
             found = None
         if found is None:
-            found = self.known[key] = Size(foresee(facts, args, kwargs))
+            found = self.known[key] = Size(foresee(facts, args, kwargs), managed=is_plain(args, kwargs))
         return found
+
+
+def signature(facts: Facts, plain: Sequence[Any], named: Mapping[str, Any], looks: Sequence[Look]) -> tuple[Any, ...]:
+    """The signature of a call that was taken apart (`calls.take_apart`)."""
+    if facts.written:
+        plain = [type(value) if type(value) is float or type(value) is tuple else value for value in plain]
+    key = (facts, torch.get_default_dtype(), *map(_geometry, looks), *plain, *map(type, plain))
+    return (*key, *named.items(), *map(type, named.values())) if named else key
 
 
 def foresee(facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:

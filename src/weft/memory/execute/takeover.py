@@ -15,8 +15,7 @@ __all__ = ["take_over"]
 
 def take_over(replay: Replay, online: Online) -> None:
     """`online` (fresh) manages from now on what `replay` managed; what is there and does not fit its budget is dropped."""
-    for block in list(replay.dropped):
-        replay.fetch(block)
+    replay.actions.load_all()
     core, steps = online.core, []
     blocks: dict[Block, None] = {}
     for order, (call, number) in enumerate(replay.log):

@@ -42,6 +42,7 @@ Placing (for executors): an arena is address space that is given out at offsets 
     arena.offset(storage) -> int                where a storage's bytes lie, -1 outside this arena
     arena.move(storage, offset)                 copy its bytes there (regions may overlap); the storage then points to them
     native.drop(storage)                        give its bytes back; the storage keeps its nbytes and has no data
+    native.forbid(storage, why)                 reading or writing its bytes raises RuntimeError(why) until it is swapped
     arena.place(storage, nbytes, offset)        give a dropped storage bytes again (contents undefined)
     native.give(donor, storage)                 the donor's bytes become those of a dropped storage; the donor is left dropped
     arena.free, arena.largest_hole, arena.high  bytes; high = end of the highest byte ever given out
@@ -54,8 +55,20 @@ are safe from any thread and cost about a microsecond.
 
 from __future__ import annotations
 
-from weft.memory.native.arena import Arena, Places, drop, give
+from weft.memory.native.arena import Arena, Places, drop, forbid, give
 from weft.memory.native.books import LABELS, Ledger, Window, ledger, problem
 from weft.memory.native.build import NativeUnavailable
 
-__all__ = ["LABELS", "Arena", "Ledger", "NativeUnavailable", "Places", "Window", "drop", "give", "ledger", "problem"]
+__all__ = [
+    "LABELS",
+    "Arena",
+    "Ledger",
+    "NativeUnavailable",
+    "Places",
+    "Window",
+    "drop",
+    "forbid",
+    "give",
+    "ledger",
+    "problem",
+]

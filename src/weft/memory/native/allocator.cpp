@@ -161,6 +161,11 @@ WEFT_API void weft_storage_drop(void* storage) {
   weft::impl(storage).set_data_ptr_noswap(c10::DataPtr(nullptr, weft::cpu));
 }
 
+// Whoever reads or writes the bytes of a storage gets `message` as an error, until it is swapped with another one.
+WEFT_API void weft_storage_forbid(void* storage, const char* message) {
+  weft::impl(storage).release_data_and_set_meta_custom_data_ptr_error_msg_(std::string(message));
+}
+
 // 0 done, -1 the storage has bytes already, -2 the place is not free, -3 a cap
 WEFT_API int weft_storage_place(weft::Arena* arena, void* storage, int64_t nbytes, int64_t offset) {
   auto& s = weft::state();

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from types import TracebackType
 from typing import Literal, Self, final
 
 import torch
 
 from weft.memory.native.books import allocator, ledger
+from weft.memory.native.build import NativeUnavailable
 from weft.memory.private import impl_of
 
-__all__ = ["Arena", "Places", "drop", "give"]
+__all__ = ["Arena", "Places", "drop", "forbid", "give"]
 
 Places = tuple[Sequence[tuple[int, int]], tuple[int, int] | None]
 """((nbytes, offset) of the outputs of an operator, (offset, nbytes) of its workspace or None)."""
@@ -239,6 +241,23 @@ class Arena:
 def drop(storage: torch.UntypedStorage | int) -> None:
     """Give the bytes of a storage back. It keeps its nbytes and has no data: nothing may read it until it has bytes again."""
     allocator().weft_storage_drop(_impl(storage))
+
+
+def forbid(storage: torch.UntypedStorage | int, why: str) -> bool:
+    """From now on whoever reads or writes the bytes of a storage, in any thread, gets a RuntimeError that says `why`, until the
+    storage is swapped with another one. False, and nothing has changed, where there is no native library."""
+    function = _forbidding()
+    if function is not None:
+        function(_impl(storage), why.encode())
+    return function is not None
+
+
+@cache
+def _forbidding() -> Callable[[int, bytes], None] | None:
+    try:
+        return allocator().weft_storage_forbid
+    except NativeUnavailable:
+        return None
 
 
 def give(donor: torch.UntypedStorage | int, storage: torch.UntypedStorage | int) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, final
@@ -27,7 +27,7 @@ NUMBER = {label: number for number, label in enumerate(LABELS)}
 VERSION = 2  # of the C functions
 UNSEEN = 2  # `weft_adopt`: counted, but the library will not see the block die
 
-_int, _long, _pointer, _void = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, None
+_int, _long, _pointer, _text, _void = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p, None
 _longs = ctypes.POINTER(ctypes.c_int64)
 CONTROL: dict[str, tuple[object, list[object]]] = {  # in control.h, of every allocator
     "weft_version": (_int, []),
@@ -63,6 +63,7 @@ ALLOCATOR: dict[str, tuple[object, list[object]]] = {  # in allocator.cpp
     "weft_storage_offset": (_long, [_pointer, _pointer]),
     "weft_storage_move": (_int, [_pointer, _pointer, _long]),
     "weft_storage_drop": (_void, [_pointer]),
+    "weft_storage_forbid": (_void, [_pointer, _text]),
     "weft_storage_place": (_int, [_pointer, _pointer, _long, _long]),
     "weft_storage_give": (_int, [_pointer, _pointer]),
 }
@@ -218,7 +219,8 @@ class Ledger:
         else:  # blocks older than the allocator do not pass it when they die
             found = self._library.weft_count(storage.data_ptr(), storage.nbytes(), number, window)
         if found == UNSEEN:
-            self._unseen[storage.data_ptr()] = weakref.ref(storage)
+            with suppress(RuntimeError):  # a limit has taken its bytes away
+                self._unseen[storage.data_ptr()] = weakref.ref(storage)
 
     def settle(self) -> None:
         """Take storages over others' memory that have died off the books."""

@@ -7,7 +7,8 @@ Bytes      while an operator runs:  all values that are there + all it makes (co
            of a repetition also what it makes needlessly) + its workspace.
 Seconds    a clock of the device and one of the link to the lower tier (`Tier`). A copy begins when both are ready, and the
            device waits for a save when it drops the value, for a load when it reads it: per window max(compute, transfer).
-           Where copies do not overlap fully (`Tier.overlap`), a part of each is the device's own time.
+           Where copies do not overlap fully (`Tier.overlap`), a part of each is the device's own time. So is every move of a
+           value within the arena, at `MOVE_RATE`.
 Guarantee  what passes has every operator of the step exactly once and in order, each with its inputs at hand, ends with exactly
            the values that outlive the step, and never puts two things at one address.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import final
 
 from weft.cluster.device import Tier
+from weft.memory.core.core import MOVE_RATE
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 
@@ -34,7 +36,7 @@ class Checked:
     Attributes:
         peak: most bytes there at any moment, counted without gaps: parameters, inputs, activations, workspace.
         reserved: bytes that the step needs: the arena and the most that is outside of it at any moment; `peak` without one.
-        seconds: of the step: operators, repetitions, and waiting for copies.
+        seconds: of the step: operators, repetitions, moves within the arena, and waiting for copies.
         overhead: seconds / seconds of the step as traced, less 1.
         repeated_seconds: operators' repetitions alone; `repeated` is how many there are.
         waited_seconds: waiting for copies to and from the lower tier.
@@ -266,6 +268,7 @@ class _Judge:
         self._leave(v)  # first: the two ranges may overlap, as in memmove
         self._come(v, places[v])
         self.moved_bytes += nbytes
+        self.clock += nbytes / MOVE_RATE
 
     # -- their parts --------------------------------------------------------------------------------------------------
 

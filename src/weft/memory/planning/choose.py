@@ -1,24 +1,29 @@
 """From a trace and a number of bytes to a plan that fits: what is kept, rebuilt and moved away, and where everything lies.
 
 Method     a budget below what a single operator needs is refused at once; a step that fits as it is, is left as it is;
-           otherwise every start that fits (greedy descents, simulated policies, the smallest plan known) is a candidate, the
-           cheapest is improved (`weft.memory.planning.improve`), gets addresses (`packing`) and is judged (`check`). The optimum
-           of very small steps and, with a lower tier, plans that send values there (`offload`) are candidates as well.
-Guarantee  what is returned has passed `check` and needs at most the budget, arena included. The search is a heuristic and is
-           bounded by counted work, not by a clock: the same trace and budget give the same plan on every machine.
+           otherwise every start that fits (greedy descents, checkpoints, simulated policies, the smallest plan known) is a
+           candidate, the cheapest is improved (`weft.memory.planning.improve`), gets addresses (`packing`) and is judged
+           (`check`). The optimum of very small steps and, with a lower tier, plans that send values there (`offload`) are
+           candidates as well.
+Guarantee  what is returned has passed `check` and needs at most the budget, arena included. Without a lower tier every budget
+           from `least` on is met: the smallest plan is a start, and a plan whose bytes fit finds addresses (`moving`). The
+           search is a heuristic and is bounded by counted work, not by a clock: the same trace and budget give the same plan
+           on every machine.
            Plans of the last few traces are remembered: one that needs no more and costs less than a new one takes its
            place. `frontier` makes plans from the least budget up, so that more bytes never cost more seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import final
 
 from weft.cluster.units import quantity
 from weft.errors import BudgetError
 from weft.graph.capture import rarely_collecting
+from weft.memory.core.core import MOVE_RATE
 from weft.memory.core.policy import POLICIES, Greedy, Policy
 from weft.memory.core.simulate import simulate
 from weft.memory.planning import improve
@@ -28,6 +33,7 @@ from weft.memory.planning.offload import Offload
 from weft.memory.planning.optimum import optimum
 from weft.memory.planning.packing import place
 from weft.memory.planning.retention import Retention
+from weft.memory.planning.segments import checkpoint
 from weft.memory.planning.shape import Shape
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
@@ -41,7 +47,9 @@ LONGEST = 2.0  # seconds of search unless more is asked for
 MANY = 1500  # operators from which on policies are not simulated, but for one that is quick and not told about
 QUICK = Greedy(paged=True, ahead=0.01)
 HOPELESS = 2  # a start that costs so many times the best one is no better either when it is filled up
+EASY = 1.01  # moves that make repetitions dearer by no more than that are not worth looking for another plan
 REPAIR = 200_000  # elementary steps at most for making a plan a little smaller
+ON_LADDER = ("descent in steps", "smallest plan")  # starts that are rungs of the ladder
 SMALL = 14  # operators up to which the optimum is looked for, too
 GRAIN = 20_000  # values smaller than this part of the peak are never given up
 
@@ -79,7 +87,7 @@ def plan(
     with rarely_collecting():
         desk = _desk(trace, tier)
         if limit is None:
-            schedule = place(trace, Retention(desk.shape).schedule(), 0, desk.align)
+            schedule, _ = place(trace, Retention(desk.shape).schedule(), 0, desk.align)
             return desk.judged(0, schedule, "nothing has to go")
         return desk.solve(limit, names, int(effort_seconds * WORK_PER_SECOND))
 
@@ -134,8 +142,9 @@ class _Desk:
         self.align = 64 if trace.device == "cpu" else 512
         self.shape = Shape(trace, arena=True, align=self.align)
         self.grain = max(trace.peak // GRAIN, 1)
+        self.patience = max(60_000, 50 * self.shape.end)  # elementary steps for each way to the least budget
         self.plans: list[MemoryPlan] = []
-        self.smallest: Retention | None = None
+        self.smallest: MemoryPlan | None = None
 
     def judged(self, limit: int, schedule: Schedule, method: str, rows: Rows = ()) -> MemoryPlan:
         checked = check(self.shape.trace, schedule, self.tier)
@@ -149,54 +158,70 @@ class _Desk:
             raise BudgetError(limit, self.least(), self._too_much(worst, floor))
         whole = Retention(shape)
         if whole.peaks().max() <= limit or trace.peak <= limit:
-            schedule = place(trace, whole.schedule(), limit - shape.outside, self.align)
-            if schedule.arena + shape.outside <= limit:
+            schedule, top = place(trace, whole.schedule(), limit - shape.outside, self.align)
+            if top + shape.outside <= limit:
                 return self.judged(limit, schedule, "nothing has to go")
             if trace.peak <= limit:  # too little to round sizes up in an arena, but enough as it is
                 return self.judged(limit, whole.schedule(), "nothing has to go, bytes are counted")
         done = {name: self._simulated(limit, POLICIES[name]) for name in policies}
         rows = tuple((name, cost) for name, (cost, _) in done.items())
         starts = {name: schedule for name, (_, schedule) in done.items() if schedule is not None}
-        for target in (limit, limit - limit // 50, limit - limit // 20):  # less, if no addresses are found
-            state, method, spent = self._start(target, starts, work)
-            if state is None:
-                break
-            improve.search(state, improve.Gaps(state, self.grain), target, max(work - spent, work // 2))
-            schedule = self._placed(state, limit)
+        state, method, spent = self._start(limit, starts, work)
+        if state is not None:
+            improve.search(state, improve.Gaps(state, self.grain), limit, max(work - spent, work // 2))
+            schedule = self._placed(state, limit, work // 3)
             if schedule is not None:
                 self.plans.append(self.judged(limit, schedule, f"{method}, improved", rows))
-                break
         if self.tier is not None:
             self._offloaded(limit, state)
         elif shape.end <= SMALL:
             self._exact(limit)
         fitting = [found for found in self.plans if found.reserved <= limit]
-        if not fitting:
-            self.least()  # makes the smallest plan, one of `plans`
+        if not fitting and self.least() <= limit:  # with a lower tier that makes a plan
             fitting = [found for found in self.plans if found.reserved <= limit]
         if not fitting:
             raise BudgetError(limit, self.least(), "no order of dropping and recomputing is known that stays below it")
         return replace(min(fitting, key=lambda found: found.seconds), budget=limit, policies=rows)
 
     def least(self) -> int:
-        """Bytes of the smallest plan known."""
-        if self.smallest is None:
-            work = max(250_000, 200 * self.shape.end)
-            self.smallest = improve.smallest(self.shape, self.grain, self.floor()[0], work)
-            self._keep_small(self.smallest, "smallest plan")
-            if self.tier is not None:
-                state = Retention(self.shape)
-                trips = Offload(state, self.tier, self.grain)
-                trips.unload(self.floor()[0])
-                trips.press(self.floor()[0])
-                improve.step_down(state, improve.Gaps(state, self.grain), self.floor()[0], state.work + work)
-                self._keep_small(state, "smallest plan, offloading")
-        return min(found.reserved for found in self.plans)
+        """The least bytes for which a plan is known."""
+        found = [self.ladder.lowest().peak, *(found.reserved for found in self.plans)]
+        if self.tier is not None:
+            found.append(self._least_offloaded().reserved)
+        return min(found)
 
-    def _keep_small(self, state: Retention, method: str) -> None:
-        tries = max(5, min(48, 200_000_000 // (self.shape.end + 1) ** 2))  # first fit takes quadratic time
-        schedule = place(self.shape.trace, state.schedule(), 0, self.align, tries=tries)
-        self.plans.append(self.judged(0, schedule, method))
+    @cached_property
+    def ladder(self) -> improve.Ladder:
+        """Smaller and smaller plans without the lower tier."""
+        return improve.Ladder(self._starts(), self.grain, self.floor()[0], self.patience)
+
+    def _starts(self) -> Iterator[Retention]:
+        """Where ways down begin, for the least budget."""
+        yield Retention(self.shape)
+        state = Retention(self.shape)
+        checkpoint(state, self.floor()[0], self.grain)
+        yield state
+        if self.shape.end <= MANY:
+            schedule = self._simulated(int(0.98 * self.ladder.rungs[-1].peak), POLICIES["pager"])[1]
+            if schedule is not None:
+                state = Retention(self.shape)
+                state.adopt(schedule)
+                yield state
+            yield self.ladder.rungs[-1].plan.copy()
+
+    def _least_offloaded(self) -> MemoryPlan:
+        """The smallest plan that sends values to the lower tier; what is on its way there cannot move (see `moving`)."""
+        if self.smallest is None:
+            floor, state = self.floor()[0], Retention(self.shape)
+            trips = Offload(state, self.tier, self.grain)
+            trips.unload(floor)
+            trips.press(floor)
+            state = improve.Ladder(iter([state]), self.grain, floor, 4 * self.patience).lowest().plan
+            tries = max(5, min(48, 200_000_000 // (self.shape.end + 1) ** 2))  # first fit takes quadratic time
+            schedule, _ = place(self.shape.trace, state.schedule(), 0, self.align, tries=tries)
+            self.smallest = self.judged(0, schedule, "smallest plan, offloading")
+            self.plans.append(self.smallest)
+        return self.smallest
 
     def _offloaded(self, limit: int, rebuilt: Retention | None) -> None:
         """Plans that send values to the lower tier: before anything is rebuilt, and instead of what `rebuilt` rebuilds."""
@@ -227,7 +252,7 @@ class _Desk:
             schedule = optimum(self.shape.trace, limit, nodes=1000)
         except (BudgetError, RuntimeError):
             return
-        schedule = place(self.shape.trace, schedule, limit - self.shape.outside, self.align)
+        schedule, _ = place(self.shape.trace, schedule, limit - self.shape.outside, self.align)
         found = self.judged(limit, schedule, "exact")
         if found.reserved <= limit:
             self.plans.append(found)
@@ -259,64 +284,77 @@ class _Desk:
         return done.overhead, done.schedule
 
     def _start(self, limit: int, schedules: dict[str, Schedule], work: int) -> tuple[Retention | None, str, int]:
-        """The cheapest of greedy descents, of what the policies did and of the smallest plan, each filled up to `limit`.
+        """The cheapest of greedy descents, of checkpoints, of what the policies did and, if none of these fits, of the smallest
+        plan, each filled up to `limit`.
 
         Returns:
             it, how it was found, and how much work that took; as soon as that is `work`, the cheapest so far will do, but one
             descent is always tried.
         """
         best, method, spent = None, "", 0
-        powers = {"descent": 0.0, "descent by excess": 1.0}
-        descents = ("descent", "descent in steps", "descent by excess")
-        simulated = schedules or (["quick pager"] if self.shape.end > MANY else [])
-        order = (*simulated, *descents) if self.shape.end > MANY else (*descents, *simulated)
-        for name in (*order, "smallest plan"):
-            enough = spent > work and name != "descent"
-            if best is not None and (enough or (name == "smallest plan" and self.smallest is None)):
+        if self.shape.end > MANY:  # where the first two fail, the others would too, and take long
+            simulated = tuple(schedules) or ("quick pager",)
+            order = ("checkpoints", "smallest plan", "descent", *simulated, "descent in steps", "descent by excess")
+        else:
+            order = ("descent", "descent in steps", "descent by excess", "checkpoints", *schedules, "smallest plan")
+        for name in order:
+            tried = name != "descent" or method == "smallest plan"
+            if best is not None and (name == "smallest plan" or (spent > work and tried)):
                 continue
-            state = Retention(self.shape)
             # of the work: on a long step each may take all of it, and fail
             share = max(work - spent, work // 2)
             dear = best.seconds * HOPELESS if best is not None else float("inf")
-            if name == "smallest plan":
-                self.least()
-                state = self.smallest.copy()
-            elif name in simulated:
-                schedule = schedules.get(name) or self._simulated(limit, QUICK)[1]
-                if schedule is None:
-                    continue
-                state.adopt(schedule)
-            gaps = improve.Gaps(state, self.grain)
-            if name == "descent in steps" and not improve.step_down(state, gaps, limit, share):
-                fits = False
-            else:
-                power = powers.get(name, 0.0)
+            state, before = self._begun(name, limit, schedules)
+            if state is not None:
+                gaps, power = improve.Gaps(state, self.grain), float(name == "descent by excess")
                 fits = improve.descend(state, gaps, limit, power=power, patience=12, work=state.work + share, dear=dear)
-            if fits:
-                improve.fill(state, limit, state.work + share)
-                if best is None or state.seconds < best.seconds:
-                    best, method = state, name
-            spent += state.work
+                if fits:
+                    improve.fill(state, limit, state.work + share)
+                    if best is None or state.seconds < best.seconds:
+                        best, method = state, name
+                before += state.work
+            spent += before
+            if best is None and name in ON_LADDER and self.ladder.lowest().peak > limit:
+                break  # what begins elsewhere comes no lower
         return best, method, spent
 
-    def _placed(self, state: Retention, limit: int) -> Schedule | None:
-        """The plan with addresses; while they need more than `limit`, a smaller plan is made of it."""
-        target = limit
+    def _begun(self, name: str, limit: int, schedules: dict[str, Schedule]) -> tuple[Retention | None, int]:
+        """The plan that a start begins with, None if it does not come as low as `limit`; and the work done for it before."""
+        if name in ON_LADDER:
+            rung = self.ladder.above(limit) if name == "descent in steps" else self.ladder.lowest()
+            return (rung.plan.copy() if name == "descent in steps" or rung.peak <= limit else None), rung.work
+        state = Retention(self.shape)
+        if name == "checkpoints":
+            checkpoint(state, limit, self.grain)
+        elif not name.startswith("descent"):
+            schedule = schedules.get(name) or self._simulated(limit, QUICK)[1]
+            if schedule is None:
+                return None, 0
+            state.adopt(schedule)
+        return state, 0
+
+    def _placed(self, state: Retention, limit: int, work: int = 0) -> Schedule | None:
+        """The plan with addresses that need at most `limit`: they change meanwhile (see `moving`), or a smaller plan is made of
+        it, and improved for `work` elementary steps, whatever takes fewer seconds."""
+        room, tries = limit - self.shape.outside, max(5, min(12, 20_000 // self.shape.end))
+        target, best, least = limit, None, float("inf")  # least: seconds beyond the step's own of `best`
         for attempt in range(8):
-            room = limit - self.shape.outside
-            schedule = place(
-                self.shape.trace, state.schedule(), room, self.align, tries=max(5, min(12, 20_000 // self.shape.end))
-            )
-            excess = schedule.arena - room
-            if excess <= 0:
-                return schedule
-            target = min(target, int(state.peaks().max())) - max(excess, attempt * limit // 200)
-            if not improve.descend(
-                state, improve.Gaps(state, self.grain), target, patience=12, work=state.work + REPAIR
-            ):
-                return None
+            schedule, top = place(self.shape.trace, state.schedule(), room, self.align, tries=tries)
+            moved = sum(self.shape.bytes[action.index] for action in schedule.actions if action.kind == "move")
+            if schedule.arena <= room and state.seconds + moved / MOVE_RATE < least:
+                best, least = schedule, state.seconds + moved / MOVE_RATE
+            if top <= room or least <= EASY * state.seconds:
+                break
+            target = min(target, int(state.peaks().max())) - max(top - room, attempt * limit // 200)
+            gaps, most = improve.Gaps(state, self.grain), state.work + REPAIR
+            if not improve.descend(state, gaps, target, patience=12, work=most, dear=improve.DEAR * least):
+                break
             improve.fill(state, target, state.work + REPAIR)
-        return None
+            if attempt == 0 and work:
+                improve.search(state, gaps, target, work)
+            if state.seconds >= least:
+                break
+        return best
 
 
 _desks: dict[tuple[int, Tier | None], _Desk] = {}  # by id of a trace, which its desk keeps alive

@@ -10,7 +10,8 @@ Method     `descend`  greedy: of all kept gaps, give up the one with the least
            `search`   large neighbourhood search: take a few decisions back (single rebuilds, those of one stage, those of a
                       run of operators) or force new ones, repair with a randomised `descend` and `fill`, and accept what is
                       cheaper or, early on, a little dearer.
-           `step_down`, `smallest`  `descend` to smaller and smaller budgets until it fails: the least budget known.
+           `Ladder`   `descend` to smaller and smaller budgets until it fails: every plan on the way is remembered, the last
+                      one needs the least budget known.
 Guarantee  each returns a plan within its budget or says that it failed; none is optimal (see `optimum`). All are deterministic:
            random draws are seeded, and what bounds them is `Retention.work`, never a clock.
 Source     neighbourhoods: Shaw, "Using constraint programming and local search methods to solve vehicle routing problems", CP
@@ -21,19 +22,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection
-from typing import final
+from collections.abc import Collection, Iterator
+from typing import NamedTuple, final
 
 import numpy as np
 
 from weft.memory.planning.ranges import most_between
 from weft.memory.planning.retention import Retention
-from weft.memory.planning.shape import Shape
 
-__all__ = ["Gaps", "descend", "fill", "search", "smallest", "step_down"]
+__all__ = ["Gaps", "Ladder", "descend", "fill", "search"]
 
 INF = float("inf")
-LONG = 1250  # operators from which on the least budget is looked for in one way only
+STEP = 0.8  # share of its peak that a rung of the ladder is from the one above, where that can be reached
+FINEST = 0.998  # no steps shorter than this
 DEAR = 1.1  # a repair that has come to cost so many times what was there before is given up
 ENTAILED = 1000  # changes that keeping one value may entail where it is only tried
 
@@ -363,41 +364,84 @@ def _force(plan: Retention, gaps: Gaps, low: int, high: int) -> set[int]:
     return banned
 
 
-def step_down(plan: Retention, gaps: Gaps, floor: int, work: float, *, partly: bool = False) -> bool:
-    """Descend by a fifth at a time, filling up after each step, and by less where that fails; True if `floor` was reached.
+class Rung(NamedTuple):
+    """A plan of a `Ladder`: its most bytes, the elementary steps that were done when it was reached, and itself."""
+
+    peak: int
+    work: int
+    plan: Retention
+
+
+@final
+class Ladder:
+    """Smaller and smaller plans of one step, made as they are asked for and the same whatever was asked for first.
+
+    A step goes down by a fifth, filling up after it, and by less where that fails; a descent that fails but comes lower than
+    before counts too, and the next one weighs stages another way. Where no way leads further down, another start is taken.
 
     Args:
-        partly: go on from where a failed descent ended, if that is lower at all, and weigh stages in turns.
+        starts: plans to go down from, one after the other; they are used up.
+        floor: bytes that no plan is below.
+        work: about how many elementary steps each start may take.
+    Attributes:
+        rungs: from the largest to the smallest.
     """
-    peak, factor, power = int(plan.peaks().max()), 0.8, 0.0
-    while peak > floor and factor < 0.998 and plan.work < work:
-        mark = plan.mark()
-        target = max(int(peak * factor), floor)
-        gaps.relax()
-        fits = descend(plan, gaps, target, power=power, patience=12, work=work)
+
+    def __init__(self, starts: Iterator[Retention], grain: int, floor: int, work: int):
+        self.starts, self.grain, self.floor, self.work = starts, grain, floor, work
+        self.rungs: list[Rung] = []
+        self._spent = 0  # elementary steps of the starts before this one
+        self._begin(next(starts))
+
+    def above(self, budget: int) -> Rung:
+        """The lowest rung that takes more than `budget` bytes, as far down as steps of their usual length come."""
+        while self._target() >= budget and self._descend():
+            pass
+        return next(rung for rung in reversed(self.rungs) if rung.peak > budget or rung is self.rungs[0])
+
+    def lowest(self) -> Rung:
+        """The last rung."""
+        while self._descend():
+            pass
+        return self.rungs[-1]
+
+    def _begin(self, plan: Retention) -> None:
+        self.plan, self.gaps = plan, Gaps(plan, self.grain)
+        self.peak, self.factor, self.power = int(plan.peaks().max()), STEP, 0.0
+        plan.work = 0
+        self._reached()
+
+    def _reached(self) -> None:
+        self.plan.forget()
+        if not self.rungs or self.peak < self.rungs[-1].peak:
+            self.rungs.append(Rung(self.peak, self._spent + self.plan.work, self.plan.copy()))
+
+    def _target(self) -> int:
+        return max(int(self.peak * self.factor), self.floor)
+
+    def _descend(self) -> bool:
+        """Try one step; False if there is no way further down."""
+        if self.rungs[-1].peak <= self.floor:
+            return False
+        plan = self.plan
+        if self.factor >= FINEST or plan.work >= self.work or self.peak <= self.floor:
+            other = next(self.starts, None)
+            if other is not None:
+                self._spent += plan.work
+                self._begin(other)
+            return other is not None
+        mark, target = plan.mark(), self._target()
+        self.gaps.relax()
+        fits = descend(plan, self.gaps, target, power=self.power, patience=12, work=self.work)
         if fits:
-            fill(plan, target, work)
+            fill(plan, target, self.work)
+        else:
+            self.factor, self.power = math.sqrt(self.factor), 1.0 - self.power
         reached = int(plan.peaks().max())
-        if fits or (partly and reached < peak):
-            peak = reached
-            plan.forget()
+        if fits or reached < self.peak:
+            self.peak = reached
+            self._reached()
         else:
             plan.undo(mark)
             plan.fresh.clear()  # what was given up in vain is not given up again: the next descent goes another way
-        if not fits:
-            factor = math.sqrt(factor)
-            power = 1.0 - power if partly else power
-    return peak <= floor
-
-
-def smallest(shape: Shape, grain: int, floor: int, work: int) -> Retention:
-    """The plan of least peak that can be found, `floor` bytes at best, in about `work` elementary steps."""
-    found = []
-    for partly in (True, False):
-        plan = Retention(shape)
-        if step_down(plan, Gaps(plan, grain), floor, work // 2, partly=partly):
-            return plan
-        found.append(plan)
-        if shape.end > LONG and plan.work >= work // 2:
-            break  # it was cut short, and the other way would not come farther
-    return min(found, key=lambda plan: (int(plan.peaks().max()), plan.seconds))
+        return True

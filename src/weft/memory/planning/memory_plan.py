@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
+from weft.memory.core.core import MOVE_RATE
 from weft.memory.planning.check import Checked, Tier, check
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
@@ -128,6 +129,10 @@ class MemoryPlan:
         if checked.repeated:
             lines.append(f"  recompute {checked.repeated} operators, {checked.repeated_seconds:.4g} s")
             lines += _table(self.recomputed)
+        if checked.moved_bytes:
+            lines.append(
+                f"  move      {size(checked.moved_bytes)} within the arena, {checked.moved_bytes / MOVE_RATE:.4g} s"
+            )
         if checked.saved_bytes:
             lines.append(
                 f"  offload   {size(checked.saved_bytes)} to {self.tier.name if self.tier else 'the lower tier'}, "

@@ -6,6 +6,7 @@ Method     first fit: in some order, each rectangle gets the lowest address free
            orders: by bytes and then by beginning or time, by the most bytes that are there at once with it, by bytes x
            time; then, in the best of these, rectangles that stick out move to the front, or a random way there, and all
            are placed again ("squeaky wheel"), a bounded number of times                                  `pack`
+           what then still ends above the arena is moved while the step runs                           `moving`
 Guarantee  `place` never overlaps (`check` sees to it); the height is at least the most bytes at any moment, `load`.
 Source     first fit by size: Pisarchyk and Lee, "Efficient memory management for deep neural net inference", 2020
            (arXiv:2001.03288); squeaky wheel: Joslin and Clements, JAIR 10, 1999.
@@ -19,6 +20,7 @@ from typing import final
 
 import numpy as np
 
+from weft.memory.planning.moving import Move, keep_below
 from weft.memory.planning.ranges import most_between
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
@@ -192,13 +194,33 @@ def _crowd(found: Boxes) -> np.ndarray:
     return most_between(change.cumsum(), found.first, found.last + 1)
 
 
-def place(trace: Trace, schedule: Schedule, enough: int = 0, align: int = 64, tries: int = 24) -> Schedule:
-    """`schedule` with an address for everything that lies in the arena."""
+def place(trace: Trace, schedule: Schedule, room: int = 0, align: int = 64, tries: int = 24) -> tuple[Schedule, int]:
+    """`schedule` with an address for everything that lies in the arena, and with moves where only these keep it within `room`.
+
+    Args:
+        room: bytes of the arena that are enough; with less than `load`, it is as small as can be without moves.
+    Returns:
+        it, and the bytes of the arena that it would take without moves.
+    """
     found = boxes(trace, schedule, align)
-    addresses, top = pack(found, enough, tries)
-    actions = []
-    for action, brought in zip(schedule.actions, found.where, strict=True):
-        places = tuple((v, int(addresses[box])) for v, box in brought if v >= 0)
-        workspace = next((int(addresses[box]) for v, box in brought if v < 0), -1)
+    room -= room % align  # values move to the upper ends of holes too
+    packed, top = pack(found, room, tries)
+    arena, moves = top, []
+    # while a value is copied to a lower tier it has to stay where it is
+    if top > room >= load(found) and not any(action.kind == "save" for action in schedule.actions):
+        packed, moves = keep_below(found, packed, room)
+        arena = room
+    addresses, lives, actions = packed.tolist(), [-1] * len(packed), []
+    coming = iter([*moves, Move(len(schedule.actions), -1, 0)])
+    move = next(coming)
+    for now, (action, brought) in enumerate(zip(schedule.actions, found.where, strict=True)):
+        while move.action == now:
+            addresses[move.box] = move.address
+            actions.append(Action("move", lives[move.box], ((lives[move.box], move.address),)))
+            move = next(coming)
+        for v, box in brought:
+            lives[box] = v
+        places = tuple((v, addresses[box]) for v, box in brought if v >= 0)
+        workspace = next((addresses[box] for v, box in brought if v < 0), -1)
         actions.append(Action(action.kind, action.index, places, workspace))
-    return Schedule(tuple(actions), top)
+    return Schedule(tuple(actions), arena), top

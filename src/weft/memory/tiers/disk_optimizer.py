@@ -15,24 +15,27 @@ that torch does not split among them (32,768 elements); with several threads tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from weft.cluster.units import quantity
+from weft.memory.tiers.dense import flat, flat_like
 from weft.memory.tiers.elementwise import Elementwise
+from weft.memory.tiers.generators import random_state, restore_random
 from weft.memory.tiers.gradients import Gradients
+from weft.memory.tiers.groups import described, plain_options, refuse_more, restore
 from weft.memory.tiers.layout import Segment, Shard
 from weft.memory.tiers.manifest import Manifest
 from weft.memory.tiers.peers import Peers
 from weft.memory.tiers.resume import open_states
 from weft.memory.tiers.states import States
-from weft.memory.tiers.workplace import Workplace
+from weft.memory.tiers.whole import Layout, packed, replace, unpacked
+from weft.memory.tiers.workplace import Workplace, nbytes_of
 
-__all__ = ["DiskOptimizer", "flat", "nbytes_of", "plain_options", "random_state", "refuse_more", "restore_random"]
+__all__ = ["DiskOptimizer"]
 
 
 class DiskOptimizer(torch.optim.Optimizer):
@@ -78,32 +81,14 @@ class DiskOptimizer(torch.optim.Optimizer):
         defaults = kind([nn.Parameter(torch.zeros(1))], **options).defaults
         super().__init__(params, defaults)
         self.kind, self.notes = kind, {}
-        self._parameters: list[nn.Parameter] = []
-        shards = []
-        for index, group in enumerate(self.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                name = group["param_names"][place] if "param_names" in group else str(len(self._parameters))
-                if not parameter.dtype.is_floating_point and not parameter.dtype.is_complex:
-                    raise ValueError(f"parameter {name} of dtype {parameter.dtype} cannot be trained; leave it out")
-                if parameter.is_meta:
-                    raise ValueError(
-                        f"parameter {name} is on the meta device and has no values; materialise the model first"
-                    )
-                shards.append(
-                    Shard(name, tuple(parameter.shape), parameter.dtype, 0, parameter.numel(), index, on_disk=False)
-                )
-                self._parameters.append(parameter)
-        if len({id(parameter) for parameter in self._parameters}) < len(self._parameters):
-            raise ValueError("a parameter is given twice, and would be updated twice; give each once")
-        if len({shard.name for shard in shards}) < len(shards):
-            raise ValueError("two parameters have one name; names tell them apart in the files")
-        rules = [Elementwise(kind, defaults) for _ in self.param_groups]
+        self._parameters: list[nn.Parameter] = [p for group in self.param_groups for p in group["params"]]
+        shards = self._shards()
         self.place = Workplace(folder, threads=threads)
         self._folder = Path(folder)
         try:
             self.states = States(
                 shards,
-                rules,
+                [Elementwise(kind, defaults) for _ in self.param_groups],
                 lambda g: plain_options(self.param_groups[g]),
                 self._value,
                 streamed=True,
@@ -122,14 +107,29 @@ class DiskOptimizer(torch.optim.Optimizer):
         self._versions = [parameter._version for parameter in self._parameters]
         self.laid_out = True
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while it is made: the files have places for the parameters given then.
+    def _shards(self) -> list[Shard]:
+        """The parameters, whole.
 
         Raises:
-            ValueError: later.
+            ValueError: one of them has no place, or no name of its own.
         """
-        refuse_more(self)
-        super().add_param_group(param_group)
+        found: list[Shard] = []
+        for index, group in enumerate(self.param_groups):
+            for place, parameter in enumerate(group["params"]):
+                name = group["param_names"][place] if "param_names" in group else str(len(found))
+                if not parameter.dtype.is_floating_point and not parameter.dtype.is_complex:
+                    raise ValueError(f"parameter {name} of dtype {parameter.dtype} cannot be trained; leave it out")
+                if parameter.is_meta:
+                    raise ValueError(
+                        f"parameter {name} is on the meta device and has no values; materialise the model first"
+                    )
+                shape, numel = tuple(parameter.shape), parameter.numel()
+                found.append(Shard(name, shape, parameter.dtype, 0, numel, index, on_disk=False))
+        if len({id(parameter) for parameter in self._parameters}) < len(found):
+            raise ValueError("a parameter is given twice, and would be updated twice; give each once")
+        if len({shard.name for shard in found}) < len(found):
+            raise ValueError("two parameters have one name; names tell them apart in the files")
+        return found
 
     def _open(self, resume: bool) -> dict[str, Tensor]:
         found = open_states(self.states, self._folder, self._about, random_state, resume=resume)
@@ -138,9 +138,18 @@ class DiskOptimizer(torch.optim.Optimizer):
                 self.states.seed(index, flat(parameter))
             self.states.commit(lambda: self._about(0), random_state())
             return {}
-        extra, notes = found
-        self.notes.update(notes)
-        return extra
+        self.notes.update(found.notes)
+        restore(self.param_groups, found.groups)
+        return found.extra
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made: the files have places for the parameters given then.
+
+        Raises:
+            ValueError: later.
+        """
+        refuse_more(self)
+        super().add_param_group(param_group)
 
     def _value(self, segment: Segment) -> Tensor:
         return flat(self._parameters[segment.shard])[segment.start : segment.stop]
@@ -193,7 +202,8 @@ class DiskOptimizer(torch.optim.Optimizer):
                     f"disk is of {shard.dtype}, {shard.shape}; convert the model before the optimizer is made"
                 )
             if parameter.grad is not None:
-                self._gradients.add(index, flat_like(parameter.grad, parameter, shard.name))
+                shape, stride = tuple(parameter.shape), parameter.stride()
+                self._gradients.add(index, flat_like(parameter.grad, shape, stride, shard.name))
                 changed.add(index)
             elif parameter._version != self._versions[index]:
                 changed.add(index)  # by the user, between steps: the files must tell of it
@@ -201,29 +211,26 @@ class DiskOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer in memory would give it: all of the state is read into memory."""
-        packed = super().state_dict()
-        packed["state"] = {
-            index: state
-            for index in range(len(self._parameters))
-            if (state := self.states.whole_state(index)) is not None
-        }
-        for state_index, state in packed["state"].items():
-            shape = self._parameters[state_index].shape
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.dim():
-                    state[key] = value.view(shape)
-        return packed
+        found = {index: packed(self.states, index, layout) for index, layout in self._layouts().items()}
+        return {**super().state_dict(), "state": {index: state for index, state in found.items() if state is not None}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of an optimizer of the same kind and parameters, and write it to disk."""
-        given = state_dict["state"]
+        """Take over the state of an optimizer of the same kind and parameters, and write it to disk.
+
+        Raises:
+            ValueError: it is of other groups, shapes or options; parameters and state are as before.
+        """
+        given = unpacked(self.states, state_dict["state"], self._layouts())
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         try:
-            self.states.replace(lambda index: given.get(index))
-            self.states.commit(lambda: self._about(self.states.step), random_state())
+            replace(self.states, given)
+            self.states.commit(lambda: self._about(self.states.step), random_state(), step=False)
         except BaseException:
             self.states.rollback()
             raise
+
+    def _layouts(self) -> dict[int, Layout]:
+        return {index: (tuple(p.shape), p.stride()) for index, p in enumerate(self._parameters)}
 
     def close(self) -> None:
         """Close the files and give the folder free; training cannot go on with this object."""
@@ -236,84 +243,3 @@ class DiskOptimizer(torch.optim.Optimizer):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def refuse_more(optimizer: torch.optim.Optimizer) -> None:
-    """No more parameters once places for them are laid out."""
-    if getattr(optimizer, "laid_out", False):
-        raise ValueError(
-            "parameters cannot be added later: the files have places for those given at the start; make an optimizer of all, "
-            "frozen ones included (without a gradient they are left alone), in a new folder"
-        )
-
-
-def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options without its parameters."""
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def described(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options as far as JSON can say them."""
-    found = {}
-    for key, value in plain_options(group).items():
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, (bool, int, float, str, type(None), list, tuple)):
-            found[key] = value
-    return found
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """A 1-D alias of a dense tensor, in memory order.
-
-    Raises:
-        ValueError: the tensor is not dense (a strided view), so that it has no such alias.
-    """
-    tensor = tensor.detach()
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    if torch.empty_like(tensor, device="meta").stride() != tensor.stride():
-        raise ValueError(
-            f"a parameter of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not dense; clone it first"
-        )
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def flat_like(gradient: Tensor, parameter: Tensor, name: str) -> Tensor:
-    """A gradient's elements in the order of `flat(parameter)`."""
-    if gradient.layout != torch.strided:
-        raise ValueError(
-            f"the gradient of {name} has the layout {gradient.layout}, which cannot be streamed; use dense gradients "
-            "(sparse=False)"
-        )
-    if gradient.stride() == parameter.stride() or (gradient.is_contiguous() and parameter.is_contiguous()):
-        return flat(gradient)
-    return flat(torch.empty_like(parameter).copy_(gradient))
-
-
-def nbytes_of(size: int | str, what: str) -> int:
-    """Bytes of a size as people write it ("16 MiB", "16MiB", 16777216)."""
-    try:
-        number = quantity(size, "bytes")
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    if number < 1:
-        raise ValueError(f"{what} must be at least 1 byte, got {size!r}")
-    return int(number)
-
-
-def random_state() -> dict[str, Tensor]:
-    """States of torch's generators, CPU and accelerators."""
-    found = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found.update({f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
-    return found
-
-
-def restore_random(extra: Mapping[str, Tensor]) -> None:
-    """Set the generators whose state is in `extra`."""
-    for name, state in extra.items():
-        if name == "random.cpu":
-            torch.set_rng_state(state)
-        elif name.startswith("random.cuda.") and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state, int(name.rpartition(".")[2]))

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Elementwise", "Piece"]
+__all__ = ["Elementwise", "Piece", "is_small"]
+
+ELSEWHERE = "tiers hold parameters as flat pieces: train with it in memory, or with an elementwise optimizer"
 
 
 @dataclass
@@ -53,22 +55,25 @@ class Elementwise:
         self.defaults = {k: v for k, v in defaults.items() if open_ended or k in known}
         self._workers: dict[torch.device, torch.optim.Optimizer] = {}
 
-    def arrays(self, options: Mapping[str, Any], dtype: torch.dtype) -> tuple[tuple[str, torch.dtype], ...]:
+    def arrays(
+        self, options: Mapping[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> tuple[tuple[str, torch.dtype], ...]:
         """Name and dtype of the arrays that the optimizer keeps per element, after checking that it is elementwise.
 
         Args:
             options: of the group, as in `param_groups`.
             dtype: of its parameters.
+            device: where it will run.
         """
-        whole, _ = self._try((6, 8), (48,), options, torch.float32)
-        pieces, _ = self._try((48,), (16, 32), options, torch.float32)
+        whole, _ = self._try((6, 8), (48,), options, torch.float32, device)
+        pieces, _ = self._try((48,), (16, 32), options, torch.float32, device)
         # So few elements are not cut as `layout` cuts: the last bits may differ.
         if not torch.allclose(whole, pieces, rtol=1e-3, atol=1e-6):
             raise ValueError(
-                f"{self.kind.__name__} is not elementwise: run on pieces of a parameter it gives other values than on the whole, "
-                "so its state cannot be streamed; keep it in memory (optimizer='device')"
+                f"{self.kind.__name__} is not elementwise: on pieces of a parameter it gives other values than on the whole, and "
+                f"{ELSEWHERE}"
             )
-        _, state = self._try((48,), (16, 32), options, dtype)
+        _, state = self._try((48,), (16, 32), options, dtype, device)
         found = []
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == (32,):
@@ -76,15 +81,20 @@ class Elementwise:
             elif not is_small(value):
                 raise ValueError(
                     f"{self.kind.__name__} keeps {key} = {type(value).__name__} for a parameter, which is neither a tensor of "
-                    "its shape nor a number, so it cannot be streamed; keep it in memory (optimizer='device')"
+                    f"its shape nor a number; {ELSEWHERE}"
                 )
         return tuple(found)
 
     def _try(
-        self, shape: tuple[int, ...], cuts: tuple[int, ...], options: Mapping[str, Any], dtype: torch.dtype
+        self,
+        shape: tuple[int, ...],
+        cuts: tuple[int, ...],
+        options: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Three steps on fixed numbers, cut into pieces; the values, and the state of the last piece."""
-        numbers = torch.linspace(-2, 2, 48 * 4, dtype=torch.float64).cos().mul(3).view(4, 48).to(dtype)
+        numbers = torch.linspace(-2, 2, 48 * 4, dtype=torch.float64).cos().mul(3).view(4, 48).to(device, dtype)
         parts = [numbers[0].clone().view(shape)] if len(shape) > 1 else list(numbers[0].clone().split(cuts))
         try:
             worker = self._make(parts, options)
@@ -95,8 +105,7 @@ class Elementwise:
                 _step(worker)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.kind.__name__} cannot be run on flat pieces of parameters ({error}); keep its state in memory "
-                "(optimizer='device')"
+                f"{self.kind.__name__} cannot be run on flat pieces of parameters ({error}); {ELSEWHERE}"
             ) from error
         return torch.cat([part.flatten() for part in parts]), dict(worker.state[parts[-1]])
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.memory.tiers.dense import flat_like
 from weft.memory.tiers.files import Transfer, aligned
 from weft.memory.tiers.peers import together
 from weft.memory.tiers.prefetch import Order
@@ -68,6 +69,10 @@ class Slot:
     def shaped(self, flat: Tensor) -> Tensor:
         """A parameter's elements, in memory order, in its shape."""
         return flat[: self.numel].as_strided(self.shape, self.stride)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """The elements of a tensor of the parameter's shape, in its memory order, 1-D; raises as `flat_like`."""
+        return flat_like(tensor, self.shape, self.stride, self.name)
 
 
 @dataclass

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from weft.errors import CheckpointDamaged, DiskFull
 
-__all__ = ["ALIGN", "Disk", "DiskFile", "Place", "Transfer", "aligned", "describe", "measure", "round_up"]
+__all__ = ["ALIGN", "Disk", "DiskFile", "Place", "Transfer", "aligned", "describe", "measure", "named", "round_up"]
 
 ALIGN = 4096  # bytes; every disk and file system of today takes multiples of it
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -116,7 +116,7 @@ class DiskFile:
                 os.posix_fallocate(self.fd, have, size - have)
             except OSError as error:
                 os.ftruncate(self.fd, have)
-                raise _named(error, self.path, size - have, "reserving space") from error
+                raise named(error, self.path, size - have, "reserving space") from error
         elif size < have:
             os.ftruncate(self.fd, size)
 
@@ -134,7 +134,7 @@ class DiskFile:
         try:
             os.fdatasync(self.fd)
         except OSError as error:
-            raise _named(error, self.path, 0, "flushing to disk") from error
+            raise named(error, self.path, 0, "flushing to disk") from error
         if not self.direct:
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -162,7 +162,7 @@ class DiskFile:
             try:
                 count = os.pwritev(self.fd, [view], offset)
             except OSError as error:
-                raise _named(error, self.path, len(view), "writing") from error
+                raise named(error, self.path, len(view), "writing") from error
             view, offset = view[count:], offset + count
 
 
@@ -282,9 +282,16 @@ def _view(file: DiskFile, buffer: Tensor, offset: int) -> memoryview:
     return memoryview(buffer.numpy())
 
 
-def _named(error: OSError, path: Path, need: int, doing: str) -> Exception:
+def named(error: OSError, path: Path, need: int, doing: str) -> OSError:
+    """An error of writing `need` bytes to a file, as one that says so: `DiskFull`, or where the folder went."""
     if error.errno in FULL:
         return DiskFull(str(path), need, shutil.disk_usage(path.parent).free, doing)
+    if error.errno == errno.ENOENT and not path.parent.exists():
+        return FileNotFoundError(
+            error.errno,
+            f"{path.parent} was removed or renamed while it was in use; the last step does not count",
+            str(path),
+        )
     error.filename = str(path)
     return error
 

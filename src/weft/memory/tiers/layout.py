@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weft.memory.tiers.files import ALIGN, round_up
 
-__all__ = ["LANE", "QUANTUM", "Chunk", "Record", "Segment", "Shard", "cut", "share"]
+__all__ = ["LANE", "QUANTUM", "Chunk", "Record", "Segment", "Shard", "cut", "parts_of", "share"]
 
 LANE = 64  # elements: a multiple of every vector width, unrolling included
 QUANTUM = ALIGN  # elements: a multiple of LANE, and of ALIGN bytes at any item size
@@ -116,6 +116,15 @@ def cut(shards: Sequence[Shard], nbytes: int) -> tuple[Chunk, ...]:
     for key in list(filling):
         close(key)
     return tuple(chunks)
+
+
+def parts_of(chunks: Sequence[Chunk], shards: int) -> list[list[tuple[int, int]]]:
+    """Where each of some shards is: (chunk, segment of it) of its parts, in their order."""
+    found: list[list[tuple[int, int]]] = [[] for _ in range(shards)]
+    for c, chunk in enumerate(chunks):
+        for k, segment in enumerate(chunk.segments):
+            found[segment.shard].append((c, k))
+    return found
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import CheckpointDamaged, FolderInUse
-from weft.memory.tiers.files import ALIGN
+from weft.memory.tiers.files import ALIGN, named
 
 __all__ = [
     "ChunkEntry", "Lock", "Manifest", "checksum", "decode_small", "encode_small", "layouts", "newest", "read_extra",
@@ -211,13 +211,20 @@ def read_extra(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 
 def _replace(path: Path, content: bytes) -> None:
+    """
+    Raises:
+        DiskFull: there is no room. OSError: the folder is gone, or read-only. The file is as before.
+    """
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
-    flush_folder(path.parent)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise named(error, path, len(content), "writing what a step consists of") from error
 
 
 def flush_folder(folder: Path) -> None:

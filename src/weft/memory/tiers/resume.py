@@ -8,7 +8,7 @@ is complete on every rank, so that a crash while resuming costs nothing either.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,16 @@ from weft.memory.tiers.manifest import (
 )
 from weft.memory.tiers.states import States
 
-__all__ = ["open_states"]
+__all__ = ["Found", "open_states"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder held besides chunks: tensors and notes that were written with the step, and options of the groups."""
+
+    extra: dict[str, Tensor]
+    notes: dict[str, Any]
+    groups: list[dict[str, Any]]
 
 
 def open_states(
@@ -41,7 +50,7 @@ def open_states(
     extra: Callable[[], Mapping[str, Tensor]],
     *,
     resume: bool,
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+) -> Found | None:
     """Give the states their files: those in the folder if it holds any, else new ones; a collective.
 
     Args:
@@ -52,8 +61,8 @@ def open_states(
         extra: what is to be kept beside the chunks, if a new layout is written.
         resume: whether to go on from what the folder holds. If not, it must hold nothing.
     Returns:
-        The extra tensors and the notes of the step that was resumed; None if the folder was empty: then `States.seed` and a
-        commit come next.
+        What was written with the step that was resumed; None if the folder was empty: then `States.seed` and a commit come
+        next.
     Raises:
         ValueError: the state is of another model or optimizer, or `resume` is False and there is some.
         CheckpointDamaged: files are missing, cut short or altered. In both cases nothing has been changed.
@@ -81,11 +90,11 @@ def open_states(
     else:
         states.folder = folder / str(number) / f"rank{peers.rank}"
         extras = peers.agree(lambda: _move(states, old, theirs, world))
-        states.commit(lambda: replace(about(step), notes=theirs.notes), extras or extra())
-    peers.agree(states.load_all_values)
+        states.commit(lambda: replace(about(step), notes=theirs.notes, groups=theirs.groups), extras or extra())
+    peers.agree(lambda: states.load_values(states.in_memory()))
     if peers.rank == 0:
         remove_layouts(folder, keep=int(states.folder.parent.name))
-    return extras, theirs.notes
+    return Found(extras, theirs.notes, theirs.groups)
 
 
 def _inspect(states: States, old: Path, step: int, world: int, mine: Manifest) -> tuple[Manifest, bool]:
@@ -144,15 +153,11 @@ class _Source:
     """Areas of the chunks of an old layout, by parameter."""
 
     def __init__(self, layout: Path, step: int, world: int, disk: Disk):
-        self.disk = disk
+        self.layout, self.disk = layout, disk
         self.files: dict[int, DiskFile] = {}
         self.parts: dict[str, list[tuple[int, int, int, ChunkEntry, Record, int]]] = {}
         for rank in range(world):
             manifest = Manifest.read(layout / f"rank{rank}" / f"manifest.{step % 2}")
-            path = layout / f"rank{rank}" / "state.bin"
-            if not path.exists():
-                raise CheckpointDamaged(str(path), "it is missing")
-            file = self.files[rank] = DiskFile(path, None)
             expected = 0
             for entry in manifest.chunks:
                 lengths = tuple(stop - start for _, start, stop in entry.segments)
@@ -160,9 +165,15 @@ class _Source:
                 expected = max(expected, entry.base + 2 * record.nbytes)
                 for k, (name, start, stop) in enumerate(entry.segments):
                     self.parts.setdefault(name, []).append((start, stop, rank, entry, record, k))
+            if expected:  # of few elements a rank may have none, and no file
+                self._open(rank, layout / f"rank{rank}" / "state.bin", expected)
 
-            if file.size != expected:
-                raise CheckpointDamaged(str(path), f"it has {file.size} bytes instead of {expected}")
+    def _open(self, rank: int, path: Path, expected: int) -> None:
+        if not path.exists():
+            raise CheckpointDamaged(str(path), "it is missing")
+        file = self.files[rank] = DiskFile(path, None)
+        if file.size != expected:
+            raise CheckpointDamaged(str(path), f"it has {file.size} bytes instead of {expected}")
 
     def overlapping(self, name: str, start: int, stop: int) -> list[tuple[int, int, int, ChunkEntry, Record, int]]:
         return [part for part in self.parts.get(name, ()) if part[0] < stop and start < part[1]]
@@ -190,6 +201,7 @@ def _convert(states: States, source: _Source) -> None:
         if not record.arrays:
             continue
         buffer = aligned(record.nbytes).zero_()
+        states.held[c] = [None] * len(chunk.segments)
         names = [name for name, _ in record.arrays]
         for k, segment in enumerate(chunk.segments):
             shard = states.shards[segment.shard]
@@ -198,13 +210,15 @@ def _convert(states: States, source: _Source) -> None:
                 low, high = max(start, segment.start), min(stop, segment.stop)
                 covered += high - low
                 known = [name for name, _ in old.arrays]
+                other = set(names) - set(known) if chunk.group < 0 else set(names) ^ set(known)
+                if other:
+                    raise ValueError(
+                        f"of {shard.name}, the files and the optimizer differ in whether they keep {min(other)!r}: trained "
+                        "with other options. Resume with those, or load a state dict into a new folder"
+                    )
                 started &= entry.small[j] is not None
                 small = entry.small[j]
                 for a, name in enumerate(names):
-                    if name not in known:
-                        raise ValueError(
-                            f"the files hold no {name!r} of {shard.name}: it was trained with other options"
-                        )
                     if entry.sums[known.index(name)][j] is None:
                         continue
                     values = source.read(rank, entry, old, known.index(name), j)
@@ -213,11 +227,8 @@ def _convert(states: States, source: _Source) -> None:
                     ]
             if covered != segment.length:
                 raise CheckpointDamaged(
-                    str(source.files[0].path.parent.parent),
+                    str(source.layout),
                     f"it holds {covered} of {segment.length} elements of {shard.name}",
                 )
-            states.small[c][k] = decode_small(small) if started and small is not None else None
-            for a in range(len(names)):
-                written = a == 0 or states.small[c][k] is not None
-                states.sums[c][a][k] = checksum(record.area(buffer, a, k)) if written else None
-        states.disk.write(states.file, buffer, states.bases[c] + states.places[c] * record.nbytes).wait()
+            states.held[c][k] = decode_small(small) if started and small is not None else None
+        states.file.fill(c, buffer, [state is not None for state in states.held[c]])

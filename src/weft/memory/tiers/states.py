@@ -10,11 +10,13 @@ Method     chunks flow through a ring of aligned buffers: while one is updated t
 Guarantee  peak memory of the ring: `buffers` times the largest record (parameter and states of one chunk).
 
 Where things are: `Shard.on_disk` says it of parameters, `streamed` of states. If states are on disk the parameters are written
-along with them whatever their home, so that the folder alone is enough to resume.
+along with them whatever their home, so that the folder alone is enough to resume. Bytes and places are the business of
+`statefile`, whole states (state dicts) of `whole`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,15 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.errors import CheckpointDamaged
 from weft.memory.tiers.elementwise import Elementwise, Piece, is_small
-from weft.memory.tiers.files import Disk, DiskFile, Transfer, aligned, round_up
+from weft.memory.tiers.files import Disk, Transfer, aligned, round_up
 from weft.memory.tiers.gradients import Gradients
-from weft.memory.tiers.layout import Chunk, Record, Segment, Shard, cut
-from weft.memory.tiers.manifest import ChunkEntry, Manifest, checksum, decode_small, encode_small
+from weft.memory.tiers.layout import Chunk, Record, Segment, Shard, cut, parts_of
+from weft.memory.tiers.manifest import ChunkEntry, Manifest, decode_small, encode_small
 from weft.memory.tiers.peers import Peers
+from weft.memory.tiers.ring import Ring
+from weft.memory.tiers.statefile import StateFile, Sums
 
-__all__ = ["States"]
+__all__ = ["Held", "States"]
+
+Held = list[dict[str, Any] | None]
+"""What memory has of the states of a chunk's segments: plain numbers if arrays are on disk, else all; None: never updated."""
 
 
 @dataclass
@@ -48,9 +54,8 @@ class Work:
 class Changes:
     """What a step has changed so far: becomes true with `commit`."""
 
-    small: dict[int, list[dict[str, Any] | None]] = field(default_factory=dict)
-    sums: dict[int, Future[list[list[int | None]]]] = field(default_factory=dict)
-    writing: deque[tuple[Transfer, Tensor]] = field(default_factory=deque)
+    held: dict[int, Held] = field(default_factory=dict)
+    sums: dict[int, Future[Sums]] = field(default_factory=dict)
     touched: list[int] = field(default_factory=list)
 
 
@@ -65,6 +70,14 @@ class States:
         device: where updates are computed if states are in memory; streamed ones are updated on the CPU.
         folder: this rank's folder for `state.bin`; needed if anything is on disk.
         chunk: bytes of parameters in a chunk. buffers: of the ring, >= 1.
+
+    Attributes:
+        of_shard: for each shard, its parts: (chunk, segment of it).
+        arrays: for each chunk, name and dtype of what the optimizer keeps per element.
+        present: gives the elements of a segment whose home is disk, if they happen to be in memory when its update comes.
+        broken: why nothing can be updated any more; "" if it can.
+    Raises:
+        ValueError: an optimizer cannot be run on pieces.
     """
 
     def __init__(
@@ -82,93 +95,92 @@ class States:
         chunk: int = 16 << 20,
         buffers: int = 3,
     ):
-        if buffers < 1:
-            raise ValueError(f"buffers must be at least 1, got {buffers}; 3 let reading, updating and writing overlap")
         self.shards, self.rules, self.options, self.value = tuple(shards), rules, options, value
         self.streamed, self.peers, self.disk, self.folder = streamed, peers, disk, folder
         self.device = torch.device("cpu") if streamed else device
         self.chunks = cut(shards, chunk)
-        self.records = tuple(self._record(c) for c in self.chunks)
-        self.of_shard: list[list[tuple[int, int]]] = [[] for _ in shards]  # shard -> (chunk, segment in it)
-        for c, item in enumerate(self.chunks):
-            for k, segment in enumerate(item.segments):
-                self.of_shard[segment.shard].append((c, k))
-        self.bases, at = [], 0
-        for record in self.records:
-            self.bases.append(at)
-            at += 2 * record.nbytes
-        self.nbytes = at  # of state.bin
-        self.file: DiskFile | None = None
-        self.places = [0] * len(self.chunks)
-        self.sums: list[list[list[int | None]]] = [[[None] * len(r.lengths) for _ in r.arrays] for r in self.records]
-        # Plain-number states of streamed chunks, whole states of the others; None: never updated.
-        self.small: list[list[dict[str, Any] | None]] = [[None] * len(r.lengths) for r in self.records]
-        self.kept: list[list[dict[str, Any] | None]] = [[None] * len(r.lengths) for r in self.records]
+        self.of_shard = parts_of(self.chunks, len(shards))
+        self.arrays = self._arrays()
+        self.records = tuple(self._record(*pair) for pair in zip(self.chunks, self.arrays, strict=True))
+        self.file = StateFile(self.records, disk)
+        self.ring = Ring(buffers, max((record.nbytes for record in self.records), default=0))
+        self.held: list[Held] = [[None] * len(chunk.segments) for chunk in self.chunks]
         self.step = 0
-        self.buffers = buffers
-        # Gives the elements of a segment whose home is disk, if they happen to be in memory when its update comes.
         self.present: Callable[[Segment], Tensor | None] | None = None
-        self._free: list[Tensor] | None = None
+        self.broken = ""
         self._works: dict[int, Work] = {}
         self._changes = Changes()
-        self.broken = ""
 
-    def _record(self, chunk: Chunk) -> Record:
+    def _arrays(self) -> list[tuple[tuple[str, torch.dtype], ...]]:
+        known: dict[tuple[int, torch.dtype], tuple[tuple[str, torch.dtype], ...]] = {}
+        for chunk in self.chunks:
+            key = chunk.group, chunk.dtype
+            if key not in known:
+                known[key] = ()
+                if chunk.group >= 0:
+                    options = self.options(chunk.group)
+                    known[key] = self.rules[chunk.group].arrays(options, chunk.dtype, self.device)
+        return [known[chunk.group, chunk.dtype] for chunk in self.chunks]
+
+    def _record(self, chunk: Chunk, arrays: tuple[tuple[str, torch.dtype], ...]) -> Record:
         parameter = (("parameter", chunk.dtype),) if chunk.on_disk or self.streamed else ()
-        arrays: tuple[tuple[str, torch.dtype], ...] = ()
-        if self.streamed and chunk.group >= 0:
-            arrays = self.rules[chunk.group].arrays(self.options(chunk.group), chunk.dtype)
-        return Record(tuple(segment.length for segment in chunk.segments), parameter + arrays)
+        lengths = tuple(segment.length for segment in chunk.segments)
+        return Record(lengths, parameter + (arrays if self.streamed else ()))
 
     # ---- the file
 
-    def open(self, *, fresh: bool) -> None:
-        """Open state.bin: a new one with all its bytes reserved, or the one that is there.
+    @property
+    def nbytes(self) -> int:
+        """Of state.bin."""
+        return self.file.nbytes
 
-        Raises:
-            DiskFull: there is no room for it.
-            CheckpointDamaged: the one that is there is missing or of another length.
-        """
+    def open(self, *, fresh: bool) -> None:
+        """Open state.bin, a new one or the one that is there; raises as `StateFile.open`."""
         assert self.folder is not None
         if fresh:
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.nbytes:
-            return  # of so few elements that this process has none
-        path = self.folder / "state.bin"
-        if fresh:
-            self.file = DiskFile(path, self.nbytes)
-            return
-        size = path.stat().st_size if path.exists() else 0
-        if size != self.nbytes:
-            raise CheckpointDamaged(str(path), f"it has {size} bytes instead of {self.nbytes}")
-        self.file = DiskFile(path, None)
+        self.file.open(self.folder / "state.bin", fresh=fresh)
 
     def seed(self, index: int, values: Tensor) -> None:
         """Write the initial elements (1-D) of a shard into the file, if it has a place there."""
-        shard = self.shards[index]
+        first = self.shards[index].start
         for c, k in self.of_shard[index]:
-            if not self.records[c].arrays:
-                continue
-            segment = self.chunks[c].segments[k]
-            offset, nbytes = self.records[c].areas[0][k]
-            buffer = aligned(nbytes)
-            buffer[:nbytes].view(shard.dtype).copy_(values[segment.start - shard.start : segment.stop - shard.start])
-            buffer[nbytes:].zero_()
-            self.sums[c][0][k] = checksum(buffer)
-            self.disk.write(self.file, buffer, self.bases[c] + self.places[c] * self.records[c].nbytes + offset).wait()
+            if self.records[c].arrays:
+                segment = self.chunks[c].segments[k]
+                self.file.write_area(c, 0, k, values[segment.start - first : segment.stop - first])
 
     def read(self, index: int, buffer: Tensor) -> Transfer:
         """Start reading a shard's elements, as of the last complete step, into an aligned buffer of its padded size."""
         shard, transfers = self.shards[index], []
         for c, k in self.of_shard[index]:
-            segment, record = self.chunks[c].segments[k], self.records[c]
-            offset, _ = record.areas[0][k]
+            segment = self.chunks[c].segments[k]
             at = (segment.start - shard.start) * shard.dtype.itemsize
             part = buffer[at : at + round_up(segment.length * shard.dtype.itemsize)]
-            transfers.append(
-                self.disk.read(self.file, part, self.bases[c] + self.places[c] * record.nbytes + offset, urgent=True)
-            )
+            transfers.append(self.file.read(c, part, self.records[c].areas[0][k][0], urgent=True))
         return Transfer.of(transfers)
+
+    def in_memory(self) -> list[int]:
+        """Chunks that have a place in the file, while the home of their parameters is memory."""
+        return [c for c, chunk in enumerate(self.chunks) if self.records[c].arrays and not chunk.on_disk]
+
+    def load_values(self, chunks: Sequence[int]) -> None:
+        """Read the parameters of chunks, whose home is memory, from the file."""
+        for c in chunks:
+            record = self.records[c]
+            buffer = aligned(record.start(1))
+            self.file.read(c, buffer).wait()
+            for k, segment in enumerate(self.chunks[c].segments):
+                self.value(segment).copy_(record.view(buffer, 0, k))
+
+    def verify(self) -> None:
+        """Read everything and compare it with its checksums; raises as `StateFile.verify`."""
+        self.file.verify([[self.shards[s.shard].name for s in chunk.segments] for chunk in self.chunks])
+
+    def close(self) -> None:
+        self.broken = "the files of the optimizer's state are closed; make a new one with resume=True to go on"
+        self._works.clear()
+        self.ring.close()
+        self.file.close()
 
     # ---- updating
 
@@ -181,7 +193,7 @@ class States:
             scale: a factor for the gradients (clipping).
         """
         todo, under_way = deque(c for c in order if c not in self._works), deque(c for c in order if c in self._works)
-        while len(under_way) < max(self.buffers - 1, 1) and todo:
+        while len(under_way) < max(self.ring.number - 1, 1) and todo:
             under_way.append(self.prepare(todo.popleft(), gradients))
         while under_way:
             self.finish(under_way.popleft(), gradients, scale)
@@ -195,35 +207,19 @@ class States:
         if gradients is not None:
             for segment in self.chunks[c].segments:
                 gradients.fetch(segment)
-        if c not in self._works:
-            record = self.records[c]
-            if not record.arrays:
-                self._works[c] = Work(None, None)
-                return c
-            buffer = self._take()
-            first = 0 if self.chunks[c].on_disk and self.present is None else 1
-            last = len(record.arrays) if any(small is not None for small in self.small[c]) else 1
-            start, stop = record.start(first), record.start(last)
-            reading = None
-            if stop > start:
-                offset = self.bases[c] + self.places[c] * record.nbytes
-                reading = self.disk.read(self.file, buffer[start:stop], offset + start)
-            self._works[c] = Work(buffer, reading)
+        if c in self._works:
+            return c
+        record = self.records[c]
+        if not record.arrays:
+            self._works[c] = Work(None, None)
+            return c
+        buffer = self.ring.take()
+        first = 0 if self.chunks[c].on_disk and self.present is None else 1
+        last = len(record.arrays) if any(state is not None for state in self.held[c]) else 1
+        start, stop = record.start(first), record.start(last)
+        reading = self.file.read(c, buffer[start:stop], start) if stop > start else None
+        self._works[c] = Work(buffer, reading)
         return c
-
-    @property
-    def idle_buffers(self) -> int:
-        """Buffers that could be had without waiting for a chunk to be finished, though perhaps for its writing."""
-        return self.buffers - sum(work.buffer is not None for work in self._works.values())
-
-    def has_free_buffer(self) -> bool:
-        """Whether a buffer can be had without waiting for anything."""
-        free, writing = self._ring(), self._changes.writing
-        while not free and writing and writing[0][0].done():
-            transfer, buffer = writing.popleft()
-            free.append(buffer)
-            transfer.wait()
-        return bool(free)
 
     def is_prepared(self, c: int) -> bool:
         return c in self._works
@@ -238,71 +234,84 @@ class States:
         if work.reading is not None:
             work.reading.wait()
         if work.buffer is not None:
-            self._ring().append(work.buffer)
+            self.ring.give_back(work.buffer)
 
     def finish(self, c: int, gradients: Gradients, scale: Tensor | None = None) -> None:
         """Update a prepared chunk and start writing it."""
-        chunk, record, work = self.chunks[c], self.records[c], self._works[c]
-        if work.reading is not None:
-            work.reading.wait()
-            work.reading = None
-        self._changes.touched.append(c)
-        if chunk.on_disk and self.present is not None:
-            self._fill(c, work.buffer)
-        small = list(self.small[c])
+        chunk, record, buffer = self.chunks[c], self.records[c], self.claim(c)
+        held = list(self.held[c])
         pieces: list[tuple[int, Tensor, Piece]] = []
         for k, segment in enumerate(chunk.segments):
             gradient = gradients.get(segment)
             if gradient is None:
                 continue
-            home = record.view(work.buffer, 0, k) if chunk.on_disk else self.value(segment)
+            home = record.view(buffer, 0, k) if chunk.on_disk else self.value(segment)
             gradient = gradient.to(self.device)
             if scale is not None:
                 gradient = gradient * scale.to(self.device)
-            pieces.append((k, home, Piece(home.to(self.device), gradient, self._state(c, k, work.buffer))))
+            pieces.append((k, home, Piece(home.to(self.device), gradient, self._state(c, k, buffer))))
         if pieces:
             self.rules[chunk.group].update([piece for _, _, piece in pieces], self.options(chunk.group))
         for k, home, piece in pieces:
             if piece.value is not home:
                 home.copy_(piece.value)
-            small[k] = self._keep(c, k, work.buffer, piece.state or {})
-        if record.arrays and not chunk.on_disk:
-            for k, segment in enumerate(chunk.segments):
-                record.view(work.buffer, 0, k).copy_(self.value(segment))
-        self._changes.small[c] = small
-        del self._works[c]
-        if work.buffer is not None:
-            self._write(c, work.buffer)
+            held[k] = self.keep(c, k, buffer, piece.state or {})
+        self.end(c, buffer, held)
 
-    def _fill(self, c: int, buffer: Tensor) -> None:
+    def claim(self, c: int) -> Tensor | None:
+        """The buffer of a prepared chunk, when all that was asked for is in it; None for a chunk without bytes in the file."""
+        work = self._works[c]
+        if work.reading is not None:
+            work.reading.wait()
+            work.reading = None
+        self._changes.touched.append(c)
+        if self.chunks[c].on_disk and self.present is not None:
+            self._fill(c, work.buffer)
+        return work.buffer
+
+    def end(self, c: int, buffer: Tensor | None, held: Held) -> None:
+        """Start writing a chunk that was claimed: its states are in the buffer, and so are parameters whose home is disk."""
+        record, chunk = self.records[c], self.chunks[c]
+        self._changes.held[c] = held
+        if buffer is not None:
+            if not chunk.on_disk:
+                for k, segment in enumerate(chunk.segments):
+                    record.view(buffer, 0, k).copy_(self.value(segment))
+            writing, self._changes.sums[c] = self.file.write(c, buffer, [state is not None for state in held])
+            self.ring.write(writing, buffer)
+        del self._works[c]
+
+    def _fill(self, c: int, buffer: Tensor | None) -> None:
         """Put the parameters of a chunk into its buffer: from memory where they are there, else from disk."""
+        assert buffer is not None and self.present is not None
         record, reading = self.records[c], []
         for k, segment in enumerate(self.chunks[c].segments):
             here = self.present(segment)
             if here is not None:
                 record.view(buffer, 0, k).copy_(here)
             else:
-                at = self.bases[c] + self.places[c] * record.nbytes + record.areas[0][k][0]
-                reading.append(self.disk.read(self.file, record.area(buffer, 0, k), at))
+                reading.append(self.file.read(c, record.area(buffer, 0, k), record.areas[0][k][0]))
         for transfer in reading:
             transfer.wait()
 
     def _state(self, c: int, k: int, buffer: Tensor | None) -> dict[str, Any] | None:
-        if not self.streamed:
-            return self.kept[c][k]
-        small = self.small[c][k]
-        if small is None:
-            return None
+        """The state of a segment, for the optimizer."""
+        held = self.held[c][k]
+        if held is None or not self.streamed:
+            return held
         arrays = self.records[c].arrays
         views = {name: self.records[c].view(buffer, a, k) for a, (name, _) in enumerate(arrays) if a > 0}
         # Copies of the numbers: the optimizer counts in place, and the step may yet be rolled back.
-        return {**{key: v.clone() if isinstance(v, Tensor) else v for key, v in small.items()}, **views}
+        return {**{key: v.clone() if isinstance(v, Tensor) else v for key, v in held.items()}, **views}
 
-    def _keep(self, c: int, k: int, buffer: Tensor | None, state: dict[str, Any]) -> dict[str, Any]:
-        """Put a new state where it belongs; returns its plain numbers."""
+    def keep(self, c: int, k: int, buffer: Tensor | None, state: dict[str, Any]) -> dict[str, Any]:
+        """Put the arrays of a new state into the buffer, if that is where they belong; what is to be held of it.
+
+        Raises:
+            ValueError: it has arrays that the file has no place for.
+        """
         if not self.streamed:
-            self.kept[c][k] = state
-            return {}
+            return state
         arrays = {name: a for a, (name, _) in enumerate(self.records[c].arrays) if a > 0}
         for name, value in state.items():
             if name in arrays:
@@ -315,51 +324,6 @@ class States:
                     "change what it keeps (momentum, amsgrad) cannot change during training"
                 )
         return {name: value for name, value in state.items() if name not in arrays}
-
-    def _write(self, c: int, buffer: Tensor) -> None:
-        record = self.records[c]
-        part = buffer[: record.nbytes]
-        offset = self.bases[c] + (1 - self.places[c]) * record.nbytes
-        started = [state is not None for state in self._changes.small[c]]
-
-        def sums() -> list[list[int | None]]:
-            return [
-                [
-                    checksum(record.area(part, a, k)) if a == 0 or started[k] else None
-                    for k in range(len(record.lengths))
-                ]
-                for a in range(len(record.arrays))
-            ]
-
-        counting = self.disk.submit(sums)
-        self._changes.sums[c] = counting
-        writing = self.disk.write(self.file, part, offset)
-        self._changes.writing.append((Transfer.of([writing, Transfer([counting])]), buffer))
-
-    # ---- the ring
-
-    def _ring(self) -> list[Tensor]:
-        if self._free is None:
-            largest = max((record.nbytes for record in self.records), default=0)
-            # Zeros: padding goes to disk, and what another job left in memory should not.
-            self._free = [aligned(largest).zero_() for _ in range(self.buffers)]
-        return self._free
-
-    def _take(self) -> Tensor:
-        free = self._ring()
-        if not free:
-            if not self._changes.writing:
-                raise AssertionError("every buffer of the ring is being read into")
-            transfer, buffer = self._changes.writing.popleft()
-            free.append(buffer)
-            transfer.wait()
-        return free.pop()
-
-    def _drain(self) -> None:
-        while self._changes.writing:
-            transfer, buffer = self._changes.writing.popleft()
-            self._ring().append(buffer)
-            transfer.wait()
 
     # ---- ending a step
 
@@ -376,38 +340,36 @@ class States:
         written = self.peers.agree(lambda: self._write_down(about, extra or {}))
         self.step = self.step + step if written is None else written
         for c, counting in self._changes.sums.items():
-            self.places[c] = 1 - self.places[c]
-            self.sums[c] = counting.result()
-        for c, small in self._changes.small.items():
-            self.small[c] = small
+            self.file.turn(c, counting.result())
+        for c, held in self._changes.held.items():
+            self.held[c] = held
         self._changes = Changes()
 
     def _write_down(self, about: Callable[[], Manifest], extra: Mapping[str, Tensor]) -> int | None:
         """Finish all writing; returns the step that the manifest tells of, None without one."""
-        if self.file is not None:
-            self._drain()
+        self.ring.drain()
         if not self.streamed:
             return None  # nothing to resume from, so nothing to flush
         manifest = about()
         manifest.chunks = self.entries(after=True)
-        if self.file is not None:
-            self.file.sync()
+        self.file.sync()
+        assert self.folder is not None
         manifest.write(self.folder, extra)
         return manifest.step
 
     def entries(self, *, after: bool = False) -> list[ChunkEntry]:
         """The chunks as a manifest tells of them; `after` the changes of this step."""
-        found = []
+        found, file = [], self.file
         for c, (chunk, record) in enumerate(zip(self.chunks, self.records, strict=True)):
             changed = after and c in self._changes.sums
-            small = self._changes.small[c] if after and c in self._changes.small else self.small[c]
+            held = self._changes.held[c] if after and c in self._changes.held else self.held[c]
             found.append(ChunkEntry(
                 [(self.shards[s.shard].name, s.start, s.stop) for s in chunk.segments],
                 [(name, str(dtype).removeprefix("torch.")) for name, dtype in record.arrays],
-                self.bases[c],
-                1 - self.places[c] if changed else self.places[c],
-                self._changes.sums[c].result() if changed else self.sums[c],
-                [None if state is None else encode_small(state) for state in small],
+                file.bases[c],
+                1 - file.places[c] if changed else file.places[c],
+                self._changes.sums[c].result() if changed else file.sums[c],
+                [None if state is None else encode_small(state) for state in held],
                 chunk.group,
             ))  # fmt: skip
         return found
@@ -415,19 +377,18 @@ class States:
     def adopt(self, entries: Sequence[ChunkEntry]) -> None:
         """Take over the chunks of a manifest of the same layout."""
         for c, entry in enumerate(entries):
-            self.places[c], self.sums[c] = entry.place, entry.sums
-            self.small[c] = [None if state is None else decode_small(state) for state in entry.small]
+            self.file.places[c], self.file.sums[c] = entry.place, entry.sums
+            self.held[c] = [None if state is None else decode_small(state) for state in entry.small]
 
     def rollback(self) -> None:
         """Throw away what the step has changed; parameters in memory are read back from the file."""
-        for transfer, buffer in self._changes.writing:
-            self._ring().append(buffer)
-            _wait_anyway(transfer)
+        self.ring.settle()
         for work in self._works.values():
             if work.reading is not None:
-                _wait_anyway(work.reading)
+                with contextlib.suppress(Exception):  # perhaps the very error because of which the step is undone
+                    work.reading.wait()
             if work.buffer is not None:
-                self._ring().append(work.buffer)
+                self.ring.give_back(work.buffer)
         self._works.clear()
         touched, self._changes = set(self._changes.touched), Changes()
         if touched and not self.streamed:
@@ -437,135 +398,4 @@ class States:
                 "checkpoint. With optimizer='disk' a failed step is undone."
             )
             return
-        for c in self.in_memory():
-            if c in touched:
-                self.load_values(c)
-
-    def in_memory(self) -> list[int]:
-        """Chunks that have a place in the file, while the home of their parameters is memory."""
-        return [c for c, chunk in enumerate(self.chunks) if self.records[c].arrays and not chunk.on_disk]
-
-    def load_all_values(self) -> None:
-        """Read all parameters whose home is memory from the file."""
-        for c in self.in_memory():
-            self.load_values(c)
-
-    def load_values(self, c: int) -> None:
-        """Read a chunk's parameters, whose home is memory, from the file."""
-        record, chunk = self.records[c], self.chunks[c]
-        buffer = aligned(record.start(1))
-        self.disk.read(self.file, buffer, self.bases[c] + self.places[c] * record.nbytes).wait()
-        for k, segment in enumerate(chunk.segments):
-            self.value(segment).copy_(record.view(buffer, 0, k))
-
-    def whole_state(self, index: int) -> dict[str, Any] | None:
-        """The optimizer's state of a shard, its arrays 1-D and in memory; None if it was never updated, or has no elements."""
-        shard, found = self.shards[index], {}
-        if not self.of_shard[index]:
-            return None
-        for c, k in self.of_shard[index]:
-            segment, record = self.chunks[c].segments[k], self.records[c]
-            if not self.streamed:
-                state = self.kept[c][k]
-                parts = {} if state is None else {n: v for n, v in state.items() if not is_small(v)}
-                small = state
-            else:
-                small, parts = self.small[c][k], {}
-                for a, (name, dtype) in enumerate(record.arrays):
-                    if a > 0 and small is not None:
-                        offset, nbytes = record.areas[a][k]
-                        buffer = aligned(nbytes)
-                        at = self.bases[c] + self.places[c] * record.nbytes + offset
-                        self.disk.read(self.file, buffer, at).wait()
-                        parts[name] = buffer[:nbytes].view(dtype)
-            if small is None:
-                return None
-            for name, part in parts.items():
-                whole = found.setdefault(name, torch.empty(shard.length, dtype=part.dtype, device=part.device))
-                whole[segment.start - shard.start : segment.stop - shard.start] = part
-            found.update({n: v.clone() if isinstance(v, Tensor) else v for n, v in small.items() if is_small(v)})
-        return found
-
-    def assign(self, index: int, values: Tensor) -> None:
-        """Give a shard other elements (1-D), in the file; the caller does it in memory. `commit` comes next."""
-        shard = self.shards[index]
-        for c in dict.fromkeys(c for c, _ in self.of_shard[index]):
-            if not self.records[c].arrays:
-                continue
-            self.prepare(c)
-            work, record = self._works.pop(c), self.records[c]
-            if work.reading is not None:
-                work.reading.wait()
-            if self.chunks[c].on_disk and self.present is not None:
-                self._fill(c, work.buffer)
-            for k, segment in enumerate(self.chunks[c].segments):
-                area = record.view(work.buffer, 0, k)
-                if segment.shard == index:
-                    area.copy_(values[segment.start - shard.start : segment.stop - shard.start])
-                elif not self.chunks[c].on_disk:
-                    area.copy_(self.value(segment))
-            self._changes.small[c] = list(self.small[c])
-            self._changes.touched.append(c)
-            self._write(c, work.buffer)
-
-    def replace(self, get: Callable[[int], Mapping[str, Any] | None]) -> None:
-        """Put other optimizer states in place of what there is; `commit` comes next.
-
-        Args:
-            get: gives the state of a shard, arrays in any shape of its length; None for one that was never updated.
-        """
-        for c, (chunk, record) in enumerate(zip(self.chunks, self.records, strict=True)):
-            self.prepare(c)
-            work, small = self._works.pop(c), [None] * len(chunk.segments)
-            if work.reading is not None:
-                work.reading.wait()
-            for k, segment in enumerate(chunk.segments):
-                state, shard = get(segment.shard), self.shards[segment.shard]
-                if not chunk.on_disk and record.arrays:
-                    record.view(work.buffer, 0, k).copy_(self.value(segment))
-                if state is None:
-                    continue
-                low, high = segment.start - shard.start, segment.stop - shard.start
-                own = {
-                    name: value if is_small(value) else value.detach().reshape(-1)[low:high].to(self.device)
-                    for name, value in state.items()
-                }
-                own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in own.items()}
-                small[k] = self._keep(c, k, work.buffer, own)
-            self._changes.small[c] = small
-            self._changes.touched.append(c)
-            if work.buffer is not None:
-                self._write(c, work.buffer)
-
-    def verify(self) -> None:
-        """Read everything and compare it with its checksums.
-
-        Raises:
-            CheckpointDamaged: something is not what was written.
-        """
-        for c, record in enumerate(self.records):
-            if not record.arrays:
-                continue
-            buffer = aligned(record.nbytes)
-            self.disk.read(self.file, buffer, self.bases[c] + self.places[c] * record.nbytes).wait()
-            for a, (name, _) in enumerate(record.arrays):
-                for k, segment in enumerate(self.chunks[c].segments):
-                    said = self.sums[c][a][k]
-                    if said is not None and said != checksum(record.area(buffer, a, k)):
-                        raise CheckpointDamaged(
-                            str(self.file.path), f"the {name} of {self.shards[segment.shard].name} has changed"
-                        )
-
-    def close(self) -> None:
-        self.broken = "the files of the optimizer's state are closed; make a new one with resume=True to go on"
-        self._works.clear()
-        self._free = None
-        if self.file is not None:
-            self.file.close()
-
-
-def _wait_anyway(transfer: Transfer) -> None:
-    try:
-        transfer.wait()
-    except Exception:  # the step is being undone because of an error; this may be the same one
-        return
+        self.load_values([c for c in self.in_memory() if c in touched])

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.memory.tiers.disk_optimizer import described, flat, plain_options, random_state, refuse_more
+from weft.memory.tiers.dense import flat
 from weft.memory.tiers.elementwise import Elementwise
 from weft.memory.tiers.fetch import Slot
+from weft.memory.tiers.generators import random_state
+from weft.memory.tiers.groups import Front, described, grouped, plain_options, restore
 from weft.memory.tiers.layout import Segment, Shard, shard_length, share
 from weft.memory.tiers.manifest import Manifest
 from weft.memory.tiers.peers import Peers
@@ -22,7 +24,7 @@ from weft.memory.tiers.resume import open_states
 from weft.memory.tiers.states import States
 from weft.memory.tiers.workplace import Workplace
 
-__all__ = ["TIERS", "Front", "Store", "Tiers"]
+__all__ = ["TIERS", "Store", "Tiers"]
 
 TIERS = ("device", "host", "disk")
 BUFFER = "buffer."  # prefix of module buffers among the extra tensors of a step
@@ -55,27 +57,6 @@ class Tiers:
         return "disk" in (self.parameters, self.gradients, self.optimizer, self.activations)
 
 
-class Front(torch.optim.Optimizer):
-    """What schedulers and training loops take for the optimizer: its groups are the ones used, its step is the run's."""
-
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any], advance: Callable[[], None]):
-        super().__init__(groups, defaults)
-        self.laid_out = True
-        self._advance = advance
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        refuse_more(self)
-        super().add_param_group(param_group)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._advance()
-        return loss
-
-
 class Store:
     """See the file's header.
 
@@ -85,12 +66,11 @@ class Store:
         device: where parameters are used.
         place: the folder to work in, if there is one.
         chunk, buffers, keep_below: in bytes, buffers, bytes.
-        advance: what `optimizer.step()` calls.
 
     Attributes:
         slots: one per parameter, in the model's order.
         states: their optimizer states.
-        front: the optimizer for users.
+        front: the optimizer for users; whoever makes the store says what its `run` is.
         notes: goes with every step.
     """
 
@@ -107,42 +87,32 @@ class Store:
         chunk: int,
         buffers: int,
         keep_below: int,
-        advance: Callable[[], None],
     ):
         self.model, self.tiers, self.peers, self.device, self.place = model, tiers, peers, device, place
         self.notes: dict[str, Any] = {}
-        trained = _groups(model, groups)
-        made = optimizer([
-            {**options, "params": [nn.Parameter(torch.zeros(2, dtype=parameter.dtype)) for parameter in parameters.values()]}
-            for parameters, options in trained
-        ])  # fmt: skip
+        trained = grouped(model, groups)
+        made = _made(optimizer, trained)
         self.kind = type(made)
         strides = {name: torch.empty_like(p, device="meta").stride() for name, p in model.named_parameters()}
         swapped = _leave_meta(model, device)
         self._hollow = set(swapped)  # parameters that have no values yet
-        trained = [({n: swapped.get(n, p) for n, p in parameters.items()}, options) for parameters, options in trained]
         self.front = Front(
             [
-                {**plain_options(g), "params": list(parameters.values())}
+                {**plain_options(g), "params": [swapped.get(n, p) for n, p in parameters.items()]}
                 for g, (parameters, _) in zip(made.param_groups, trained, strict=True)
             ],
             made.defaults,
-            advance,
         )
+        self.slots = [
+            self._slot(index, name, parameter, strides[name], keep_below)
+            for index, (name, parameter) in enumerate(model.named_parameters())
+        ]
         group_of = {name: g for g, (parameters, _) in enumerate(trained) for name in parameters}
-        self.slots: list[Slot] = []
-        shards = []
-        for index, (name, parameter) in enumerate(model.named_parameters()):
-            numel, item = parameter.numel(), parameter.dtype.itemsize
-            start, stop = share(numel, peers.rank, peers.world)
-            tier = "device" if numel * item < keep_below else tiers.parameters
-            each, shape = shard_length(numel, peers.world), tuple(parameter.shape)
-            self.slots.append(
-                Slot(index, name, parameter, shape, strides[name], parameter.dtype, start, stop, each, tier)
-            )
-            shards.append(Shard(name, shape, parameter.dtype, start, stop, group_of.get(name, -1), tier == "disk"))
         self.states = States(
-            shards,
+            [
+                Shard(s.name, s.shape, s.dtype, s.start, s.stop, group_of.get(s.name, -1), s.tier == "disk")
+                for s in self.slots
+            ],
             [Elementwise(self.kind, made.defaults) for _ in trained],
             lambda g: plain_options(self.front.param_groups[g]),
             self.value,
@@ -153,6 +123,13 @@ class Store:
             chunk=chunk,
             buffers=buffers,
         )
+
+    def _slot(self, index: int, name: str, parameter: nn.Parameter, stride: tuple[int, ...], keep_below: int) -> Slot:
+        numel, world = parameter.numel(), self.peers.world
+        start, stop = share(numel, self.peers.rank, world)
+        tier = "device" if numel * parameter.dtype.itemsize < keep_below else self.tiers.parameters
+        shape, each = tuple(parameter.shape), shard_length(numel, world)
+        return Slot(index, name, parameter, shape, stride, parameter.dtype, start, stop, each, tier)
 
     # ---- opening
 
@@ -179,15 +156,15 @@ class Store:
             if self.tiers.optimizer == "disk":
                 self.states.commit(lambda: self.about(0), self.extra())
             return {}
-        extra, notes = found
-        self.notes.update(notes)
+        self.notes.update(found.notes)
+        restore(self.front.param_groups, found.groups)
         for name, buffer in list(self.model.named_buffers()):
-            if BUFFER + name in extra:
-                _set_buffer(self.model, name, buffer, extra[BUFFER + name].to(self.device))
+            if BUFFER + name in found.extra:
+                _set_buffer(self.model, name, buffer, found.extra[BUFFER + name].to(self.device))
         for slot in self.slots:
             if slot.tier != "device":
                 slot.parameter.data = self.placeholder(slot)
-        return {name: tensor for name, tensor in extra.items() if not name.startswith(BUFFER)}
+        return {name: tensor for name, tensor in found.extra.items() if not name.startswith(BUFFER)}
 
     def _take(self, values: Iterable[tuple[str, Tensor]] | None) -> None:
         """Give parameters and buffers their first values, one at a time."""
@@ -237,7 +214,7 @@ class Store:
 
     def part(self, slot: Slot, tensor: Tensor) -> Tensor:
         """This process's elements of a whole value, in memory order."""
-        return flat_in(tensor.detach(), slot)[slot.start : slot.stop]
+        return slot.flat(tensor)[slot.start : slot.stop]
 
     def placeholder(self, slot: Slot) -> Tensor:
         """What a released parameter holds: its shape, one NaN."""
@@ -268,40 +245,14 @@ class Store:
         self.states.close()
 
 
-def flat_in(tensor: Tensor, slot: Slot) -> Tensor:
-    """A whole tensor's elements in the memory order of a slot, 1-D."""
-    if tensor.layout != torch.strided:
-        raise ValueError(
-            f"{slot.name}: gradients of layout {tensor.layout} cannot be kept on a tier; use dense ones (sparse=False)"
-        )
-    if tensor.stride() != slot.stride:
-        tensor = torch.empty_strided(slot.shape, slot.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _groups(
-    model: nn.Module, groups: Sequence[Mapping[str, Any]] | None
-) -> list[tuple[dict[str, nn.Parameter], dict[str, Any]]]:
-    """(parameters by name, options) of each group; frozen parameters are left out."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
-        raise ValueError("Tiered: the model has no parameter that requires gradients")
-    if groups is None:
-        return [(named, {})]
-    names = {id(p): name for name, p in named.items()}
-    found: list[tuple[dict[str, nn.Parameter], dict[str, Any]]] = []
-    seen: set[str] = set()
-    for group in groups:
-        members = {}
-        for item in group["params"]:
-            name = item if isinstance(item, str) else names.get(id(item), "")
-            if name not in named or name in seen:
-                what = "is in two groups" if name in seen else "is no trainable parameter of the model"
-                raise ValueError(f"Tiered: {name or 'a tensor in groups'} {what}")
-            seen.add(name)
-            members[name] = named[name]
-        found.append((members, {k: v for k, v in group.items() if k != "params"}))
-    return found
+def _made(
+    optimizer: Callable[[Any], torch.optim.Optimizer], trained: Sequence[tuple[dict[str, nn.Parameter], dict[str, Any]]]
+) -> torch.optim.Optimizer:
+    """The user's optimizer, on stand-ins for the parameters: for its class and its options."""
+    return optimizer([
+        {**options, "params": [nn.Parameter(torch.zeros(2, dtype=parameter.dtype)) for parameter in parameters.values()]}
+        for parameters, options in trained
+    ])  # fmt: skip
 
 
 def _leave_meta(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:

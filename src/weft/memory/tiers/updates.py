@@ -35,7 +35,7 @@ class Updates:
 
     def arrived(self, shard: int) -> None:
         """The gradient of a shard is there."""
-        if self.failed is not None:
+        if self.failed is not None or self.states.shards[shard].group < 0:
             return
         try:
             for c, _ in self.states.of_shard[shard]:
@@ -53,7 +53,7 @@ class Updates:
     def _update(self, c: int) -> None:
         states = self.states
         self.order.use(c)
-        if not states.is_prepared(c) and states.idle_buffers == 0:
+        if not states.is_prepared(c) and states.ring.taken == states.ring.number:
             states.forget(states.prepared()[-1])  # read for a chunk that was expected first
         states.prepare(c, self.gradients)
         states.finish(c, self.gradients)
@@ -71,7 +71,7 @@ class Updates:
             for expected in self.order.ahead():
                 if expected in self.done or self.states.is_prepared(expected):
                     continue
-                if not self.states.has_free_buffer():
+                if not self.states.ring.has_free():
                     break
                 self.states.prepare(expected)
         except Exception as error:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from weft.cluster.device import Device
+from weft.graph.kinds import forward_name, kind_of
 from weft.memory import native
 from weft.memory.tracing.operators import label, reads_bytes, tensors_of
 
@@ -106,22 +107,6 @@ class Sample:
 
 # -- describing a call ------------------------------------------------------------------------------------------------
 
-_KINDS = {
-    "matmul": "mm addmm bmm baddbmm addbmm mv dot linear _scaled_mm _int_mm _grouped_mm",
-    "conv": "convolution convolution_backward _convolution cudnn_convolution convolution_overrideable mkldnn_convolution",
-    "attention": "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-    "_scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu _flash_attention_forward "
-    "_efficient_attention_forward",
-    "recurrent": "mkldnn_rnn_layer _cudnn_rnn _thnn_fused_lstm_cell",
-    "norm": "native_layer_norm native_group_norm native_batch_norm cudnn_batch_norm _batch_norm_with_update "
-    "_native_batch_norm_legit batch_norm _softmax _log_softmax nll_loss_forward nll_loss2d_forward sum mean var var_mean std "
-    "amax amin prod logsumexp cumsum linalg_vector_norm norm max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d "
-    "upsample_nearest2d upsample_bilinear2d _fused_rms_norm any all argmax argmin",
-    "gather": "embedding embedding_dense index gather index_select index_put index_put_ scatter scatter_add scatter_ "
-    "scatter_add_ max min sort topk argsort nonzero masked_select repeat_interleave take roll flip",
-}
-_KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-
 # floating-point operations per element of the result where they are many; 1 otherwise
 _PER_ELEMENT = {
     name: flops
@@ -142,20 +127,16 @@ _PER_ELEMENT = {
 
 
 @cache
-def _plain(func: Any) -> str:
-    """`addmm` for aten.addmm.default and aten.addmm.out, `gelu` for aten.gelu_backward too."""
+def _named(func: Any) -> tuple[str, str]:
+    """Name, without what tells in-place and backward variants apart, and kind: of aten.addmm.out ("addmm", "matmul")."""
     name = label(func).split(".")[1] if "." in label(func) else label(func)
-    if name not in _KIND:
-        name = name.removesuffix("_")
-        name = name if name in _KIND else name.removesuffix("_backward").removesuffix("_backward_data")
-    return name
+    return forward_name(name), "optimizer" if name.startswith(("_fused_ad", "_fused_sgd")) else kind_of(name)
 
 
 def describe(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Work:
     """What a call amounts to. `result` gives the shapes of its outputs."""
     inputs, outputs = list(tensors_of((*args, *kwargs.values()))), list(tensors_of((result,)))
-    plain = _plain(func)
-    kind = "optimizer" if "_fused_ad" in plain or "_fused_sgd" in plain else _KIND.get(plain, "elementwise")
+    plain, kind = _named(func)
     read = sum(map(_bytes, inputs)) if reads_bytes(func) else 0
     written = sum(map(_bytes, outputs)) if outputs else read // 2  # foreach operators return nothing
     floats = [t.dtype for t in (*outputs, *inputs) if t.dtype.is_floating_point]

@@ -6,7 +6,8 @@ Method     torch's fake tensors: shapes, dtypes, strides, devices and storages w
            torch without CUDA cannot run autograd on fake CUDA tensors (it asks for a device guard that is not compiled in,
            and the process dies). There, fake CPU tensors are used and the calls in which eager torch chooses another
            operator on CUDA are exchanged for what it chooses there:                                          `AsCuda`
-           Where a fake result has other strides than the CPU's kernel gives it, later calls would differ:      `AsKernels`
+           Where a fake result has other strides than the CPU's kernel gives it, later calls would differ, and some calls
+           that the CPU can do are refused for fakes:                                                            `AsKernels`
 Limits     Autograd writes views in place with other operators where tensors are fake: two fewer for each such write.
            `AsCuda` knows attention, dropout and batch norm (`CHOICES`), and optimizers update all parameters at once as on
            CUDA (`at_once`). Any other operator is taken to allocate on CUDA what it does on the CPU; its workspace is unknown;
@@ -128,11 +129,28 @@ PROBED = frozenset({torch.ops.aten.mkldnn_rnn_layer.default})
 DISTINCT = frozenset({torch.ops.aten.mkldnn_rnn_layer_backward.default})
 
 
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """A mixture of experts' product for any dtype, (K, N) or (G, K, N) matrices for (M, K) or (G, M, K) rows: torch checks fakes
+    for what CUDA can do (bfloat16). The last dimension is padded to 16 bytes (ATen/native/GroupedMMUtils.h)."""
+    flat = a.dim() == b.dim() == 2
+    size = ([] if a.dim() != b.dim() else [len(offs) if flat else len(a)]) + [a.size(-2), b.size(-1)]
+    dtype = out_dtype or a.dtype
+    aligned = 16 // dtype.itemsize
+    padded = -(-size[-1] // aligned) * aligned
+    return torch.empty_strided(size, [size[-2] * padded, padded, 1][-len(size) :], dtype=dtype, device=a.device)
+
+
+# Operators whose fakes torch refuses though kernels run
+REFUSED: dict[Any, Callable[..., Tensor]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+
+
 class AsKernels(TorchDispatchMode):
     """Gives fake results the strides and sizes that the CPU's kernels give real ones. To be entered after the fake mode."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in REFUSED:
+            return REFUSED[func](*args, **kwargs)
         result = func(*args, **kwargs)
         if func in PROBED:
             with disable_modes():

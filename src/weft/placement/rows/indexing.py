@@ -64,6 +64,19 @@ def embedding(call: Call) -> Row:
     return Row(tuple(links), linear=((0,),), local=local)
 
 
+def embedding_bag(call: Call) -> Row:
+    """embedding_bag(weight (v, d), ids, offsets, scale_grad_by_freq, mode, sparse, per_sample_weights, ...): the width d.
+
+    Which ids are whose bag, `offsets` say with numbers: neither can be cut.
+    """
+    shape, largest = call.inputs[0].shape, call.arg(4, "mode", 0) == 2
+    outside = [
+        Position(o, 1) for o, out in enumerate(call.outputs) if out.shape[1:] == shape[1:] and (o == 0 or largest)
+    ]
+    links = (Link("width", (Position(0, 1),), tuple(outside)),) if shape[1] > 1 else ()
+    return Row(links)
+
+
 def index_select(call: Call) -> Row:
     """index_select(x, dim, index (n))."""
     shape = call.inputs[0].shape
@@ -334,7 +347,8 @@ def depends_on_data(call: Call) -> Row:
 
 
 INDEXING: dict[str, Callable[[Call], Row]] = {
-    "embedding": embedding, "index_select": index_select, "gather": gather, "take_along_dim": gather, "take": take,
+    "embedding": embedding, "embedding_bag": embedding_bag,
+    "index_select": index_select, "gather": gather, "take_along_dim": gather, "take": take,
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), scatter),
     **dict.fromkeys(("index_add", "index_copy"), index_add), "index_fill": index_fill, "index": index,
     **dict.fromkeys(("index_put", "_unsafe_index_put"), index_put), "_unsafe_index": index, "one_hot": one_hot, "histc": count,

@@ -31,7 +31,14 @@ _NONE, _MEAN, _SUM = 0, 1, 2  # torch's codes of `reduction`
 # where `reduction` stands among the arguments of losses that work element by element
 _REDUCTION = {
     "mse_loss": 2, "l1_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2, "soft_margin_loss": 2, "kl_div": 2,
-    "binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4, "poisson_nll_loss": 5,
+    "binary_cross_entropy": 3, "binary_cross_entropy_with_logits": 4, "poisson_nll_loss": 5, "hinge_embedding_loss": 3,
+    "margin_ranking_loss": 4,
+}  # fmt: skip
+
+# the same for losses of vectors, whose last dim stays whole; how many operands are vectors, how many have the dims before it
+_OF_VECTORS = {
+    "cosine_embedding_loss": (4, 2, 3), "triplet_margin_loss": (7, 3, 3), "multi_margin_loss": (5, 1, 2),
+    "multilabel_margin_loss": (2, 2, 2),
 }  # fmt: skip
 
 
@@ -51,7 +58,26 @@ def pointwise_loss(call: Call) -> Row:
         if size > 1:
             outputs = (Position(0, dim),) if reduction == _NONE else ()
             links.append(Link(f"d{dim}", inside, outputs, reduce=None if outputs else "sum"))
-    count = math.prod(shape)
+    return Row(tuple(links), local=_mean_of_all(call, place, math.prod(shape)))
+
+
+def loss_of_vectors(call: Call) -> Row:
+    """A loss of vectors, one number for each (or each pair, each three), then none, mean or sum."""
+    place, vectors, operands = _OF_VECTORS[call.node.op]
+    kept = call.arg(place, "reduction", _MEAN) == _NONE
+    shapes = [spec.shape for spec in call.inputs[:operands]]
+    rows = torch.broadcast_shapes(*shapes[:vectors])[:-1]
+    links = []
+    for dim, size in enumerate(rows):
+        inside = tuple(Position(op, dim) for op, shape in enumerate(shapes) if shape[dim : dim + 1] == (size,))
+        if size > 1 and all(len(shape) == len(rows) + 1 for shape in shapes[:vectors]):
+            links.append(Link(f"d{dim}", inside, (Position(0, dim),) if kept else (), reduce=None if kept else "sum"))
+    return Row(tuple(links), local=_mean_of_all(call, place, math.prod(rows)))
+
+
+def _mean_of_all(call: Call, place: int, count: int) -> Callable[[Local], Callable[..., Tensor]]:
+    """The local program of a loss whose mean is one over `count` numbers of the whole batch."""
+    reduction = call.arg(place, "reduction", _MEAN)
 
     def local(here: Local) -> Callable[..., Tensor]:
         operate = operator(call.node.target)
@@ -66,7 +92,7 @@ def pointwise_loss(call: Call) -> Row:
 
         return run
 
-    return Row(tuple(links), local=local)
+    return local
 
 
 def cross_entropy(call: Call) -> Row:
@@ -244,5 +270,6 @@ def _split_shares(
 
 LOSSES: dict[str, Callable[[Call], Row]] = {
     **dict.fromkeys(_REDUCTION, pointwise_loss),
+    **dict.fromkeys(_OF_VECTORS, loss_of_vectors),
     **dict.fromkeys(("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss2d"), cross_entropy),
 }

@@ -33,4 +33,15 @@ def recurrent(call: Call) -> Row:
     return Row(links, local=local if draws else None)
 
 
-RECURRENT: dict[str, Callable[[Call], Row]] = dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent)
+def cell(call: Call) -> Row:
+    """One step of lstm_cell(x, [h, c], weights ...), gru_cell(x, h, weights ...): dim 0 of the input, states and results."""
+    batched = (0, *call.operands(1))
+    outside = tuple(Position(o, 0) for o in range(len(call.outputs)))
+    links = (Link("n", tuple(Position(op, 0) for op in batched), outside),)
+    return Row(links if len(call.inputs[0].shape) == 2 and call.inputs[0].shape[0] > 1 else ())
+
+
+RECURRENT: dict[str, Callable[[Call], Row]] = {
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), cell),
+}

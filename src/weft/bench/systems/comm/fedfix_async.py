@@ -46,6 +46,7 @@ SYSTEM = System(
     paper="arXiv:2206.10189",
     cite="Fraboni, Vidal, Kameni, Lorenzi, JMLR 24 (110), 2023",
     minutes=15,
+    axes=("virtual seconds", "federated loss"),
     solves="federated or cross-site training where clients differ in speed: no waiting for the slowest, and the right optimum",
     keywords=("federated", "asynchronous", "stragglers", "FedFix", "FedBuff", "FedAvg", "staleness"),
     use=(

@@ -1,0 +1,102 @@
+"""Where a limit hears what the program does: operators, optimizers' steps, and ways to the bytes of tensors.
+
+Operators come by a dispatch mode, on the thread that entered it and on those of its backward passes; views pass by. While an
+optimizer runs of which nothing is to be decided, the mode is left (`pause`): its operators then cost what they cost without us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from weft.memory.execute.facts import Facts, facts_of
+from weft.memory.execute.guards import Guards
+from weft.memory.private import QuickMode, hide_from_compiler, is_innermost
+
+__all__ = ["Listening"]
+
+_PLAIN: set[Any] = {torch.Tensor, nn.Parameter}  # classes that do not handle operators themselves
+
+
+@final
+class Listening:
+    """Listens from when it is made until `stop`.
+
+    Args:
+        call: runs an operator, (facts, args, kwargs) -> result.
+        expose: called with each tensor whose address somebody is about to know.
+        count: called with each tensor that was made without an operator, where we know.
+        before, after: called with the optimizer and its arguments at both ends of its step.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[Facts, Sequence[Any], Mapping[str, Any]], Any],
+        expose: Callable[[Tensor], None],
+        count: Callable[[Tensor], None],
+        before: Callable[[Any, Any, Any], None],
+        after: Callable[[Any, Any, Any], None],
+    ):
+        self._paused: Any = None  # the hook that ends a pause
+        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        self._guards = Guards(expose, count)
+        self._guards.start()
+        self._mode = _Mode(call)
+        self._mode.__enter__()
+
+    def stop(self) -> None:
+        if self._paused is not None:
+            self._paused.remove()
+        else:
+            self._mode.__exit__(None, None, None)
+        self._guards.stop()
+        for hook in self._hooks:
+            hook.remove()
+
+    def can_pause(self) -> bool:
+        """Whether nobody else listens more closely, who would be left with us."""
+        return is_innermost(self._mode)
+
+    def pause(self) -> None:
+        """Operators pass by until `resume`, or until a module runs: an optimizer that raises does not call its hook."""
+        self._mode.__exit__(None, None, None)
+        self._paused = register_module_forward_pre_hook(lambda module, args: self.resume())
+
+    def resume(self) -> None:
+        if self._paused is not None:
+            self._paused.remove()
+            self._paused = None
+            self._mode.__enter__()
+
+
+def _all_plain(types: Any) -> bool:
+    new = {kind for kind in types if kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__}
+    _PLAIN.update(new)
+    return new.issuperset(types)
+
+
+@final
+class _Mode(QuickMode):
+    """Hands every operator on; views pass by."""
+
+    def __init__(self, call: Callable[[Facts, Sequence[Any], Mapping[str, Any]], Any]):
+        super().__init__()
+        self.call = call
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        facts = facts_of(func)
+        if types and not _PLAIN.issuperset(types) and not _all_plain(types):
+            return NotImplemented  # DTensor and the like: their parts come back here
+        if facts.view:
+            return facts.call(*args, **kwargs) if kwargs else facts.call(*args)
+        return self.call(facts, args, kwargs or {})
+
+
+hide_from_compiler(_Mode.__torch_dispatch__)

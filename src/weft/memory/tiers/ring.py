@@ -1,0 +1,93 @@
+"""A few aligned buffers of memory through which all chunks go: read into, updated in, written from, used again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from typing import final
+
+from torch import Tensor
+
+from weft.memory.tiers.files import Transfer, aligned
+
+__all__ = ["Ring"]
+
+
+@final
+class Ring:
+    """Buffers of one size; made when the first is taken.
+
+    Args:
+        number: of buffers, >= 1.
+        nbytes: of each.
+
+    Attributes:
+        taken: buffers that are read into or updated in, not written from.
+    """
+
+    def __init__(self, number: int, nbytes: int):
+        if number < 1:
+            raise ValueError(f"buffers must be at least 1, got {number}; 3 let reading, updating and writing overlap")
+        self.number, self.nbytes, self.taken = number, nbytes, 0
+        self._free: list[Tensor] | None = None
+        self._writing: deque[tuple[Transfer, Tensor]] = deque()
+
+    def _buffers(self) -> list[Tensor]:
+        if self._free is None:
+            # Zeros: padding goes to disk, and what another job left in memory should not.
+            self._free = [aligned(self.nbytes).zero_() for _ in range(self.number)]
+        return self._free
+
+    def has_free(self) -> bool:
+        """Whether a buffer can be had without waiting for anything."""
+        free = self._buffers()
+        while not free and self._writing and self._writing[0][0].done():
+            self._written()
+        return bool(free)
+
+    def take(self) -> Tensor:
+        """A buffer; waits for the oldest writing if none is free.
+
+        Raises:
+            DiskFull, OSError: that writing has failed.
+        """
+        free = self._buffers()
+        if not free:
+            assert self._writing, "every buffer of the ring is being read into"
+            self._written()
+        self.taken += 1
+        return free.pop()
+
+    def give_back(self, buffer: Tensor) -> None:
+        """A taken buffer is not needed after all."""
+        self.taken -= 1
+        self._buffers().append(buffer)
+
+    def write(self, transfer: Transfer, buffer: Tensor) -> None:
+        """A taken buffer is being written; it is free when that is done."""
+        self.taken -= 1
+        self._writing.append((transfer, buffer))
+
+    def _written(self) -> None:
+        transfer, buffer = self._writing.popleft()
+        self._buffers().append(buffer)  # also if it failed: what it held is lost with the step
+        transfer.wait()
+
+    def drain(self) -> None:
+        """Return when everything is written.
+
+        Raises:
+            DiskFull, OSError: some of it has failed.
+        """
+        while self._writing:
+            self._written()
+
+    def settle(self) -> None:
+        """Return when nothing is being written any more, well or not: the step is being undone."""
+        while self._writing:
+            with contextlib.suppress(Exception):  # perhaps the very error because of which it is undone
+                self._written()
+
+    def close(self) -> None:
+        self.settle()
+        self._free = None
