@@ -348,3 +348,26 @@ def test_inductor_takes_the_plan():
 def test_there_is_no_other_compiler():
     with pytest.raises(ValueError, match="did you mean inductor"):
         backend("1GiB", compiler="inducto")  # type: ignore[arg-type]
+
+
+class Squares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.GELU())))
+        self.head = nn.Linear(16, 64)
+
+    def forward(self, x, y):
+        return F.mse_loss(self.head(self.body(x)), y)
+
+
+def test_a_loss_that_keeps_the_bytes_of_its_summands_is_planned_so():
+    """The storage of a mean squared error holds all squares: 128 KiB beside activations of 32 KiB each."""
+    torch.manual_seed(0)
+    made = Made(Squares(), (torch.randn(512, 16), torch.randn(512, 64)), None)
+    free = backend(VAST)
+    run(compiled(made, free))
+    trace = free.regions[0].trace
+    for share in (1, 0.8):
+        torch._dynamo.reset()
+        budget = int(trace.fixed + share * (trace.peak - trace.fixed))
+        assert measured(compiled(made, backend(budget))) <= budget

@@ -248,3 +248,12 @@ def test_inference_has_no_backward():
     found = trace(*made, costs=RATES)
     assert {op.phase for op in found.ops} == {"forward"}
     assert not any(v.category == "gradient" for v in found.values)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.binary_cross_entropy, F.soft_margin_loss])
+def test_a_loss_that_keeps_the_bytes_of_its_summands_does_so_on_paper(loss):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid())
+    batch = (torch.rand(16, 8), torch.rand(16, 8))
+    fake, real = (trace(model, batch, loss=loss, fake=fake, costs=RATES) for fake in (True, False))
+    same(fake, real)
+    assert max(v.nbytes for v in fake.values if not fake.ops[v.born].makes[1:] and v.born >= 0) >= 16 * 8 * 4

@@ -26,6 +26,7 @@ from torch import fx
 
 from weft.memory.record import Category, Op, Phase, Trace, Value
 from weft.memory.schedule import Schedule
+from weft.memory.tracing.fakes import result_nbytes
 from weft.memory.tracing.operators import is_dense
 
 __all__ = ["Joint", "Price", "draws", "read_joint", "state_bytes", "stateless"]
@@ -285,7 +286,11 @@ class _Reader:
                     reads[-1]
                 ].nbytes  # the generator's state of that moment, to put back after a repetition
         index = len(self.ops)
-        made = {} if writes else {i: self._new(_nbytes(t), "activation", module, index) for i, t in tensors.items()}
+        operands = fx.map_arg(node.args, lambda n: n.meta.get("val"))
+        made = {} if writes else {
+            i: self._new(max(_nbytes(t), result_nbytes(node.target, operands, t)), "activation", module, index)
+            for i, t in tensors.items()
+        }  # fmt: skip
         if isinstance(node.meta.get("val"), torch.Tensor):
             if made:
                 self.home[node] = made[0]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weft.memory.private import FakeTensorMode, disable_modes
 from weft.memory.tracing.costs import sample
 
-__all__ = ["AsCuda", "AsKernels", "Fakes", "at_once", "emulates_cuda"]
+__all__ = ["AsCuda", "AsKernels", "Fakes", "at_once", "emulates_cuda", "result_nbytes"]
 
 
 def emulates_cuda(device: str) -> bool:
@@ -140,6 +140,21 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = No
     return torch.empty_strided(size, [size[-2] * padded, padded, 1][-len(size) :], dtype=dtype, device=a.device)
 
 
+# Losses whose kernels reduce within the buffer of their summands, so that the storage of the one number keeps all its bytes.
+WHOLE = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("mse_loss", "smooth_l1_loss", "binary_cross_entropy", "soft_margin_loss")
+)
+
+
+def result_nbytes(func: Any, args: Sequence[Any], result: Tensor) -> int:
+    """Bytes of the storage that a kernel makes for a result of which only the fake is there."""
+    nbytes = result.untyped_storage().nbytes()
+    if func in WHOLE:
+        nbytes = max(nbytes, torch.broadcast_shapes(args[0].shape, args[1].shape).numel() * result.element_size())
+    return nbytes
+
+
 # Operators whose fakes torch refuses though kernels run
 REFUSED: dict[Any, Callable[..., Tensor]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
 
@@ -159,6 +174,9 @@ class AsKernels(TorchDispatchMode):
                 fake if fake.shape == like.shape else torch.empty_like(like, device=fake.device)
                 for fake, like in zip(result, real, strict=True)
             )
+        if func in WHOLE and result.dim() == 0:
+            buffer = torch.empty(result_nbytes(func, args, result), dtype=torch.uint8, device=result.device)
+            return buffer.view(result.dtype).as_strided((), ())
         if func in DISTINCT:
             return tuple(torch.empty_like(t) if t is not None else None for t in result)
         if func not in CONTIGUOUS:
