@@ -337,6 +337,7 @@ def test_train_by_a_saved_plan_then_export(here, capsys):
     assert not torch.equal(before, model[0].weight)
 
 
+@pytest.mark.slow
 def test_train_in_a_shell_prints_plan_and_outcome(folder):
     done = weft("train", "mymodel:build", "--steps", "2", "--processes", "2", folder=folder)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ LONG = (  # 10 s and more each
     "fit_in_memory.py",
     "huggingface.py",
     "manual_plan.py",
+    "quickstart.py",
     "train_gpt_text.py",
     "unlike_devices.py",
 )

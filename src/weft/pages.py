@@ -95,7 +95,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     [0.0, 2.0, 4.0, 6.0, 8.0]
     """
     span = high - low
-    if span <= 0:
+    if span < 1e-11:  # no two numbers of twelve decimals lie between them
         return [low]
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))

@@ -15,6 +15,7 @@ from weft.cluster.probes import operator_probes
 from weft.memory.tiers import copies
 
 
+@pytest.mark.slow
 def test_a_quick_profile_of_this_machine(tmp_path):
     cluster, report = profile(processes=2, quick=True, offload=str(tmp_path), copies=copies)
     assert len(cluster) == 2 and cluster.uniform and len(cluster.hosts) == 1

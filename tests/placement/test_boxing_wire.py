@@ -55,7 +55,7 @@ LINE = (Shard(0), Shard(1), Shard(0, weights=(3, 1, 2, 2)), R, P, MAX)
 
 
 @needs_tcp_counters
-@pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
 def test_bytes_on_the_wire_are_the_tables(pool, size):
     def fit(placement):
         return Shard(0, weights=placement.weights[:size]) if getattr(placement, "weights", None) else placement

@@ -242,6 +242,7 @@ def test_a_run_keeps_to_a_squeezed_plan(pool: Any) -> None:
             assert torch.equal(gradients[name], gradient), name
 
 
+@pytest.mark.slow
 def test_a_budget_that_one_process_cannot_keep_ends_the_run_on_all() -> None:
     plan = squeezed()
     (squeeze,) = plan.squeezes

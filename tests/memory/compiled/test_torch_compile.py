@@ -108,6 +108,7 @@ def test_a_budget_that_suffices_changes_nothing():
     assert measured(compiled(made, engine)) == region.peak == region.trace.peak
 
 
+@pytest.mark.slow
 def test_torch_own_budget_is_wrong_with_dropout_and_ours_is_not():
     """`activation_memory_budget` repeats dropout with fresh numbers: the gradient belongs to no loss that was computed."""
 
