@@ -13,11 +13,14 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-LONG = (  # 10 s and more each
+LONG = (  # 10 s and more each, where two run beside each other
     "checkpoint_reshard.py",
     "comm_dgc.py",
     "comm_federated.py",
+    "comm_federated_picture.py",
     "comm_layerwise.py",
+    "comm_masha.py",
+    "comm_one_byte.py",
     "comm_stragglers.py",
     "fit_in_memory.py",
     "huggingface.py",

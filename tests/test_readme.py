@@ -1,4 +1,4 @@
-"""Blocks of README and of the pages below run as they stand: Python in a fresh interpreter, commands in a shell, in time."""
+"""Blocks of README run as they stand, and those of the pages below (slow): Python in a fresh interpreter, commands in a shell, in time."""
 
 from __future__ import annotations
 
@@ -35,8 +35,15 @@ def environment(folder: Path) -> dict[str, str]:
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("language", "code"),
-    [(language, code) for _, language, code in BLOCKS],
-    ids=[f"{name}-{i}-{language}" for i, (name, language, _) in enumerate(BLOCKS)],
+    [
+        pytest.param(
+            language,
+            code,
+            id=f"{name}-{i}-{language}",
+            marks=() if name == "README" else pytest.mark.slow,  # each a process or two of its own: minutes in all
+        )
+        for i, (name, language, code) in enumerate(BLOCKS)
+    ],
 )
 def test_block_runs(language, code, tmp_path):
     if language == "python":

@@ -144,7 +144,7 @@ def text() -> dict[str, Tensor]:
 CONVOLUTIONS = {"resnet": (resnet, pictures, 0.9), "unet": (unet, maps, 0.75)}
 
 
-@pytest.mark.parametrize("name", ["resnet", "unet"])
+@pytest.mark.parametrize("name", [pytest.param("resnet", marks=pytest.mark.slow), "unet"])
 def test_same_bits_with_large_workspaces(pool: Any, name: str) -> None:
     build, example, share = CONVOLUTIONS[name]
     compare(pool, build, example(), "dp", share)
@@ -228,6 +228,7 @@ def squeezed(share: float = 0.7) -> Plan:
     return Plan.manual(graph, cluster=cluster, strategy="dp", memory=memory)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_a_squeezed_plan(pool: Any) -> None:
     plan = squeezed()
     (squeeze,) = plan.squeezes

@@ -57,7 +57,10 @@ def measured(made: Made) -> int:
         return m.peak
 
 
-@pytest.mark.parametrize(("name", "shares"), [("gpt", (0.8, 0.6)), ("resnet", (0.94,)), ("tied", (0.9,))])
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [pytest.param("gpt", (0.8, 0.6), marks=pytest.mark.slow), ("resnet", (0.94,)), ("tied", (0.9,))],
+)
 def test_bits_and_bytes(name, shares):
     want, (fixed, peak) = stepped(name, "aot_eager"), bytes_of(name)
     eager = make(name)
