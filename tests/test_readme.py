@@ -1,4 +1,4 @@
-"""Blocks of README run as they stand, and those of the pages below (slow): Python in a fresh interpreter, commands in a shell, in time."""
+"""Blocks of README run as they stand, and those of the pages below (slow): Python in a fresh interpreter, commands in a shell."""
 
 from __future__ import annotations
 
