@@ -287,6 +287,17 @@ def test_numpy_dlpack_and_pointers_see_the_bytes():
     assert "numpy" not in torch.Tensor.__dict__ and "untyped_storage" not in torch.Tensor.__dict__
 
 
+@pytest.mark.parametrize("ask", [torch.Tensor.is_pinned, torch.from_dlpack])
+def test_questions_that_look_at_the_address_find_the_bytes(ask):
+    x = torch.randn(64, 64)
+    with limit(9 * 16 * KIB, replay=False) as limited:
+        ys = [torch.tanh(x + n) for n in range(12)]
+        assert len(limited._executor.bytes.dropped) >= 3
+        for n in range(12):
+            ask(ys[0])
+            assert torch.equal(ys.pop(0), torch.tanh(x + n))
+
+
 def test_saving_and_copying_tensors_inside(tmp_path):
     import copy
 

@@ -49,13 +49,14 @@ SHAPE_ONLY = frozenset(
     )
 )  # fmt: skip
 
+# Not `is_pinned`: it hands the tensor's address to the accelerator's runtime.
 METADATA = frozenset(
     [
         f"aten.{name}"
         for name in (
             "size", "stride", "numel", "dim", "storage_offset", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset",
             "is_contiguous", "sym_is_contiguous", "is_non_overlapping_and_dense", "is_strides_like_format", "is_same_size",
-            "is_pinned", "_assert_tensor_metadata", "_has_compatible_shallow_copy_type", "_version", "is_complex",
+            "_assert_tensor_metadata", "_has_compatible_shallow_copy_type", "_version", "is_complex",
             "is_floating_point", "record_stream",
         )
     ]
