@@ -32,7 +32,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     if not Path(arguments.checkpoint).exists():
         raise ValueError(f"there is no checkpoint {arguments.checkpoint}")
-    inputs.check_folders(arguments, "output")
+    inputs.check_folders({"FILE": arguments.output})
     from weft.runtime import export
 
     with warnings.catch_warnings():  # torch says that it reads in a single process, which is what is meant

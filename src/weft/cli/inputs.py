@@ -112,13 +112,11 @@ def parse_mesh(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in text.strip().lower().split("x"))
 
 
-def check_folders(arguments: argparse.Namespace, *options: str) -> None:
-    """Refuse files that could not be written, before anything slow happens."""
-    for option in options:
-        path = getattr(arguments, option)
+def check_folders(files: Mapping[str, str | None]) -> None:
+    """Refuse files (by their names on the command line; None: not given) that could not be written, before anything slow."""
+    for name, path in files.items():
         if not path:
             continue
-        name = option if option == "output" and not hasattr(arguments, "processes") else f"--{option.replace('_', '-')}"
         if not Path(path).resolve().parent.is_dir():
             raise ValueError(f"{name} {path}: there is no folder {Path(path).parent}; make it first")
         if Path(path).is_dir():

@@ -118,7 +118,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--budget must be at least one byte, got {arguments.budget}")
     if arguments.save and not arguments.budget:
         raise ValueError("--save writes the plan for a budget; say which with --budget")
-    inputs.check_folders(arguments, "picture", "save")
+    inputs.check_folders({"--picture": arguments.picture, "--save": arguments.save})
 
 
 def _tier(rate: str | None) -> Any:

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--processes has no meaning under torchrun, which says how many processes there are")
     if arguments.processes is not None and arguments.processes < 1:
         raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
-    inputs.check_folders(arguments, "output")
+    inputs.check_folders({"--output": arguments.output})
     folder = arguments.offload or ""
     if folder == "host" and not under_torchrun:
         raise ValueError(

@@ -125,7 +125,9 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} must be a positive number, got {number}")
     if arguments.curve and Path(arguments.curve).suffix.lower() not in (".svg", ".html"):
         raise ValueError(f"--curve writes an SVG picture; name it .svg (or .html), not {arguments.curve!r}")
-    inputs.check_folders(arguments, "curve", "plan_page", "save_plan")
+    inputs.check_folders(
+        {"--curve": arguments.curve, "--plan-page": arguments.plan_page, "--save-plan": arguments.save_plan}
+    )
 
 
 def train(trainer: Trainer, job: inputs.Job, steps: int, quiet: bool) -> tuple[list[float], list[float]]:

@@ -171,7 +171,7 @@ def tried(exchange: Exchange, specs: Sequence[Spec], ranks: int) -> tuple[float,
 
 
 def _one(exchange: Exchange, spec: Spec, x: torch.Tensor, state: State, step: int, ranks: int) -> None:
-    codec, setting = exchange.codec, exchange._setting(spec)
+    codec, setting = exchange.codec, exchange.setting_of(spec)
     if setting is None:
         return
     y = exchange.memory.before(x, spec, state)

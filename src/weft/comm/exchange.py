@@ -406,7 +406,7 @@ class Exchange:
         pieces = scatter and self.scatters
         coded = whole = 0.0
         for spec in specs:
-            setting = self._setting(spec)
+            setting = self.setting_of(spec)
             if setting is None:
                 whole += spec.numel * spec.dtype.itemsize
             else:
@@ -430,11 +430,11 @@ class Exchange:
             scatter: each rank wants a piece of it (`reduce_scatter`).
         """
         hops, nbytes = self.wire([spec], ranks if ranks is not None else self.core.wired.ranks, scatter)
-        coded = self._setting(spec) is not None
+        coded = self.setting_of(spec) is not None
         return (self._seconds(spec, None) if coded else 0.0) + hops * link.latency + nbytes / link.bandwidth
 
-    def _setting(self, spec: Spec) -> Any:
-        """In force now, or the one to begin with; None for a tensor that goes as it is."""
+    def setting_of(self, spec: Spec) -> Any:
+        """The codec's setting for a tensor: in force now, or the one to begin with; None for a tensor that goes as it is."""
         if self._core is not None:
             return self._core.setting(spec)
         setting = first(self.codec, self.controller, spec) if self.selects(spec) else None

@@ -21,9 +21,9 @@ from torch import Tensor
 from weft.comm.codec import LinearCodec, Setting, Spec, State
 from weft.comm.codecs.draws import draw_seed, noise
 
-ALIGNED = 64  # bytes
-
 __all__ = ["LowRank", "matrix_shape"]
+
+ALIGNED = 64  # bytes
 
 
 def matrix_shape(spec: Spec) -> tuple[int, int]:

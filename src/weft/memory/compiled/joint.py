@@ -215,12 +215,12 @@ class _Reader:
                 category = "parameter" if node in trained else "buffer"
             key = _storage(value)
             if key not in seen:
-                seen[key] = self._new(_nbytes(value), category, node.name, -1)
+                seen[key] = self._new(_static(value.untyped_storage().nbytes()), category, node.name, -1)
             self.home[node] = seen[key]
         for node in self.graph.find_nodes(op="get_attr"):
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
-                self.home[node] = self._new(_nbytes(value), "buffer", node.name, -1)
+                self.home[node] = self._new(_static(value.untyped_storage().nbytes()), "buffer", node.name, -1)
 
     def _mark_overwritten(self, copies: Sequence[fx.Node], placeholders: Sequence[fx.Node]) -> None:
         """Inputs that the graph, or AOTAutograd after it, overwrites."""
@@ -281,14 +281,13 @@ class _Reader:
             own = [x for x in (*node.args, *node.kwargs.values()) if isinstance(x, torch.Generator)]
             repeatable = self.with_states and phase == "forward" and not own
             if repeatable:
-                reads = (*reads, self._state(node, module))
-                beside = self.values[
-                    reads[-1]
-                ].nbytes  # the generator's state of that moment, to put back after a repetition
+                state = self._state(node, module)
+                reads = (*reads, state)
+                beside = self.values[state].nbytes  # the state of that moment, to put back after a repetition
         index = len(self.ops)
         operands = fx.map_arg(node.args, lambda n: n.meta.get("val"))
         made = {} if writes else {
-            i: self._new(max(_nbytes(t), result_nbytes(node.target, operands, t)), "activation", module, index)
+            i: self._new(_static(result_nbytes(node.target, operands, t)), "activation", module, index)
             for i, t in tensors.items()
         }  # fmt: skip
         if isinstance(node.meta.get("val"), torch.Tensor):
@@ -341,7 +340,7 @@ class _Reader:
         for node in tangents:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
-                self.home[node] = self._new(_nbytes(value), "input", node.name, index)
+                self.home[node] = self._new(_static(value.untyped_storage().nbytes()), "input", node.name, index)
                 made.append(self.home[node])
         self.ops.append(Op("weft.backward_begins", "", "backward", (), tuple(made), repeatable=False))
         self.nodes.append(None)
@@ -399,8 +398,7 @@ def _storage(value: Any) -> int:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else -1
 
 
-def _nbytes(value: torch.Tensor) -> int:
-    nbytes = value.untyped_storage().nbytes()
+def _static(nbytes: int | torch.SymInt) -> int:
     if not isinstance(nbytes, int):
         raise ValueError("the compiled graph has symbolic sizes; compile with torch.compile(..., dynamic=False)")
     return nbytes

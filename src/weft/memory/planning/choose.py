@@ -153,7 +153,7 @@ class _Desk:
     def solve(self, limit: int, policies: Sequence[str], work: int) -> MemoryPlan:
         """The cheapest plan found for `limit` bytes, now or earlier."""
         trace, shape = self.shape.trace, self.shape
-        floor, worst = self.floor()
+        floor, worst = self.floor
         if floor > limit:
             raise BudgetError(limit, self.least(), self._too_much(worst, floor))
         whole = Retention(shape)
@@ -193,13 +193,13 @@ class _Desk:
     @cached_property
     def ladder(self) -> improve.Ladder:
         """Smaller and smaller plans without the lower tier."""
-        return improve.Ladder(self._starts(), self.grain, self.floor()[0], self.patience)
+        return improve.Ladder(self._starts(), self.grain, self.floor[0], self.patience)
 
     def _starts(self) -> Iterator[Retention]:
         """Where ways down begin, for the least budget."""
         yield Retention(self.shape)
         state = Retention(self.shape)
-        checkpoint(state, self.floor()[0], self.grain)
+        checkpoint(state, self.floor[0], self.grain)
         yield state
         if self.shape.end <= MANY:
             schedule = self._simulated(int(0.98 * self.ladder.rungs[-1].peak), POLICIES["pager"])[1]
@@ -212,7 +212,7 @@ class _Desk:
     def _least_offloaded(self) -> MemoryPlan:
         """The smallest plan that sends values to the lower tier; what is on its way there cannot move (see `moving`)."""
         if self.smallest is None:
-            floor, state = self.floor()[0], Retention(self.shape)
+            floor, state = self.floor[0], Retention(self.shape)
             trips = Offload(state, self.tier, self.grain)
             trips.unload(floor)
             trips.press(floor)
@@ -228,14 +228,16 @@ class _Desk:
         first = Retention(self.shape)
         Offload(first, self.tier, self.grain).unload(limit)
         tries = [(first, "free copies first"), *([(rebuilt, "recomputation exchanged for copies")] if rebuilt else [])]
-        for state, method in tries:
-            if not improve.descend(
+
+        def comes_down(state: Retention) -> bool:
+            return improve.descend(
                 state, improve.Gaps(state, self.grain), limit, patience=12, work=state.work + 200_000
-            ):
+            )
+
+        for state, method in tries:
+            if not comes_down(state):
                 Offload(state, self.tier, self.grain).press(limit)
-                if not improve.descend(
-                    state, improve.Gaps(state, self.grain), limit, patience=12, work=state.work + 200_000
-                ):
+                if not comes_down(state):
                     continue
             improve.fill(state, limit)
             trips = Offload(state, self.tier, self.grain)
@@ -257,6 +259,7 @@ class _Desk:
         if found.reserved <= limit:
             self.plans.append(found)
 
+    @cached_property
     def floor(self) -> tuple[int, int]:
         """Bytes that a single operator cannot do without, and which operator (-1: what is always there)."""
         shape = self.shape
