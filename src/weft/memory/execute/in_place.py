@@ -6,16 +6,18 @@ Method     `over_its_gradient`: the operator's overload that writes where it is 
            recipes it is an operator that writes in place, like the program's own.
 Guarantee  the same bits, since the kernel is the same (`tracing.operators.OVER_GRADIENT`), and nobody misses the old ones:
                the node reads its gradient in this one call: it is one of `NODES`, and wanted for a single input
-               nobody else has it: as many refer to tensor, Python object and storage as when the same node runs alone (`_lone`,
-               measured at import); a hook, a view, `retain_grad`, a second branch, a post hook or a capture is one more
+               nobody else has it: as many refer to tensor, Python object and storage as when the same node runs alone, which is
+               measured when a process enters its first limit (`count_references`); a hook, a view, `retain_grad`, a second
+               branch, a post hook or a capture is one more
                no graph is made of the backward pass
            The rule looks at one call and remembers nothing, so that online and replay follow the same one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 from weft.memory.execute.facts import Facts, facts_of
 from weft.memory.private import QuickMode, disable_modes, numpy_of, references, storage_of, uncast, wanted_by
 
-__all__ = ["NODES", "over_its_gradient"]
+__all__ = ["NODES", "count_references", "over_its_gradient"]
 
 # operator of `OVER_GRADIENT` -> autograd nodes whose formula for one input (in torch's derivatives.yaml) reads its gradient in
 # this call and nowhere else -> a function that has such a node
@@ -49,6 +51,19 @@ NODES: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
 Counts = tuple[tuple[int, int, int], tuple[int, int]]
 
 
+class Lone(NamedTuple):
+    """References to a gradient that nobody else has.
+
+    Attributes:
+        counts: `private.references` by (operator, node); empty if this torch does not tell, so that nothing is written over.
+        base: those to what a gradient is a view of, if only that knows it; (0, 0), which is never found, if the view's own
+            references are not those of a tensor.
+    """
+
+    counts: dict[tuple[str, str], Counts]
+    base: tuple[int, int]
+
+
 def over_its_gradient(
     facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Facts, dict[str, Any]] | None:
@@ -57,11 +72,12 @@ def over_its_gradient(
     if torch.is_grad_enabled():
         return None
     node, num_wanted = wanted_by()
-    lone = _LONE.get((facts.name, node))
+    counts, lone_base = count_references()
+    lone = counts.get((facts.name, node))
     if lone is None or num_wanted != 1:
         return None
     own, base = references(args, 0)
-    if own != lone[0] or base not in (lone[1], _LONE_BASE) or not _same_geometry(args):
+    if own != lone[0] or base not in (lone[1], lone_base) or not _same_geometry(args):
         return None
     _, variant, argument = facts.over
     return facts_of(variant), {**kwargs, argument: args[0]}
@@ -137,24 +153,19 @@ class _Look(QuickMode):
         return func(*args, **(kwargs or {}))
 
 
-def _all_lone() -> dict[tuple[str, str], Counts]:
-    """By operator and node. Empty if this torch does not tell, so that nothing is written over."""
-    found = {}
+@functools.cache
+def count_references() -> Lone:
+    """Measured once, by some hundred backward passes of two numbers (0.1 s); call it before anybody listens to operators."""
+    counts = {}
     try:
         for operator, nodes in NODES.items():
             for name, forward in nodes.items():
                 node = f"{name}Backward0"
-                counts = _lone(operator, node, forward)
-                if counts is not None:
-                    found[operator, node] = counts
+                found = _lone(operator, node, forward)
+                if found is not None:
+                    counts[operator, node] = found
+        view = _lone("aten.neg.default", "NegBackward0", torch.neg, lambda made: made.view(2, 1), _KEEPERS[:-1])
     except (AttributeError, RuntimeError, TypeError):
-        return {}
-    return found
-
-
-_LONE = _all_lone()
-# to what a gradient is a view of, if only that knows it; never, if the view's own references are not those of a tensor
-_VIEW = (
-    _lone("aten.neg.default", "NegBackward0", torch.neg, lambda made: made.view(2, 1), _KEEPERS[:-1]) if _LONE else None
-)
-_LONE_BASE = _VIEW[1] if _VIEW is not None and _VIEW[0] == _LONE["aten.neg.default", "NegBackward0"][0] else (0, 0)
+        return Lone({}, (0, 0))
+    plain = counts.get(("aten.neg.default", "NegBackward0"))
+    return Lone(counts, view[1] if view is not None and plain is not None and view[0] == plain[0] else (0, 0))

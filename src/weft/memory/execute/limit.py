@@ -30,6 +30,7 @@ from weft.memory.execute.backends import Backend, Count, Owner, check_backend, m
 from weft.memory.execute.cycle import Cycle, planned
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.hand_back import hand_back
+from weft.memory.execute.in_place import count_references
 from weft.memory.execute.listening import Listening
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Replay
@@ -153,6 +154,7 @@ class Limit:
             )
 
     def _begin(self) -> None:
+        count_references()
         self._ended, self._leaving, self._watched, self._owner = False, False, set(), Owner()
         self._executor = self._first_executor()
         self._adopt_model()
