@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from weft.memory.execute.limit import limit
+from weft.memory.execute.replay import Replay
+from weft.memory.meters import meter
+from weft.memory.tracing import trace
 
 
 def under(budget, step, seed=0, **options):
@@ -94,6 +97,54 @@ def test_batch_norm_used_in_evaluation_and_then_trained():
         return (*torch.autograd.grad(z.square().sum(), x), *(b.clone() for b in norm.buffers()))
 
     under(240 * KIB, step)
+
+
+class _Both(nn.Module):
+    """One normalisation, evaluated and then, in the same step, trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.last = nn.BatchNorm1d(64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.trained = True
+
+    def forward(self, x):
+        x = self.first(x)
+        for number in range(8):
+            self.norm.train(self.trained and number >= 2)
+            x = torch.tanh(self.norm(x)) + 1
+        return self.last(x).square().mean()
+
+
+@pytest.mark.parametrize("share", [0.6, 0.48])
+@pytest.mark.parametrize("kind", ["online", "replay", "trace", "trained later"])
+def test_what_was_made_from_statistics_outlives_their_moving(kind, share):
+    """Values that a normalisation has made in evaluation cannot be made again once training has moved its statistics."""
+
+    def run(budget, **options):
+        torch.manual_seed(0)
+        model = _Both()
+        opt, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+        with meter(model, opt) as seen, limit(budget, model=model, **options) as limited:
+            for number in range(8):
+                model.trained = kind != "trained later" or number > 5
+                losses.append(loss := model(torch.randn(256, 64)))
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+                losses[-1] = loss.detach()
+                if number == 5 and kind in ("replay", "trained later") and budget < 2**30:
+                    assert type(limited._executor) is Replay
+            most = seen.peak
+            repeats = getattr(limited._executor, "core", limited._executor).repeats
+        return [*losses, *model.state_dict().values()], most, repeats
+
+    eager, peak, _ = run(2**30, replay=False)
+    options = {"replay": kind != "online"}
+    if kind == "trace":
+        options["trace"] = trace(_Both(), (torch.randn(256, 64),))
+    found, _, repeats = run(int(share * peak), **options)
+    assert repeats
+    assert all(torch.equal(one, other) for one, other in zip(eager, found, strict=True))
 
 
 def test_instance_and_group_norm():

@@ -5,12 +5,12 @@
     Call         the operator, its arguments with looks in place of tensors, and the generator's state if it drew numbers
 
 What is repeated differs from what ran first in two ways only. Running statistics of a normalisation are not passed (or, where the
-operator insists, are passed as copies), so that buffers move once per step. The generator is put where it was and back again.
+operator insists, zeros are passed), so that buffers move once per step. The generator is put where it was and back again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -22,6 +22,7 @@ from weft.memory.execute.backends import Hold, Owner, shown
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.random_state import Drawn
 from weft.memory.private import hollow, marked, shaped, storage_of, uncast
+from weft.memory.tracing.operators import moved_statistics
 
 __all__ = ["Call", "Look", "flat", "geometry_of", "is_plain", "require_bytes", "shapes_only", "take_apart"]
 
@@ -106,9 +107,12 @@ def require_bytes(tensor: Tensor) -> None:
         raise RuntimeError("this tensor is known to be zero and has no bytes")
 
 
-def shapes_only(looks: Sequence[Look]) -> list[Look]:
-    """The same looks, for an operator that reads no bytes."""
-    return [(position, index, None, geometry, offset) for position, index, _, geometry, offset in looks]
+def shapes_only(looks: Sequence[Look], positions: Collection[Any] | None = None) -> list[Look]:
+    """The same looks, for an operator that reads no bytes of its arguments at `positions` (None: of none of them)."""
+    return [
+        (position, index, None if positions is None or position in positions else block, geometry, offset)
+        for position, index, block, geometry, offset in looks
+    ]
 
 
 def stand_in(
@@ -208,9 +212,8 @@ class Call:
             else:
                 holder[position] = items = list(holder[position])
                 items[index] = tensor
-        statistics = self.facts.statistics
-        if statistics:
-            _leave_out(self.facts, statistics, args)
+        if self.facts.statistics:
+            _leave_out(self.facts, args)
         with uncast(), _default(self.dtype):
             if self.drawn is None:
                 result = run(places, workspace, self.facts.call, args, kwargs)
@@ -235,13 +238,8 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(now)
 
 
-def _leave_out(facts: Facts, statistics: Sequence[int], args: list[Any]) -> None:
-    """Running statistics as a repetition gets them: not at all, or as copies where the operator writes them by its schema."""
-    schema = facts.func._schema.arguments
-    training = next((args[i] for i, a in enumerate(schema) if a.name == "training" and i < len(args)), True)
-    if not training:
-        return  # they are read, not written
-    for position in statistics:
-        if position < len(args) and args[position] is not None:
-            optional = schema[position].alias_info is None
-            args[position] = None if optional else torch.zeros_like(args[position])
+def _leave_out(facts: Facts, args: list[Any]) -> None:
+    """Running statistics that move, as a repetition gets them: not at all, or zeros where the operator insists."""
+    for position in moved_statistics(facts.func, args):
+        optional = facts.func._schema.arguments[position].alias_info is None
+        args[position] = None if optional else torch.zeros_like(args[position])

@@ -28,7 +28,7 @@ from torch import Tensor
 from weft.errors import BudgetError
 from weft.memory.core import Block, Core, Step
 from weft.memory.execute.backends import Backend, Hold, Owner, tie
-from weft.memory.execute.calls import Call, flat, require_bytes, shapes_only, take_apart
+from weft.memory.execute.calls import Call, Look, flat, require_bytes, shapes_only, take_apart
 from weft.memory.execute.carrying_out import Bytes
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.first_runs import first_run
@@ -40,6 +40,7 @@ from weft.memory.execute.tape import Tape
 from weft.memory.execute.unremembered import adopt_parts, opaque, run_once
 from weft.memory.private import below, storage_of
 from weft.memory.record import Category
+from weft.memory.tracing.operators import moved_statistics
 
 __all__ = ["Online"]
 
@@ -177,7 +178,12 @@ class Online:
         size = self.sizes.look_up(signature(facts, plain, named, looks), facts, args, kwargs)
         if not size.managed:
             return opaque(self, facts, args, kwargs)
+        moves: Sequence[Hold] = ()
         reads = dict.fromkeys(map(_block, looks)) if facts.needs_bytes else {}
+        if facts.statistics:
+            moves, looks = self._move(facts, args, looks)
+            for hold in moves:
+                reads.pop(hold.block, None)
         holds = [block.payload for block in reads]  # what is overwritten has none afterwards
         call = Call(facts, plain, named, looks if reads else shapes_only(looks), self.device)
         makes: list[tuple[int, bool]] = []
@@ -206,7 +212,7 @@ class Online:
         if self.tape is not None:
             self.tape.ran(
                 facts, holds, written, [block.payload for block in fresh], workspace=step.workspace, seconds=size.seconds,
-                repeatable=not facts.effect, random=draws, effects=self.effects, has_outputs=bool(flat(result)),
+                repeatable=not facts.effect, random=draws, effects=self.effects, has_outputs=bool(flat(result)), moves=moves,
             )  # fmt: skip
         self._busy = False
         if self._gone or self.leaves.loose:
@@ -277,6 +283,17 @@ class Online:
                 overwrites.append((block, len(makes)))
                 makes.append((block.nbytes, facts.dense))
         return overwrites, list(found.values())
+
+    def _move(self, facts: Facts, args: Sequence[Any], looks: Sequence[Look]) -> tuple[list[Hold], list[Look]]:
+        """Before running statistics move: what was made from them is made now. Returns those that do, and the call's looks: a
+        repetition does not read them."""
+        positions = moved_statistics(facts.func, args)
+        holds = [self.adopt(args[position]) for position in positions]
+        for position, hold in zip(positions, holds, strict=True):
+            self.settle(args[position])
+            if hold.block.read:
+                self.cut((hold.block,))
+        return holds, shapes_only(looks, positions)
 
     def execute(self, step: Step, num_over: int, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not self.backend.addresses:

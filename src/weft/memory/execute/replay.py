@@ -29,7 +29,7 @@ from weft.memory.execute.shelf import Shelf
 from weft.memory.private import storage_of
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
-from weft.memory.tracing.operators import tensors_of
+from weft.memory.tracing.operators import moved_statistics, tensors_of
 
 __all__ = ["Deviation", "Replay"]
 
@@ -75,6 +75,7 @@ class Replay:
         self.token = -1.0  # marks the blocks of this step; negative, as no clock
         self.watch: Callable[[Tensor], None] = lambda leaf: None
         self.log: list[tuple[Call, int | None]] = []  # what was remembered in this step, and its number in the trace
+        self._leaned_on: set[Block] = set()  # what was there before this step, and repetitions read
         self.steps = 0
         self._unread, spared = never_read_again(trace, schedule, self.slack // 2)
         self.slack -= sum(trace.values[v].nbytes for v in spared)
@@ -161,15 +162,19 @@ class Replay:
                     raise Deviation(f"somebody else has the gradient that {facts.name} is to write over")
                 facts, kwargs = over
             row.facts = facts
+        moves = self._move(facts, args) if facts.statistics else ()
         if row.remember:
             try:
-                parts = take_apart(args, kwargs, self.owner, self.adopt)
+                plain, named, looks = take_apart(args, kwargs, self.owner, self.adopt)
             except (NotImplementedError, RuntimeError):  # a namesake that traces leave out (`unremembered.opaque`)
                 return self._extra(facts, args, kwargs)
+            if moves:
+                looks = shapes_only(looks, moves)
         for act in row.before:
             act()
         if row.remember:
-            call = self.actions.calls[at] = self._remember(facts, *parts)
+            lasting = self.trace.ops[at].repeatable
+            call = self.actions.calls[at] = self._remember(facts, plain, named, looks, lasting)
             self.log.append((call, at))
             if facts.random and facts.draws(args, kwargs):
                 call.drawn = about_to_draw(args, kwargs, self.device)
@@ -251,8 +256,23 @@ class Replay:
             elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
                 self._check(facts, value, {})
 
-    def _remember(self, facts: Facts, plain: Sequence[Any], named: Mapping[str, Any], looks: Sequence[Look]) -> Call:
-        """A call that was taken apart, to be repeated. It holds what this step has not made and nothing can make again.
+    def _move(self, facts: Facts, args: Sequence[Any]) -> Sequence[int]:
+        """Positions of the running statistics that a call moves.
+
+        Raises:
+            Deviation: something that may be repeated has read them. They did not move when the plan was made.
+        """
+        positions = moved_statistics(facts.func, args)
+        for hold in filter(None, (self.hold_of(args[position]) for position in positions)):
+            if hold.block in self._leaned_on:
+                raise Deviation(f"{facts.name} moves statistics that something else reads")
+        return positions
+
+    def _remember(
+        self, facts: Facts, plain: Sequence[Any], named: Mapping[str, Any], looks: Sequence[Look], lasting: bool = True
+    ) -> Call:
+        """A call that was taken apart, to be repeated if it is `lasting`. It holds what this step has not made and nothing can
+        make again.
 
         Raises:
             Deviation: it reads what is not there.
@@ -263,9 +283,13 @@ class Replay:
         token = self.token
         for look in looks:
             block: Any = look[2]
+            if block is None:
+                continue
             if not block.resident:
                 raise Deviation(f"{facts.name} reads what the plan has dropped")
             if block.last != token:
+                if lasting:
+                    self._leaned_on.add(block)
                 hold = block.payload
                 if hold.kind == "gradient":
                     continue
@@ -315,7 +339,7 @@ class Replay:
             return self._extra_remembered(facts, args, kwargs)
         if self.dropped:
             self._check(facts, args, kwargs)
-        if inside and facts.written and self._written(facts, args, kwargs, known=True):
+        if inside and self._written(facts, args, kwargs, known=True):
             raise Deviation(f"{facts.name} writes something, which the plan does not do here")
         known = {storage_of(tensor)._cdata for value in (*args, *kwargs.values()) for tensor in flat(value)}
         result = facts.call(*args, **kwargs)
@@ -335,7 +359,10 @@ class Replay:
         raise Deviation(why)
 
     def _extra_remembered(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        call = self._remember(facts, *take_apart(args, kwargs, self.owner, self.adopt))
+        plain, named, looks = take_apart(args, kwargs, self.owner, self.adopt)
+        if facts.statistics:
+            looks = shapes_only(looks, self._move(facts, args))
+        call = self._remember(facts, plain, named, looks)
         if facts.random and facts.draws(args, kwargs):
             call.drawn = about_to_draw(args, kwargs, self.device)
         result = facts.call(*args, **kwargs)
@@ -433,5 +460,6 @@ class Replay:
             self._lay_out(cautious=False)
         self.actions.begin()
         self.log = []
+        self._leaned_on.clear()
         self.at = self._extra_calls = self._extra_bytes = 0
         self.token -= 1.0

@@ -22,7 +22,8 @@ def take_over(replay: Replay, online: Online) -> None:
         op = replay.trace.ops[number] if number is not None else None
         seconds = op.seconds if op is not None else 0.0
         reads = list(dict.fromkeys(look[2] for look in call.looks if look[2] is not None))
-        step = Step(reads, op.workspace if op is not None else 0, seconds, not call.facts.effect, (), order)
+        lasting = not call.facts.effect and (op is None or op.repeatable)
+        step = Step(reads, op.workspace if op is not None else 0, seconds, lasting, (), order)
         step.payload = call
         makes = [new for _, new in call.over] + list(call.made)
         step.overwrites = [(old, position) for position, (old, _) in enumerate(call.over)]

@@ -51,6 +51,7 @@ class Tape:
         self._pending: list[int] = []  # values that died in the call under way
         self._num_storages = 0
         self._sent: set[int] = set()  # values that a collective was given
+        self._moved: set[int] = set()  # running statistics
         self._kept: dict[int, Hold] = {}  # by number: what recipes keep, however long the program wants it
         # there, and met by no operator so far; without what only recipes of the last step keep
         self._idle = {id(hold): hold for hold in holds if (storage := hold()) is not None and not alone(storage)}
@@ -75,8 +76,10 @@ class Tape:
         random: bool,
         effects: bool,
         has_outputs: bool,
+        moves: Sequence[Hold] = (),
     ) -> None:
-        """An operator has run: it read and wrote these storages, and made `fresh` ones."""
+        """An operator has run: it read and wrote these storages, and made `fresh` ones. It `moves` running statistics; who else
+        reads them cannot be repeated."""
         if self._kept:
             self._notice()
         index = len(self._rows)
@@ -84,6 +87,8 @@ class Tape:
         filled = [hold for hold in written if hold.lent and id(hold) not in self._now]
         new = set(map(id, filled))
         read = dict.fromkeys(self._number(hold) for hold in reads if id(hold) not in new)
+        moved = {self._number(hold) for hold in moves}
+        self._moved.update(moved)
         if facts.in_flight:
             self._sent.update(read)
         if written or fresh or not has_outputs:
@@ -102,7 +107,18 @@ class Tape:
             repeatable = repeatable and not filled and not any(hold.lent for hold in reads)
             phase: Phase = "optimizer" if effects else "backward" if in_backward() else "forward"
             self._rows.append(
-                (facts, phase, tuple(read), tuple(makes), tuple(overwrites), workspace, seconds, repeatable, random)
+                (
+                    facts,
+                    phase,
+                    tuple(dict.fromkeys((*moved, *read))),
+                    tuple(makes),
+                    tuple(overwrites),
+                    workspace,
+                    seconds,
+                    repeatable,
+                    random,
+                    read,
+                )
             )
         for number in self._pending:
             self._values[number].dies = len(self._rows) - 1
@@ -178,12 +194,13 @@ class Tape:
                 facts.name, "", phase, reads, makes, overwrites, workspace + beside[index], seconds,
                 repeatable=repeatable
                 and not any(fixed[old] for old, _ in overwrites)
-                and self._sent.isdisjoint(makes),  # it may not go while others read it
+                and self._sent.isdisjoint(makes)  # it may not go while others read it
+                and self._moved.isdisjoint(leans_on),
                 random=random, dense=facts.dense,
             )
-            for index, (facts, phase, reads, makes, overwrites, workspace, seconds, repeatable, random) in enumerate(
-                self._rows
-            )
+            for index, (
+                facts, phase, reads, makes, overwrites, workspace, seconds, repeatable, random, leans_on
+            ) in enumerate(self._rows)
         )  # fmt: skip
         return Trace(ops, values, device, model, measured=True)
 

@@ -6,13 +6,15 @@
     draws           whether this call takes numbers from a generator                          from the tags
     is_dense        matrix products, convolutions, attention: many operations per byte        torch's table of FLOPs
     is_metadata     asks a tensor for its shape, reads nothing, makes nothing                 `METADATA`
+    moved_statistics  which running statistics this call moves                                `STATISTICS`
     communicates    whether it exchanges data with other processes: cannot be had twice
     wrapped_bytes   plain numbers given where a tensor is expected: torch makes tensors of them for the time of the call
     over_gradient   the variant that may write over the gradient it is given                  `OVER_GRADIENT`
 
 Normalisation with running statistics writes them in training, and its schema is silent about it (`native_batch_norm`) or not
 (`_batch_norm_with_update`). A trace leaves these writes out for all of them (`STATISTICS` lists the arguments): the statistics
-lie in buffers, which stay where they are, and an executor that repeats the call passes none.
+lie in buffers, which stay where they are, and an executor that repeats the call passes none. Who else reads statistics that
+move (the same normalisation, evaluated) is not repeatable.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = [
     "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "is_dense", "is_metadata", "label",
-    "over_gradient", "reads_bytes", "statistics_of", "tensors_of", "wrapped_bytes", "writes", "written_arguments",
+    "moved_statistics", "over_gradient", "reads_bytes", "statistics_of", "tensors_of", "wrapped_bytes", "writes",
+    "written_arguments",
 ]  # fmt: skip
 
 # operator -> positions of running statistics: written in training, left out of a trace
@@ -111,6 +114,20 @@ def _packet(func: Any) -> str:
 def statistics_of(func: Any) -> tuple[int, ...]:
     """Positions of running statistics that the operator may write."""
     return STATISTICS.get(_packet(func), ())
+
+
+@cache
+def _training(func: Any) -> int:
+    """Position of the argument that says whether running statistics move; -1 if they always do."""
+    return next((i for i, a in enumerate(func._schema.arguments) if a.name == "training"), -1)
+
+
+def moved_statistics(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of the running statistics that this call moves: in training, if it is given any."""
+    positions = statistics_of(func)
+    if not positions or ((at := _training(func)) >= 0 and not args[at]):
+        return ()
+    return tuple(i for i in positions if i < len(args) and args[i] is not None)
 
 
 @cache

@@ -35,8 +35,8 @@ from weft.memory.tracing.operators import (
     is_dense,
     is_metadata,
     label,
+    moved_statistics,
     reads_bytes,
-    statistics_of,
     tensors_of,
     wrapped_bytes,
     writes,
@@ -96,6 +96,7 @@ class _Row:
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     overwrites: tuple[tuple[int, int], ...]
+    moves: frozenset[int]  # running statistics
     repeatable: bool
     random: bool
     dense: bool
@@ -273,6 +274,7 @@ class Recorder:
         targets = list(writes(func, args, kwargs))
         written = dict.fromkeys(self._held[id(s)].value for tensor in targets for s in storages_of(tensor))
         self.views_written += phase == "forward" and any(t._is_view() and t.requires_grad for t in targets)
+        moves = frozenset(self._held[id(s)].value for i in moved_statistics(func, args) for s in storages_of(args[i]))
         objects = {id(storage): storage for _, storage in before}
         if self._before_write is not None:
             self._announce(func, args, written, objects)
@@ -301,7 +303,7 @@ class Recorder:
             made = sum(self._values[v].nbytes for v in makes if v not in {new for _, new in overwrites})
             self._rows.append(
                 _Row(
-                    label(func), module, phase, tuple(read), tuple(makes), tuple(overwrites),
+                    label(func), module, phase, tuple(read), tuple(makes), tuple(overwrites), moves,
                     repeatable=bool(outputs or written) and not fresh and not communicates(func),
                     random=draws(func, args, kwargs), dense=is_dense(func), seconds=seconds,
                     workspace=None if self._gauge is None else max(0, taken - made), wrapped=wrapped_bytes(func, args),
@@ -332,8 +334,7 @@ class Recorder:
         self, func: Any, args: Sequence[Any], written: Mapping[int, None], objects: Mapping[int, Any]
     ) -> None:
         """Tell `before_write` of what the call is about to change, unless the recorded block made it."""
-        hidden = [t for i in statistics_of(func) for t in tensors_of(args[i : i + 1])]
-        keys = {id(storage) for tensor in hidden for storage in storages_of(tensor)}
+        keys = {id(storage) for i in moved_statistics(func, args) for storage in storages_of(args[i])}
         for key, storage in objects.items():
             number = self._held[key].value
             if (number in written or key in keys) and self._began[self._values[number].storage] < 0:
@@ -454,10 +455,13 @@ class Recorder:
         ]
         values = tuple(self._value(draft) for draft in self._values)
         fixed = [value.category != "activation" for value in values]
+        moved: frozenset[int] = frozenset().union(*(row.moves for row in self._rows))
         ops = tuple(
             Op(
                 row.name, row.module, row.phase, row.reads, row.makes, row.overwrites, space, float(cost),
-                repeatable=row.repeatable and not any(fixed[old] for old, _ in row.overwrites),
+                repeatable=row.repeatable
+                and not any(fixed[old] for old, _ in row.overwrites)
+                and moved.isdisjoint(set(row.reads) - row.moves),
                 random=row.random, dense=row.dense,
             )
             for row, cost, space in zip(self._rows, seconds, spaces, strict=True)
