@@ -201,6 +201,10 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     elif tensor.layout is torch.sparse_coo:
         yield tensor._indices()
         yield tensor._values()
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
     elif tensor.layout is torch.strided:
         yield tensor
 

@@ -40,7 +40,7 @@ from weft.memory.execute.tape import Tape
 from weft.memory.execute.unremembered import adopt_parts, opaque, run_once
 from weft.memory.private import below, storage_of
 from weft.memory.record import Category
-from weft.memory.tracing.operators import moved_statistics
+from weft.memory.tracing.operators import filled_by_hand, moved_statistics
 
 __all__ = ["Online"]
 
@@ -188,7 +188,9 @@ class Online:
         call = Call(facts, plain, named, looks if reads else shapes_only(looks), self.device)
         makes: list[tuple[int, bool]] = []
         overwrites, written = self._overwritten(facts, args, kwargs, makes) if facts.written else ((), ())
-        repeatable = not (facts.effect or self.effects or len(overwrites) < len(written)) and hold_leaves(call, reads)
+        filled = not looks and filled_by_hand(facts.func, kwargs)
+        once = facts.effect or self.effects or filled or len(overwrites) < len(written)
+        repeatable = not once and hold_leaves(call, reads)
         draws = facts.random and facts.draws(args, kwargs)
         for nbytes in size.fresh or ():
             makes.append((nbytes, facts.dense))
@@ -212,7 +214,8 @@ class Online:
         if self.tape is not None:
             self.tape.ran(
                 facts, holds, written, [block.payload for block in fresh], workspace=step.workspace, seconds=size.seconds,
-                repeatable=not facts.effect, random=draws, effects=self.effects, has_outputs=bool(flat(result)), moves=moves,
+                repeatable=not facts.effect and not filled, random=draws, effects=self.effects,
+                has_outputs=bool(flat(result)), moves=moves,
             )  # fmt: skip
         self._busy = False
         if self._gone or self.leaves.loose:
@@ -355,6 +358,7 @@ class Online:
         """Somebody is about to know the address of a tensor's bytes: they stay there as long as they live."""
         hold = self.hold_of(tensor)
         if hold is not None:
+            self._at_work(lambda: self.core.settle(hold.block))  # who knows the address may write
             self.pin(hold)
 
     def lend(self, tensor: Tensor, nbytes: int) -> None:

@@ -26,6 +26,7 @@ from weft.memory.execute.random_state import about_to_draw
 from weft.memory.execute.recall import never_read_again, remembered
 from weft.memory.execute.rows import rows
 from weft.memory.execute.shelf import Shelf
+from weft.memory.execute.unremembered import parts
 from weft.memory.private import storage_of
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
@@ -249,10 +250,11 @@ class Replay:
             return
         owner = self.owner
         for value in args if not kwargs else (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.layout is torch.strided:
-                hold = getattr(storage_of(value), "_weft_tie", None)
-                if hold is not None and not hold.block.resident and hold.owner is owner:
-                    raise Deviation(f"{facts.name} reads what the plan has dropped")
+            if isinstance(value, Tensor):
+                for part in (value,) if value.layout is torch.strided else parts(value):
+                    hold = getattr(storage_of(part), "_weft_tie", None)
+                    if hold is not None and not hold.block.resident and hold.owner is owner:
+                        raise Deviation(f"{facts.name} reads what the plan has dropped")
             elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
                 self._check(facts, value, {})
 

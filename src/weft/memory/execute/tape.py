@@ -195,6 +195,7 @@ class Tape:
                 repeatable=repeatable
                 and not any(fixed[old] for old, _ in overwrites)
                 and self._sent.isdisjoint(makes)  # it may not go while others read it
+                and not any(values[v].category == "input" for v in makes)  # who knows the address may write
                 and self._moved.isdisjoint(leans_on),
                 random=random, dense=facts.dense,
             )

@@ -23,7 +23,7 @@ from weft.memory.tracing.operators import tensors_of, writes
 if TYPE_CHECKING:
     from weft.memory.execute.online import Online
 
-__all__ = ["adopt_parts", "opaque", "run_once"]
+__all__ = ["adopt_parts", "opaque", "parts", "run_once"]
 
 
 def run_once(online: Online, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -74,8 +74,9 @@ def regeometry(online: Online, facts: Facts, args: Sequence[Any], kwargs: Mappin
 def opaque(online: Online, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Everything that has a storage comes back and stays."""
     for value in (*args, *kwargs.values()):
-        for tensor in filter(_has_storage, flat(value)):
-            online.settle(tensor)
+        for tensor in flat(value):
+            for part in parts(tensor):
+                online.settle(part)
     for tensor in filter(_has_storage, writes(facts.func, args, kwargs)):
         online.cut((online.adopt(tensor).block,))
     result = facts.call(*args, **kwargs)
@@ -86,9 +87,14 @@ def opaque(online: Online, facts: Facts, args: Sequence[Any], kwargs: Mapping[st
 
 def adopt_parts(online: Online, tensor: Tensor) -> None:
     """Count the bytes of a tensor that was just made; of a sparse one those of its indices and values."""
+    for part in parts(tensor):
+        online.adopt(part)
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors with bytes that a tensor is made of: itself, indices and values, none."""
     with below():
-        for part in filter(_has_storage, plain_parts(tensor)):
-            online.adopt(part)
+        return [part for part in plain_parts(tensor) if _has_storage(part)]
 
 
 def _has_storage(tensor: Tensor) -> bool:

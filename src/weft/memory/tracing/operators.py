@@ -7,6 +7,7 @@
     is_dense        matrix products, convolutions, attention: many operations per byte        torch's table of FLOPs
     is_metadata     asks a tensor for its shape, reads nothing, makes nothing                 `METADATA`
     moved_statistics  which running statistics this call moves                                `STATISTICS`
+    filled_by_hand    empty integers: torch's own functions write them through their address
     communicates    whether it exchanges data with other processes: cannot be had twice
     wrapped_bytes   plain numbers given where a tensor is expected: torch makes tensors of them for the time of the call
     over_gradient   the variant that may write over the gradient it is given                  `OVER_GRADIENT`
@@ -28,9 +29,9 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 __all__ = [
-    "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "is_dense", "is_metadata", "label",
-    "moved_statistics", "over_gradient", "reads_bytes", "statistics_of", "tensors_of", "wrapped_bytes", "writes",
-    "written_arguments",
+    "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "filled_by_hand", "is_dense",
+    "is_metadata", "label", "moved_statistics", "over_gradient", "reads_bytes", "statistics_of", "tensors_of",
+    "wrapped_bytes", "writes", "written_arguments",
 ]  # fmt: skip
 
 # operator -> positions of running statistics: written in training, left out of a trace
@@ -178,6 +179,13 @@ def is_metadata(func: Any) -> bool:
     """Whether it only asks for shapes, strides or devices, or leaves a mark for the profiler."""
     name = _packet(func)
     return name in METADATA or name.startswith("profiler.")
+
+
+def filled_by_hand(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call makes an empty tensor of integers: lengths of packed sequences and the like, which functions of torch write
+    through their address, between other operators. To make it again would not bring back what they wrote."""
+    dtype = kwargs.get("dtype")
+    return label(func) == "aten.empty.memory_format" and dtype is not None and not dtype.is_floating_point
 
 
 @cache

@@ -32,6 +32,7 @@ from weft.memory.tracing.costs import CostTable, Sample, Work, describe, sample
 from weft.memory.tracing.operators import (
     communicates,
     draws,
+    filled_by_hand,
     is_dense,
     is_metadata,
     label,
@@ -304,7 +305,8 @@ class Recorder:
             self._rows.append(
                 _Row(
                     label(func), module, phase, tuple(read), tuple(makes), tuple(overwrites), moves,
-                    repeatable=bool(outputs or written) and not fresh and not communicates(func),
+                    repeatable=bool(outputs or written)
+                    and not (fresh or communicates(func) or filled_by_hand(func, kwargs)),
                     random=draws(func, args, kwargs), dense=is_dense(func), seconds=seconds,
                     workspace=None if self._gauge is None else max(0, taken - made), wrapped=wrapped_bytes(func, args),
                     work=self._describe(func, args, kwargs, result) if self._priced else None,
