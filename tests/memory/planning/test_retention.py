@@ -64,12 +64,12 @@ def trips(plan: Retention, draw: random.Random):
         plan.send(v, Trip(start, draw.randint(start, gone), gone, draw.randint(gone + 1, stop), stop))
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_moves_are_priced_as_the_judge_prices_them(seed):
-    trace = random_step(seed, ops=14)
+@pytest.mark.parametrize(("seed", "linger"), [(s, 0.0) for s in range(60)] + [(s, 0.5) for s in range(110)])
+def test_random_moves_are_priced_as_the_judge_prices_them(seed, linger):
+    trace = random_step(seed, ops=20 if linger else 14, linger=linger)
     plan, draw = Retention(Shape(trace)), random.Random(seed)
     judged(trace, plan)
-    for _ in range(25):
+    for _ in range(40):
         if not moves(plan, draw):
             break
         judged(trace, plan)

@@ -81,8 +81,11 @@ def chain(layers: int, *, nbytes: int = 100, weight: int = 0, seconds: float = 1
     return build.trace()
 
 
-def random_step(seed: int, ops: int = 12) -> Trace:
-    """A random step: several outputs, in-place writes, workspace, operators that cannot be repeated, early and late deaths."""
+def random_step(seed: int, ops: int = 12, linger: float = 0.0) -> Trace:
+    """A random step: several outputs, in-place writes, workspace, operators that cannot be repeated, early and late deaths.
+
+    `linger`: how probably a value is referred to for some time after its last reader.
+    """
     draw = random.Random(seed)
     build = Builder()
     pool = [build.before(draw.choice([0, 64, 128]), draw.choice(["parameter", "input"])) for _ in range(2)]
@@ -107,6 +110,9 @@ def random_step(seed: int, ops: int = 12) -> Trace:
             pool.remove(gone)
     for v in draw.sample(sorted(set(pool) - fixed), min(1, len(set(pool) - fixed))):
         build.keep(v)
+    for v, value in enumerate(build.values):
+        if linger and value.born >= 0 and v not in build.until and draw.random() < linger:
+            build.keep(v, draw.randint(value.born, ops - 1))
     return build.trace()
 
 

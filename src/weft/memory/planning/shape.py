@@ -87,7 +87,8 @@ class Shape:
                 self.reach[v] = max(self.dies[v], self.rebuildable[v])
 
     def _chains(self) -> None:
-        """Operators whose results one other operator alone reads are repeated with it and never by themselves: half the work."""
+        """Operators whose results one other operator alone reads are repeated with it and never by themselves: half the work.
+        Not those whose results outlive what they are made from: while these are there, more can be rebuilt than through them."""
         ops, readers = self.trace.ops, self.trace.readers
         shared = {v for v in self.overwritten if len(readers[v]) > 1}  # their readers keep their places in the order
         self.chain: list[tuple[int, ...]] = []
@@ -100,7 +101,8 @@ class Shape:
         sole: dict[int, int] = {}  # operator -> the only one that reads what it makes
         for i, op in enumerate(ops):
             found = {j for v in op.makes for j in self.uses[v]} if all(self.free[v] for v in op.makes) else set()
-            if len(found) == 1 and op.repeatable and not shared.intersection(op.reads):
+            lasts = any(self.dies[v] > self.rebuildable[v] for v in op.makes)
+            if len(found) == 1 and op.repeatable and not lasts and not shared.intersection(op.reads):
                 sole[i] = found.pop()
         for i in range(len(ops)):
             feeders = {self.born[v] for v in self.inputs[i] if sole.get(self.born[v]) == i}
