@@ -1,5 +1,5 @@
 """After each operator everything that may go goes: a read that nobody announces, or a recipe that gives other bits, is found
-whatever a policy would have chosen."""
+whatever a policy would have chosen. So with plans: any legal schedule, replayed, leaves every bit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from tests.memory.models import MODELS, make
 from torch import nn
 from torch.nn import functional as F
 
+from weft.memory import native
+from weft.memory.execute import cycle
 from weft.memory.execute.limit import limit
 from weft.memory.execute.online import Online
+from weft.memory.planning.check import check
+from weft.memory.planning.memory_plan import MemoryPlan
+from weft.memory.planning.packing import place
+from weft.memory.planning.retention import Retention
+from weft.memory.planning.shape import Shape
 
 
-@pytest.fixture(params=[1.0, 0.5])
+@pytest.fixture(params=[1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def dropping(request, monkeypatch):
     """Drops each block that may go with this probability; counts them."""
     rng, num_dropped, call = random.Random(0), [0], Online.call
@@ -34,15 +41,39 @@ def dropping(request, monkeypatch):
     return num_dropped
 
 
-FAST = ("tied", "halting")
+NAMES = [pytest.param(n, marks=() if n in ("tied", "halting") else pytest.mark.slow) for n in MODELS]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in MODELS])
+@pytest.mark.parametrize("name", NAMES)
 def test_models(dropping, name):
     eager = train(make(name), 2)
     made = make(name)
     assert_same(eager, train(made, 2, within=limit("1 GiB", model=made.model, replay=False)))
     assert dropping[0] > 100
+
+
+@pytest.mark.parametrize("backend", ["count", "native"])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_schedule_replayed(monkeypatch, name, backend):
+    if backend == "native" and native.problem():
+        pytest.skip(native.problem())
+    draw, repeats = random.Random(0), []
+
+    def plan_at_random(trace, budget, addresses, tier):
+        plan = Retention(Shape(trace, arena=True, align=64))
+        for v, start, stop in plan.droppable(1):
+            if draw.random() < 0.3 and plan.is_kept(v, start, stop):
+                plan.drop(v, stop)
+        schedule, _ = place(trace, plan.schedule(), 0, 64)
+        checked = check(trace, schedule)
+        repeats.append(checked.repeated)
+        return MemoryPlan(trace, budget, schedule, checked, "random", None)
+
+    monkeypatch.setattr(cycle, "planned", plan_at_random)
+    eager, made = train(make(name), 5), make(name)
+    found = train(made, 5, within=limit("1 GiB", model=made.model, backend=backend))
+    assert_same(eager, found)
+    assert found.replayed[-3:] == [True] * 3 and repeats[0] > 5
 
 
 def packed(x):
