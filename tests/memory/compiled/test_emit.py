@@ -52,7 +52,7 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 
-@pytest.mark.parametrize("name", ["gpt", "resnet", "tied"])
+@pytest.mark.parametrize("name", [pytest.param("gpt", marks=pytest.mark.slow), "resnet", "tied"])
 def test_any_schedule_leaves_every_bit(name):
     want = step(make(name), "aot_eager")
     seen: list[Joint] = []

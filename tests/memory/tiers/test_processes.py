@@ -96,7 +96,7 @@ def worker_equal(kind: str, names: list[tuple[str, ...]], folder: str, turns: in
 COMBINATIONS = [*itertools.product(TIERS, TIERS, TIERS, ("device", "disk"))]
 
 
-@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("update", ["step", pytest.param("backward", marks=pytest.mark.slow)])
 def test_some_tiers_on_two_processes(pool, tmp_path, update):
     found = pool(2).run(worker_equal, "gpt", COMBINATIONS[::9], str(tmp_path), 3, {"update": update}, timeout=300)
     assert found == [[], []]
@@ -117,7 +117,7 @@ def test_every_combination_on_two_processes(pool, tmp_path, first, update):
     assert found == [[], []]
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("update", ["step", "backward"])
 def test_every_rank_goes_its_own_way(pool, tmp_path, world, update):
     """Experts that only some ranks use, some twice, some nobody: no deadlock, and the gradients of data parallelism."""
