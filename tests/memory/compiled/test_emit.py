@@ -9,10 +9,13 @@ import torch
 from tests.memory.compiled.schedules import random_schedule
 from tests.memory.models import Made, make, run, snapshot
 from torch import nn
+from torch.nn import functional as F
 
 from weft.memory.compiled.emit import from_state, keep_state, promptly, write_joint
 from weft.memory.compiled.joint import Joint, read_joint
 from weft.memory.planning.check import check
+from weft.memory.planning.retention import Retention
+from weft.memory.planning.shape import Shape
 from weft.memory.private import compiling
 from weft.memory.record import CATEGORIES, Trace
 from weft.memory.schedule import Action, Schedule
@@ -65,6 +68,44 @@ def test_any_schedule_leaves_every_bit(name):
 
     assert_same(step(make(name), rebuilding(choose, seen)), want)
     assert repeated[0] > 50  # else nothing was tried
+
+
+class _OneNorm(nn.Module):
+    """Statistics that two normalisations read and six move, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.register_buffer("mean", torch.zeros(64))
+        self.register_buffer("var", torch.ones(64))
+
+    def forward(self, x):
+        x = self.first(x)
+        for number in range(8):
+            x = torch.tanh(F.batch_norm(x, self.mean, self.var, training=number >= 2)) + 1
+        return self.last(x).square().mean()
+
+
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_statistics_that_several_norms_move(chance):
+    """With a chance of 1 every large value that may go is dropped, and the norms between are repeated."""
+
+    def made():
+        torch.manual_seed(0)
+        return Made(_OneNorm(), (torch.randn(256, 64),), None)
+
+    def choose(trace: Trace) -> Schedule:
+        plan = Retention(Shape(trace))
+        for v, start, stop in plan.droppable(4096):
+            if chance and plan.is_kept(v, start, stop):
+                plan.drop(v, stop)
+        repeated.append(check(trace, plan.schedule()).repeated)
+        return plan.schedule()
+
+    repeated: list[int] = []
+    want = step(made(), "aot_eager")
+    assert_same(step(made(), rebuilding(choose, [])), want)
+    assert bool(repeated[0]) == bool(chance)
 
 
 @pytest.mark.slow

@@ -151,9 +151,15 @@ class _Writer:
     # -- one operator -----------------------------------------------------------------------------------------------------
 
     def _run(self, index: int, node: fx.Node, again: bool) -> None:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._at)
         value: Any = node.meta.get("val")
         first = 0
+        if again and (substitute := stateless(node)) is not None:  # statistics may have gone: it does not read them
+            target, old = substitute
+            new = self._call(target, fx.map_arg(old, self._at), {}, node, _fresh(value[:3]))
+            self.repeated[new] = None
+            self._hold(node, new, first)
+            return
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._at)
         if index in self.wanted and not again:
             new = self._call(
                 keep_state, (_device(node), node.target, *args), kwargs, node, (_fake_state(node), *_as_list(value))
@@ -163,9 +169,6 @@ class _Writer:
             new = self._call(
                 from_state, (self.states[index], _device(node), node.target, *args), kwargs, node, _fresh(value)
             )
-        elif again and (substitute := stateless(node)) is not None:
-            target, old = substitute
-            new = self._call(target, fx.map_arg(old, self._at), {}, node, _fresh(value[:3]))
         elif again:
             new = self._call(node.target, args, kwargs, node, _fresh(value))
         else:
@@ -182,8 +185,9 @@ class _Writer:
                 self.where[value] = self._item(new, 1, node) if first else new
             return
         used = {user.args[1] for user in node.users if user.target is operator.getitem}
+        num_results = len(new.meta["val"]) - first  # a batch norm that is repeated gives no new statistics
         for position, value in self.joint.outputs[node].items():
-            if position in used and value not in self.where:
+            if position in used and position < num_results and value not in self.where:
                 self.where[value] = self._item(new, first + position, node)
         if any(user.target is not operator.getitem for user in node.users):
             self.plain[node] = new
