@@ -152,14 +152,10 @@ class _Writer:
 
     def _run(self, index: int, node: fx.Node, again: bool) -> None:
         value: Any = node.meta.get("val")
-        first = 0
-        if again and (substitute := stateless(node)) is not None:  # statistics may have gone: it does not read them
-            target, old = substitute
-            new = self._call(target, fx.map_arg(old, self._at), {}, node, _fresh(value[:3]))
-            self.repeated[new] = None
-            self._hold(node, new, first)
-            return
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._at)
+        target, old, first = node.target, node.args, 0
+        if again and (substitute := stateless(node)) is not None:
+            (target, old), value = substitute, value[:3]  # statistics may have gone: it neither reads nor makes them
+        args, kwargs = fx.map_arg((old, node.kwargs), self._at)
         if index in self.wanted and not again:
             new = self._call(
                 keep_state, (_device(node), node.target, *args), kwargs, node, (_fake_state(node), *_as_list(value))
@@ -170,7 +166,7 @@ class _Writer:
                 from_state, (self.states[index], _device(node), node.target, *args), kwargs, node, _fresh(value)
             )
         elif again:
-            new = self._call(node.target, args, kwargs, node, _fresh(value))
+            new = self._call(target, args, kwargs, node, _fresh(value))
         else:
             new = self._copy(node, self._at)
         if again:

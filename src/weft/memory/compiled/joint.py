@@ -215,12 +215,12 @@ class _Reader:
                 category = "parameter" if node in trained else "buffer"
             key = _storage(value)
             if key not in seen:
-                seen[key] = self._new(_static(value.untyped_storage().nbytes()), category, node.name, -1)
+                seen[key] = self._new(_nbytes(value), category, node.name, -1)
             self.home[node] = seen[key]
         for node in self.graph.find_nodes(op="get_attr"):
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
-                self.home[node] = self._new(_static(value.untyped_storage().nbytes()), "buffer", node.name, -1)
+                self.home[node] = self._new(_nbytes(value), "buffer", node.name, -1)
 
     def _mark_overwritten(self, copies: Sequence[fx.Node], placeholders: Sequence[fx.Node]) -> None:
         """Inputs that the graph, or AOTAutograd after it, overwrites."""
@@ -340,7 +340,7 @@ class _Reader:
         for node in tangents:
             value = node.meta.get("val")
             if isinstance(value, torch.Tensor):
-                self.home[node] = self._new(_static(value.untyped_storage().nbytes()), "input", node.name, index)
+                self.home[node] = self._new(_nbytes(value), "input", node.name, index)
                 made.append(self.home[node])
         self.ops.append(Op("weft.backward_begins", "", "backward", (), tuple(made), repeatable=False))
         self.nodes.append(None)
@@ -396,6 +396,10 @@ def _tensors(value: Any) -> dict[int, torch.Tensor]:
 
 def _storage(value: Any) -> int:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else -1
+
+
+def _nbytes(value: torch.Tensor) -> int:
+    return _static(value.untyped_storage().nbytes())
 
 
 def _static(nbytes: int | torch.SymInt) -> int:

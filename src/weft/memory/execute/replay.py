@@ -163,14 +163,13 @@ class Replay:
                     raise Deviation(f"somebody else has the gradient that {facts.name} is to write over")
                 facts, kwargs = over
             row.facts = facts
-        moves = self._move(facts, args) if facts.statistics else ()
+        if facts.statistics:
+            self._check_statistics(facts, args)
         if row.remember:
             try:
-                plain, named, looks = take_apart(args, kwargs, self.owner, self.adopt)
+                plain, named, looks = self._take_apart(facts, args, kwargs)
             except (NotImplementedError, RuntimeError):  # a namesake that traces leave out (`unremembered.opaque`)
                 return self._extra(facts, args, kwargs)
-            if moves:
-                looks = shapes_only(looks, moves)
         for act in row.before:
             act()
         if row.remember:
@@ -258,17 +257,22 @@ class Replay:
             elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
                 self._check(facts, value, {})
 
-    def _move(self, facts: Facts, args: Sequence[Any]) -> Sequence[int]:
-        """Positions of the running statistics that a call moves.
-
-        Raises:
-            Deviation: something that may be repeated has read them. They did not move when the plan was made.
-        """
-        positions = moved_statistics(facts.func, args)
-        for hold in filter(None, (self.hold_of(args[position]) for position in positions)):
-            if hold.block in self._leaned_on:
+    def _check_statistics(self, facts: Facts, args: Sequence[Any]) -> None:
+        """Raise `Deviation` if a call moves running statistics that something has read that may be repeated: they did not move
+        when the plan was made."""
+        for position in moved_statistics(facts.func, args):
+            hold = self.hold_of(args[position])
+            if hold is not None and hold.block in self._leaned_on:
                 raise Deviation(f"{facts.name} moves statistics that something else reads")
-        return positions
+
+    def _take_apart(
+        self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Any], Mapping[str, Any], list[Look]]:
+        """`take_apart`; a repetition does not read the statistics that the call moves."""
+        plain, named, looks = take_apart(args, kwargs, self.owner, self.adopt)
+        if facts.statistics:
+            looks = shapes_only(looks, moved_statistics(facts.func, args))
+        return plain, named, looks
 
     def _remember(
         self, facts: Facts, plain: Sequence[Any], named: Mapping[str, Any], looks: Sequence[Look], lasting: bool = True
@@ -337,6 +341,8 @@ class Replay:
             raise Deviation(f"{facts.name} where the plan has {self.rows[self.at].name}")
         if facts.opaque or not is_plain(args, kwargs):
             return self._extra_opaque(facts, args, kwargs)
+        if facts.statistics:
+            self._check_statistics(facts, args)
         if inside and self._cautious:
             return self._extra_remembered(facts, args, kwargs)
         if self.dropped:
@@ -361,10 +367,7 @@ class Replay:
         raise Deviation(why)
 
     def _extra_remembered(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        plain, named, looks = take_apart(args, kwargs, self.owner, self.adopt)
-        if facts.statistics:
-            looks = shapes_only(looks, self._move(facts, args))
-        call = self._remember(facts, plain, named, looks)
+        call = self._remember(facts, *self._take_apart(facts, args, kwargs))
         if facts.random and facts.draws(args, kwargs):
             call.drawn = about_to_draw(args, kwargs, self.device)
         result = facts.call(*args, **kwargs)

@@ -87,7 +87,7 @@ class Tape:
         filled = [hold for hold in written if hold.lent and id(hold) not in self._now]
         new = set(map(id, filled))
         read = dict.fromkeys(self._number(hold) for hold in reads if id(hold) not in new)
-        moved = {self._number(hold) for hold in moves}
+        moved = [self._number(hold) for hold in moves]
         self._moved.update(moved)
         if facts.in_flight:
             self._sent.update(read)
@@ -108,18 +108,10 @@ class Tape:
             phase: Phase = "optimizer" if effects else "backward" if in_backward() else "forward"
             self._rows.append(
                 (
-                    facts,
-                    phase,
-                    tuple(dict.fromkeys((*moved, *read))),
-                    tuple(makes),
-                    tuple(overwrites),
-                    workspace,
-                    seconds,
-                    repeatable,
-                    random,
-                    read,
+                    facts, phase, tuple(dict.fromkeys((*moved, *read))), tuple(makes), tuple(overwrites), workspace, seconds,
+                    repeatable, random, read,
                 )
-            )
+            )  # fmt: skip
         for number in self._pending:
             self._values[number].dies = len(self._rows) - 1
         self._pending.clear()

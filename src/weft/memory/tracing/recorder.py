@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,7 +278,7 @@ class Recorder:
         moves = frozenset(self._held[id(s)].value for i in moved_statistics(func, args) for s in storages_of(args[i]))
         objects = {id(storage): storage for _, storage in before}
         if self._before_write is not None:
-            self._announce(func, args, written, objects)
+            self._announce(moves.union(written), objects)
         self._running = []
         try:
             result, seconds, taken = self._timed(func, args, kwargs)
@@ -332,14 +332,11 @@ class Recorder:
             self.samples[work.signature] = sample(func, args, kwargs)
         return work
 
-    def _announce(
-        self, func: Any, args: Sequence[Any], written: Mapping[int, None], objects: Mapping[int, Any]
-    ) -> None:
-        """Tell `before_write` of what the call is about to change, unless the recorded block made it."""
-        keys = {id(storage) for i in moved_statistics(func, args) for storage in storages_of(args[i])}
+    def _announce(self, changed: Set[int], objects: Mapping[int, Any]) -> None:
+        """Tell `before_write` of the values that the call is about to change, unless the recorded block made them."""
         for key, storage in objects.items():
             number = self._held[key].value
-            if (number in written or key in keys) and self._began[self._values[number].storage] < 0:
+            if number in changed and self._began[self._values[number].storage] < 0:
                 self._before_write(storage)
 
     def _overwrite(self, number: int, index: int, objects: Mapping[int, Any], module: str) -> int:
