@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.memory.planning.traces import Builder, chain, random_step, training, transformer
+from tests.memory.planning.traces import Builder, chain, concatenating, random_step, training, transformer
 
 from weft.errors import BudgetError
 from weft.memory.core import MOVE_RATE
@@ -94,6 +94,17 @@ def test_single_calls_meet_every_budget_from_the_least_on_and_larger_ones_cost_h
         sound(found, budget)
         costs.append(found.seconds)
     assert all(after <= 1.03 * min(costs[: n + 1]) for n, after in enumerate(costs[1:]))
+
+
+@pytest.mark.parametrize("layers", [9, 15])
+def test_moving_is_not_paid_for_where_a_smaller_plan_needs_none(layers, monkeypatch):
+    trace = concatenating(layers)
+    low, least_seconds = least(trace), float("inf")
+    for part in range(13):
+        monkeypatch.setattr(choose, "_desks", {})  # nothing is remembered
+        found = plan(trace, int(low * (1.02 + 0.025 * part)))
+        least_seconds = min(least_seconds, found.seconds)
+        assert found.seconds <= 1.12 * least_seconds
 
 
 def test_addresses_that_do_not_fit_are_moved_where_that_is_cheaper_than_rebuilding(monkeypatch):

@@ -186,3 +186,30 @@ def training(seed: int, layers: int = 25, unit: int = 2**16) -> Trace:
                     g = build.op((gradient[v], g), (nbytes,), seconds=0.2, phase="backward")[0]
                 gradient[v] = g
     return build.trace()
+
+
+def concatenating(layers: int = 12, *, unit: int = 2**16) -> Trace:
+    """Steps of a densely connected network: a layer reads all before it side by side, so that no two tensors are alike in size.
+
+    A layer makes `unit` bytes; a copy of what is there, a normalisation and a convolution follow each other. Seconds are few
+    for the bytes: to copy all in the arena takes a large part of the step.
+    """
+    build, second = Builder(), 2e-6
+    x, wide, kept = build.op((build.before(unit, "input"),), (unit,), seconds=10 * second, name="stem")[0], unit, []
+    for _ in range(layers):
+        seconds = second * wide / unit
+        norm = build.op((x,), (wide,), seconds=seconds, name="norm")[0]
+        active = build.op((norm,), (wide,), seconds=0.2 * seconds, name="relu")[0]
+        y = build.op((active,), (unit,), seconds=2.5 * seconds, name="conv", dense=True)[0]
+        kept.append((x, active, wide))
+        wide += unit
+        x = build.op((x, y), (wide,), seconds=0.3 * seconds, name="cat")[0]
+    g = build.op((x,), (wide,), seconds=seconds, name="loss", phase="backward")[0]
+    for x, active, wide in reversed(kept):
+        seconds = second * wide / unit
+        d = build.op((g,), (unit,), seconds=0.3 * second, name="cat'", phase="backward")[0]
+        d = build.op((d, active), (wide,), seconds=5 * seconds, name="conv'", phase="backward")[0]
+        d = build.op((d, active), (wide,), seconds=0.2 * seconds, name="relu'", phase="backward")[0]
+        d = build.op((d, x), (wide,), seconds=2 * seconds, name="norm'", phase="backward")[0]
+        g = build.op((g, d), (wide,), seconds=0.3 * seconds, name="add", phase="backward")[0]
+    return build.trace()

@@ -3,8 +3,9 @@
 Method     a budget below what a single operator needs is refused at once; a step that fits as it is, is left as it is;
            otherwise every start that fits (greedy descents, checkpoints, simulated policies, the smallest plan known) is a
            candidate, the cheapest is improved (`weft.memory.planning.improve`), gets addresses (`packing`) and is judged
-           (`check`). The optimum of very small steps and, with a lower tier, plans that send values there (`offload`) are
-           candidates as well.
+           (`check`). Where these fit only because values move while the step runs, somewhat smaller plans, which move less,
+           are candidates too. The optimum of very small steps and, with a lower tier, plans that send values there (`offload`)
+           are candidates as well.
 Guarantee  what is returned has passed `check` and needs at most the budget, arena included. Without a lower tier every budget
            from `least` on is met: the smallest plan is a start, and a plan whose bytes fit finds addresses (`moving`). The
            search is a heuristic and is bounded by counted work, not by a clock: the same trace and budget give the same plan
@@ -47,7 +48,12 @@ LONGEST = 2.0  # seconds of search unless more is asked for
 MANY = 1500  # operators from which on policies are not simulated, but for one that is quick and not told about
 QUICK = Greedy(paged=True, ahead=0.01)
 HOPELESS = 2  # a start that costs so many times the best one is no better either when it is filled up
-EASY = 1.01  # moves that make repetitions dearer by no more than that are not worth looking for another plan
+EASY = 0.002  # moves that take no more than this share of the step are not worth looking for another plan
+ATTEMPTS = 6  # at most, to find a smaller plan whose addresses need fewer moves
+SHORT_STRIDE, LONG_STRIDE = 0.2, 0.5  # by which it is made smaller: of the bytes that addresses exceed the arena by
+FEW = 300  # operators up to which short strides are taken and LOWER budgets tried: packing takes time by the square of them
+LOWER = (1.0, 0.98, 0.95, 0.9)  # shares of the budget to plan for, one after the other as long as ...
+DEARER = 1.03  # ... addresses make the step take so many times what it would without
 REPAIR = 200_000  # elementary steps at most for making a plan a little smaller
 ON_LADDER = ("descent in steps", "smallest plan")  # starts that are rungs of the ladder
 SMALL = 14  # operators up to which the optimum is looked for, too
@@ -166,12 +172,7 @@ class _Desk:
         done = {name: self._simulated(limit, POLICIES[name]) for name in policies}
         rows = tuple((name, cost) for name, (cost, _) in done.items())
         starts = {name: schedule for name, (_, schedule) in done.items() if schedule is not None}
-        state, method, spent = self._start(limit, starts, work)
-        if state is not None:
-            improve.search(state, improve.Gaps(state, self.grain), limit, max(work - spent, work // 2))
-            schedule = self._placed(state, limit, work // 3)
-            if schedule is not None:
-                self.plans.append(self.judged(limit, schedule, f"{method}, improved", rows))
+        state = self._rebuilding(limit, starts, rows, work)
         if self.tier is not None:
             self._offloaded(limit, state)
         elif shape.end <= SMALL:
@@ -182,6 +183,27 @@ class _Desk:
         if not fitting:
             raise BudgetError(limit, self.least(), "no order of dropping and recomputing is known that stays below it")
         return replace(min(fitting, key=lambda found: found.seconds), budget=limit, policies=rows)
+
+    def _rebuilding(self, limit: int, starts: dict[str, Schedule], rows: Rows, work: int) -> Retention | None:
+        """Remember a plan that rebuilds values and, while addresses make it much dearer, others that are made for fewer bytes.
+
+        Returns:
+            what the first gives up, None if no start comes as low as `limit`.
+        """
+        first, step, most = None, self.shape.trace.seconds, work
+        for target in (int(part * limit) for part in LOWER):
+            state, method, spent = self._start(target, starts, work)
+            if state is None:
+                break
+            first = state if first is None else first
+            improve.search(state, improve.Gaps(state, self.grain), target, max(work - spent, work // 2))
+            hoped, schedule = step + state.seconds, self._placed(state, limit, work // 3)
+            if schedule is not None:
+                self.plans.append(self.judged(limit, schedule, f"{method}, improved", rows))
+            if self.shape.end > FEW or (schedule is not None and self.plans[-1].seconds <= DEARER * hoped):
+                break
+            work = most // 4
+        return first
 
     def least(self) -> int:
         """The least bytes for which a plan is known."""
@@ -339,19 +361,24 @@ class _Desk:
     def _placed(self, state: Retention, limit: int, work: int = 0) -> Schedule | None:
         """The plan with addresses that need at most `limit`: they change meanwhile (see `moving`), or a smaller plan is made of
         it, and improved for `work` elementary steps, whatever takes fewer seconds."""
-        room, tries = limit - self.shape.outside, max(5, min(12, 20_000 // self.shape.end))
+        shape, room = self.shape, limit - self.shape.outside
+        few = shape.end <= FEW
+        tries, stride = 12 if few else 8 if shape.end <= MANY else 5, SHORT_STRIDE if few else LONG_STRIDE
         target, best, least = limit, None, float("inf")  # least: seconds beyond the step's own of `best`
-        for attempt in range(8):
-            schedule, top = place(self.shape.trace, state.schedule(), room, self.align, tries=tries)
-            moved = sum(self.shape.bytes[action.index] for action in schedule.actions if action.kind == "move")
-            if schedule.arena <= room and state.seconds + moved / MOVE_RATE < least:
-                best, least = schedule, state.seconds + moved / MOVE_RATE
-            if top <= room or least <= EASY * state.seconds:
+        for attempt in range(ATTEMPTS):
+            schedule, top = place(shape.trace, state.schedule(), room, self.align, tries=tries)
+            moving = sum(shape.bytes[action.index] for action in schedule.actions if action.kind == "move") / MOVE_RATE
+            if schedule.arena <= room and state.seconds + moving < least:
+                best, least = schedule, state.seconds + moving
+            if top <= room or least - state.seconds <= EASY * (shape.trace.seconds + state.seconds):
                 break
-            target = min(target, int(state.peaks().max())) - max(top - room, attempt * limit // 200)
+            peak = int(state.peaks().max())
+            target = min(target, peak) - max(int(stride * (top - room)), limit // 200)
             gaps, most = improve.Gaps(state, self.grain), state.work + REPAIR
             if not improve.descend(state, gaps, target, patience=12, work=most, dear=improve.DEAR * least):
-                break
+                target = int(state.peaks().max())  # as far down as it came
+                if target >= peak:
+                    break
             improve.fill(state, target, state.work + REPAIR)
             if attempt == 0 and work:
                 improve.search(state, gaps, target, work)

@@ -15,6 +15,7 @@ Guarantee  the second way always succeeds: bytes that are free somewhere are fre
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple, final
 
 import numpy as np
@@ -105,7 +106,8 @@ class _Row:
 
     def __init__(self, found: Boxes, packed: np.ndarray, room: int):
         self.room, self.packed = room, packed
-        self.nbytes, self.first, self.last = found.nbytes, found.first, found.last
+        self.nbytes, self.first = found.nbytes, found.first
+        self.last: list[int] = found.last.tolist()  # asked for one by one
         self.starts: list[int] = []
         self.boxes: list[int] = []
         self.came = np.zeros(len(packed), np.int64)
@@ -131,12 +133,13 @@ class _Row:
         self.starts.insert(place, at)
         self.boxes.insert(place, box)
         self.came[box] = at
-        self._soonest = min(self._soonest, int(self.last[box]))
+        self._soonest = min(self._soonest, self.last[box])
 
     def _leave(self, now: int) -> None:
-        stays = [k for k, box in enumerate(self.boxes) if self.last[box] >= now]
-        self.starts, self.boxes = [self.starts[k] for k in stays], [self.boxes[k] for k in stays]
-        self._soonest = min((int(self.last[box]) for box in self.boxes), default=now)
+        last = self.last
+        stays = [last[box] >= now for box in self.boxes]
+        self.starts, self.boxes = list(compress(self.starts, stays)), list(compress(self.boxes, stays))
+        self._soonest = min(map(last.__getitem__, self.boxes), default=now)
 
     def _ranges(self) -> tuple[np.ndarray, np.ndarray]:
         starts = np.array(self.starts, np.int64)
