@@ -66,6 +66,20 @@ class Program:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_what_a_backward_pass_has_made_goes_last(policy):
+    """Even if it is cheap and nobody has read it for long."""
+    p = Program(12 * MIB, policy)
+    g = p.op([], [4 * MIB], 1e-6, "g", late=True)
+    x, y = (p.op([], [4 * MIB], 1000.0, name) for name in "xy")
+    z = p.op([], [4 * MIB], 1000.0, "z")
+    assert p.machine.dropped == ["x"] and g.resident
+    p.core.pin(y)
+    p.core.pin(z)
+    p.op([], [4 * MIB], 1000.0, "last")  # nothing else is left to drop
+    assert p.machine.dropped == ["x", "g"] and not x.resident
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_oneflow_scenario(policy):
     """4 MiB tensors in 12 MiB, x1 to x6 a chain, x1 deleted: x2 goes first, then x4, and x3 stays because x2 is gone.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,43 @@ def test_random_operators_draw_the_same_numbers_again():
         return (*torch.autograd.grad((r * chain(r)).sum(), x), after)
 
     under(400 * KIB, step)
+
+
+def of_layers(x, layers):
+    """Gradients by everything, of a network in which each layer needs what the one before it made."""
+    kept = [p for layer in layers for p in layer.parameters()]
+    y = x
+    for layer in layers:
+        y = layer(y)
+    return torch.autograd.grad(y.square().mean(), kept)
+
+
+def of_a_recurrent_cell(x, cell):
+    """The same of cells in a row: the gradient by the weights is a sum that the whole backward pass adds to."""
+    h = c = torch.zeros(x.shape[1], cell.hidden_size)
+    for one in x:
+        h, c = cell(one, (h, c))
+    return torch.autograd.grad(h.square().mean(), list(cell.parameters()))
+
+
+@pytest.mark.parametrize(("kind", "share"), [("layers", 0.4), ("cell", 0.5), ("cell", 0.4)])
+def test_gradients_are_not_dropped_to_make_room_for_activations(kind, share):
+    """One that is needed again takes the whole backward pass before it, with all that this reads at once: more than there is."""
+    torch.manual_seed(0)
+    if kind == "layers":
+        model = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.ReLU()) for _ in range(8)
+        )
+        step = partial(of_layers, torch.randn(256, 64), model)
+    else:
+        model = nn.LSTMCell(32, 32)
+        step = partial(of_a_recurrent_cell, torch.randn(60, 16, 32), model)
+    with limit("1 GiB", model=model, replay=False) as plenty:
+        core = plenty._executor.core
+        held = core.arena.used
+        step()
+        peak = core.arena.most
+    under(held + int(share * (peak - held)), step, model=model)
 
 
 def test_explicit_generators():

@@ -10,6 +10,8 @@ Method     steps with outputs that are gone form components, kept by union-find:
            components of its inputs (`lost`); one that has run again leaves, by subtracting its own seconds (`found`: the split
            is approximate, as in DTR). Then
                price(t) = c(t) + sum over the components beside t of C(component)                        `price`
+           What a running backward pass has made is `LATE` times as dear: it is read soon and for the last time, and making a
+           gradient again takes the pass up to it, with all that it reads there at once. (Ours; the components do not see it.)
 Source     Kirisame et al., "Dynamic Tensor Rematerialization", ICLR 2021, arXiv:2006.09616, section 4 and appendix C; the
            components count steps, not tensors, so that two outputs of one step do not cost it twice.
 """
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 BY_ORDER = attrgetter("order")
+LATE = 1e15  # beyond the ratio of any two times since a last use
 
 
 @final
@@ -75,6 +78,7 @@ class Block:
         alive: the user, or autograd, still refers to it; a block that is not is kept only as part of recipes.
         read: a recorded step reads it.
         last: the clock at its last use, in seconds.
+        late: a backward pass has made it, and it is dropped last.
         wanted: how many blocks that somebody refers to are gone and would be made from this one.
         room: bytes that it takes in the arena, rounded up. piece: where (the arena's own).
         payload: the executor's own.
@@ -86,6 +90,7 @@ class Block:
         "dense",
         "evictable",
         "last",
+        "late",
         "nbytes",
         "offset",
         "payload",
@@ -111,6 +116,7 @@ class Block:
         self.alive = True
         self.read = False
         self.last = 0.0
+        self.late = False
         self.wanted = 0
         self.room = 0
         self.piece: Any = None
@@ -133,7 +139,7 @@ class Step:
         outputs: the blocks it made when it first ran, weakly. sizes: their bytes.
         overwrites: (block in `reads`, position in `makes`): that output is written over that block.
         workspace: bytes it takes and gives back. offset: where they are while it runs, -1 if there are none.
-        seconds: its cost. repeatable: it may run again. dense: of its outputs, for its workspace.
+        seconds: its cost. repeatable: it may run again. dense: of its outputs, for its workspace. late: see `Block`.
         order: number of the call.
         node: its component if an output of it is gone, else None.
         payload: the executor's own.
@@ -142,6 +148,7 @@ class Step:
     __slots__ = (
         "__weakref__",
         "dense",
+        "late",
         "makes",
         "node",
         "offset",
@@ -177,7 +184,7 @@ class Step:
         self.places: Sequence[int] = ()
         self.outputs: Sequence[weakref.ref[Block]] = ()
         self.sizes: Sequence[int] = ()
-        self.dense = False
+        self.dense = self.late = False
         self.offset = -1
         self.scratch: Block | None = None  # its workspace
         self.node: Node | None = None
@@ -258,7 +265,12 @@ def found(step: Step) -> None:
 
 
 def price(block: Block) -> float:
-    """Seconds to count against dropping a resident block that has a recipe: its step's and those of the components beside it."""
+    """Seconds to count against dropping a resident block that has a recipe: its step's and those of the components beside it,
+    `LATE` times these if it is late."""
+    return _beside(block) * LATE if block.late else _beside(block)
+
+
+def _beside(block: Block) -> float:
     step = block.step
     assert step is not None, "a block without recipe has no price"
     node = step.node

@@ -141,6 +141,7 @@ class Core:
         repeatable: bool = True,
         overwrites: Sequence[tuple[Block, int]] = (),
         payload: Any = None,
+        late: bool = False,
     ) -> Step:
         """An operator is about to run: its reads are there when this returns, and everything it makes has room.
 
@@ -152,13 +153,14 @@ class Core:
             repeatable: it may run again and then gives the same bits.
             overwrites: (block, position in `makes`): that output is written over that block.
             payload: becomes `payload` of the step before anything else happens.
+            late: a backward pass runs it: what it makes is dropped after all else.
         Returns:
             the step; `makes` are its new blocks. Pass it to `end`, or to `abort` if the operator raised.
         Raises:
             BudgetError: there is no room, or a read is gone for good; nothing is pinned then.
         """
         step = Step(reads, workspace, seconds, repeatable, overwrites, self._count)
-        step.payload = payload
+        step.payload, step.late = payload, late
         self._count += 1
         missing = False
         for block in reads:
@@ -180,7 +182,7 @@ class Core:
             put = self.arena.put
             for nbytes, dense in makes:
                 block = Block(nbytes, seconds, recipe, dense)
-                block.pins = 1
+                block.pins, block.late = 1, late
                 made.append(block)
                 if not (overwrites and overwritten(step, len(made) - 1)) and not put(block):
                     self._room(block, step)
@@ -202,7 +204,7 @@ class Core:
             BudgetError: there is no room.
         """
         block = Block(nbytes, step.seconds, step if step.repeatable else None, dense)
-        block.pins = 1
+        block.pins, block.late = 1, step.late
         if not self.arena.put(block):
             self._room(block, step)
         step.makes = [*step.makes, block]

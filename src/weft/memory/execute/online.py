@@ -38,7 +38,7 @@ from weft.memory.execute.random_state import about_to_draw, state_nbytes
 from weft.memory.execute.sizes import SETTLED, Size, Sizes, signature
 from weft.memory.execute.tape import Tape
 from weft.memory.execute.unremembered import adopt_parts, opaque, run_once
-from weft.memory.private import below, storage_of
+from weft.memory.private import below, in_backward, storage_of
 from weft.memory.record import Category
 from weft.memory.tracing.operators import filled_by_hand, moved_statistics
 
@@ -198,7 +198,8 @@ class Online:
 
         self._busy, core = True, self.core
         try:
-            step = core.begin(list(reads), makes, workspace, size.seconds, repeatable, overwrites, call)
+            late = in_backward()
+            step = core.begin(list(reads), makes, workspace, size.seconds, repeatable, overwrites, call, late)
         except BaseException:
             self._clear()
             raise
