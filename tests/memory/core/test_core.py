@@ -80,6 +80,15 @@ def test_what_a_backward_pass_has_made_goes_last(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_crumbs_go_last(policy):
+    p = Program(4 * MIB, policy, crumb=100)
+    loss = p.op([], [4], 1e-6, "loss")
+    for name in "xyz":
+        p.op([], [3 * MIB], 1000.0, name)
+    assert p.machine.dropped == ["x", "y"] and loss.resident
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_oneflow_scenario(policy):
     """4 MiB tensors in 12 MiB, x1 to x6 a chain, x1 deleted: x2 goes first, then x4, and x3 stays because x2 is gone.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 
 import pytest
@@ -122,6 +123,24 @@ def test_a_changed_program_goes_on_and_is_still_right(name, at):
         found = loop(limited, CHANGES[name], at=at)
     assert same(eager, found), name
     assert Replay in found[2][:at]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_measured_decides_about_seconds_only(name, seed, monkeypatch):
+    """Whatever operators seem to take, and so whatever is dropped after a plan had to be given up."""
+    draw, now = random.Random(seed), [0.0]
+
+    def clock():
+        now[0] += draw.choice([1e-6, 1e-5, 1e-4, 1e-3])
+        return now[0]
+
+    eager = loop(limit("1 GiB", replay=False), CHANGES[name], at=6)
+    monkeypatch.setattr("weft.memory.execute.online.time.thread_time", clock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = loop(limit(BUDGET), CHANGES[name], at=6)
+    assert same(eager, found)
 
 
 def test_falling_back_is_said_once_and_the_new_program_is_planned():

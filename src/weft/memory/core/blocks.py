@@ -10,8 +10,8 @@ Method     steps with outputs that are gone form components, kept by union-find:
            components of its inputs (`lost`); one that has run again leaves, by subtracting its own seconds (`found`: the split
            is approximate, as in DTR). Then
                price(t) = c(t) + sum over the components beside t of C(component)                        `price`
-           What a running backward pass has made is `LATE` times as dear: it is read soon and for the last time, and making a
-           gradient again takes the pass up to it, with all that it reads there at once. (Ours; the components do not see it.)
+           What a backward pass has made is `LATE` times as dear (ours): it is read soon and for the last time, and making a
+           gradient again takes the pass up to it, with all that this reads at once, which the components do not see.
 Source     Kirisame et al., "Dynamic Tensor Rematerialization", ICLR 2021, arXiv:2006.09616, section 4 and appendix C; the
            components count steps, not tensors, so that two outputs of one step do not cost it twice.
 """
@@ -78,7 +78,7 @@ class Block:
         alive: the user, or autograd, still refers to it; a block that is not is kept only as part of recipes.
         read: a recorded step reads it.
         last: the clock at its last use, in seconds.
-        late: a backward pass has made it, and it is dropped last.
+        late: dropped last: a backward pass has made it, or it is too small to make room.
         wanted: how many blocks that somebody refers to are gone and would be made from this one.
         room: bytes that it takes in the arena, rounded up. piece: where (the arena's own).
         payload: the executor's own.

@@ -52,6 +52,7 @@ class Core:
         align: addresses and sizes in an arena are multiples of this.
         moves: blocks may be pushed together when enough bytes are free but not in one place.
         small: see `Arena`.
+        crumb: blocks of fewer bytes are late (see `Block`): they make no room. The published methods know none.
 
     Attributes:
         clock: seconds of all steps so far, repeated ones included: the time that the policies know.
@@ -60,6 +61,7 @@ class Core:
         repeated_seconds: what those cost. moved_bytes: pushed together.
         fragmentation: mean over searches of the share of the arena that is still free when room has been made.
         lower: of the machine, if there is a lower tier.
+        leaves_lost: something without recipe is gone: not every recipe can be followed.
     """
 
     __slots__ = (
@@ -69,13 +71,14 @@ class Core:
         "_dropped",
         "_exposed",
         "_free_sum",
-        "_leaves_lost",
         "_placing",
         "arena",
         "budget",
         "candidates",
         "clock",
+        "crumb",
         "evictions",
+        "leaves_lost",
         "lower",
         "machine",
         "moved_bytes",
@@ -97,10 +100,11 @@ class Core:
         align: int = 64,
         moves: bool = True,
         small: int | None = None,
+        crumb: int = 0,
     ):
         self.policy = pick(policy, POLICIES, "policy") if isinstance(policy, str) else policy
         self.arena = self.policy.space(budget, align, small) if arena is None else arena
-        self.budget, self.machine, self.moves = budget, machine, moves
+        self.budget, self.machine, self.moves, self.crumb = budget, machine, moves, crumb
         self.lower: Lower | None = None
         self.clock = 0.0
         self.searches = self.candidates = self.scored = self.evictions = self.repeats = self.moved_bytes = 0
@@ -111,7 +115,7 @@ class Core:
         self._exposed: dict[Block, int] = {}  # pinned by `pin`: must not move either
         self._placing: Sequence[Block] = ()  # have room, but no bytes yet
         self._doomed: set[Block] = set()  # about to be overwritten, and without recipe
-        self._leaves_lost = False  # something without recipe is gone: not every recipe can be followed
+        self.leaves_lost = False
 
     @property
     def fragmentation(self) -> float:
@@ -182,7 +186,7 @@ class Core:
             put = self.arena.put
             for nbytes, dense in makes:
                 block = Block(nbytes, seconds, recipe, dense)
-                block.pins, block.late = 1, late
+                block.pins, block.late = 1, late or nbytes < self.crumb
                 made.append(block)
                 if not (overwrites and overwritten(step, len(made) - 1)) and not put(block):
                     self._room(block, step)
@@ -204,7 +208,7 @@ class Core:
             BudgetError: there is no room.
         """
         block = Block(nbytes, step.seconds, step if step.repeatable else None, dense)
-        block.pins, block.late = 1, step.late
+        block.pins, block.late = 1, step.late or nbytes < self.crumb
         if not self.arena.put(block):
             self._room(block, step)
         step.makes = [*step.makes, block]
@@ -284,7 +288,7 @@ class Core:
     def doom(self, block: Block) -> None:
         """The bytes of `block` are gone already; `release` will follow. Nothing that was dropped is made from it (the caller has
         held it as long as something was), and what would be is not dropped any more."""
-        self._leaves_lost = True
+        self.leaves_lost = True
         self._doomed.add(block)
 
     def rescue(self, blocks: Iterable[Block]) -> None:
@@ -295,11 +299,11 @@ class Core:
             BudgetError: that does not fit.
         """
         going = [block for block in blocks if block.read and block.resident]
-        if not (self._leaves_lost or any(block.step is None for block in going)):
+        if not (self.leaves_lost or any(block.step is None for block in going)):
             return
         for block in sorted(going, key=_age):  # whether one can be made again may hang on one before it
             if block.step is None or not rebuildable(block, self._doomed):
-                self._leaves_lost = True
+                self.leaves_lost = True
                 self._doomed.add(block)
         if self._doomed.isdisjoint(going):
             return
@@ -317,7 +321,7 @@ class Core:
 
     def _recoverable(self, block: Block) -> bool:
         """If a block's bytes went, they could be made again."""
-        return block.step is not None and (not self._leaves_lost or rebuildable(block, self._doomed))
+        return block.step is not None and (not self.leaves_lost or rebuildable(block, self._doomed))
 
     def ensure(self, block: Block) -> None:
         """Bring a block back if it is not there.
@@ -439,7 +443,7 @@ class Core:
 
     def _part_with(self, block: Block) -> None:
         """The bytes of `block` are about to go for good, if they cannot be made again."""
-        if block.read and (block.step is None or self._leaves_lost):
+        if block.read and (block.step is None or self.leaves_lost):
             self.rescue((block,))
             self._doomed.discard(block)
 

@@ -44,6 +44,8 @@ from weft.memory.tracing.operators import filled_by_hand, moved_statistics
 
 __all__ = ["Online"]
 
+CRUMBS = 20_000  # blocks of fewer bytes than this part of the budget are dropped last, ...
+LARGEST_CRUMB = 4096  # ... if they have no more than these
 _block = itemgetter(2)  # of a look
 
 
@@ -79,7 +81,7 @@ class Online:
     ):
         self.leaves = Leaves(self._holds)
         self.bytes = Bytes(backend, self.leaves)
-        self.core = Core(budget, policy, self.bytes)
+        self.core = Core(budget, policy, self.bytes, crumb=min(budget // CRUMBS, LARGEST_CRUMB))
         self.owner = owner or Owner()
         self.owner.executor = self
         self.backend = backend
@@ -135,10 +137,12 @@ class Online:
             self.core.unpin(block)
         if self._busy:
             self._gone.append(block)
+        elif self.core.leaves_lost or (block.read and block.step is None):
+            self._at_work(lambda: self.core.release(block))  # before that, something may have to be made again
         else:
             self.core.release(block)
             if self.leaves.loose:
-                self._clear()
+                self._at_work(lambda: None)
 
     def _clear(self) -> None:
         """Tell the core of what died while it was at work, and let go of what need not be held any longer."""

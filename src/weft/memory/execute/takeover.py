@@ -35,6 +35,7 @@ def take_over(replay: Replay, online: Online) -> None:
         for block in makes:
             block.step = step if repeatable and not _stays(block) else None
             block.evictable, block.seconds, block.dense = block.step is not None, seconds, call.facts.dense
+            block.late = (op is not None and op.phase == "backward") or block.nbytes < core.crumb
             blocks[block] = None
         blocks.update((old, None) for old, _ in call.over)
         for block in reads:
@@ -71,7 +72,7 @@ def take_over(replay: Replay, online: Online) -> None:
         if hold.exposed:
             core.pin(hold.block)
     core.evictions = 0
-    core._leaves_lost = True  # replay keeps nothing for recipes that it does not plan to follow
+    core.leaves_lost = True  # replay keeps nothing for recipes that it does not plan to follow
 
 
 def _stays(block: Block) -> bool:
