@@ -94,6 +94,7 @@ def one_round_ahead():
     post, rank = Post(1), dist.get_rank()
     post.send(0, bytes([10]))
     found = [post.collect(0, 1, 20)]
+    dist.barrier()  # else rank 1 may be two rounds ahead
     if rank == 1:
         post.send(1, bytes([11]))
         while post._links[0].connection.busy:
