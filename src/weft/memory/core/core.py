@@ -179,14 +179,12 @@ class Core:
             if overwrites:
                 for block, _ in overwrites:
                     if block.step is None:
-                        repeatable = step.repeatable = False
+                        step.repeatable = False
                 self.rescue([old for old, _ in overwrites])
             self._placing = made
-            recipe = step if repeatable else None
             put = self.arena.put
             for nbytes, dense in makes:
-                block = Block(nbytes, seconds, recipe, dense)
-                block.pins, block.late = 1, late or nbytes < self.crumb
+                block = self._output(step, nbytes, dense)
                 made.append(block)
                 if not (overwrites and overwritten(step, len(made) - 1)) and not put(block):
                     self._room(block, step)
@@ -207,11 +205,16 @@ class Core:
         Raises:
             BudgetError: there is no room.
         """
-        block = Block(nbytes, step.seconds, step if step.repeatable else None, dense)
-        block.pins, block.late = 1, step.late or nbytes < self.crumb
+        block = self._output(step, nbytes, dense)
         if not self.arena.put(block):
             self._room(block, step)
         step.makes = [*step.makes, block]
+        return block
+
+    def _output(self, step: Step, nbytes: int, dense: bool) -> Block:
+        """A block that a step is to make; it stays while the step runs."""
+        block = Block(nbytes, step.seconds, step if step.repeatable else None, dense)
+        block.pins, block.late = 1, step.late or nbytes < self.crumb
         return block
 
     def widen(self, step: Step, workspace: int) -> None:

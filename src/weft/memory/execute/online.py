@@ -142,7 +142,8 @@ class Online:
         else:
             self.core.release(block)
             if self.leaves.loose:
-                self._at_work(lambda: None)
+                with below():
+                    self._clear()
 
     def _clear(self) -> None:
         """Tell the core of what died while it was at work, and let go of what need not be held any longer."""
@@ -201,8 +202,8 @@ class Online:
         workspace = size.workspace + (state_nbytes(self.device) if draws and repeatable else 0)
 
         self._busy, core = True, self.core
+        late = in_backward()
         try:
-            late = in_backward()
             step = core.begin(list(reads), makes, workspace, size.seconds, repeatable, overwrites, call, late)
         except BaseException:
             self._clear()

@@ -52,7 +52,7 @@ EASY = 0.002  # moves that take no more than this share of the step are not wort
 ATTEMPTS = 6  # at most, to find a smaller plan whose addresses need fewer moves
 SHORT_STRIDE, LONG_STRIDE = 0.2, 0.5  # by which it is made smaller: of the bytes that addresses exceed the arena by
 FEW = 300  # operators up to which short strides are taken and LOWER budgets tried: packing takes time by the square of them
-LOWER = (1.0, 0.98, 0.95, 0.9)  # shares of the budget to plan for, one after the other as long as ...
+LOWER = (0.98, 0.95, 0.9)  # shares of the budget to plan for as well, one after the other as long as ...
 DEARER = 1.03  # ... addresses make the step take so many times what it would without
 REPAIR = 200_000  # elementary steps at most for making a plan a little smaller
 ON_LADDER = ("descent in steps", "smallest plan")  # starts that are rungs of the ladder
@@ -190,19 +190,18 @@ class _Desk:
         Returns:
             what the first gives up, None if no start comes as low as `limit`.
         """
-        first, step, most = None, self.shape.trace.seconds, work
-        for target in (int(part * limit) for part in LOWER):
-            state, method, spent = self._start(target, starts, work)
+        first, step = None, self.shape.trace.seconds
+        for target, effort in ((limit, work), *((int(part * limit), work // 4) for part in LOWER)):
+            state, method, spent = self._start(target, starts, effort)
             if state is None:
                 break
             first = state if first is None else first
-            improve.search(state, improve.Gaps(state, self.grain), target, max(work - spent, work // 2))
-            hoped, schedule = step + state.seconds, self._placed(state, limit, work // 3)
+            improve.search(state, improve.Gaps(state, self.grain), target, max(effort - spent, effort // 2))
+            hoped, schedule = step + state.seconds, self._placed(state, limit, effort // 3)
             if schedule is not None:
                 self.plans.append(self.judged(limit, schedule, f"{method}, improved", rows))
             if self.shape.end > FEW or (schedule is not None and self.plans[-1].seconds <= DEARER * hoped):
                 break
-            work = most // 4
         return first
 
     def least(self) -> int:
