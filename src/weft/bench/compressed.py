@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -245,51 +246,79 @@ def image_accuracy(
     methods: Sequence[str],
     epochs: int,
     seeds: Sequence[int],
-    lr: float,
+    rates: Sequence[float],
     rows: int,
     widths: tuple[int, ...],
     held_out: int,
 ) -> list[dict[str, float]]:
     """Train a residual network on the lossless images of CIFAR-10 by each method; mean test accuracy in percent.
 
-    Of the 4,000 images the last `held_out` are for the test. Each method trains once per seed; its accuracy, and its loss in
-    training (of one rank's batches), are means over the seeds and over the last three epochs, with random flips and shifts in
-    training. As in the paper, each ratio of a warm-up holds an epoch, and the learning rate falls to a hundredth; it rises as
-    for the text.
+    Of the 4,000 images the last `held_out` are for the test. Which of `rates` is a method's learning rate the images before them
+    decide: as many are held out of the training, with a seed that is none of `seeds`. Each method then trains on all but the test
+    images once per seed; its accuracy, and its loss in training (of one rank's batches), are means over the seeds and over the
+    last three epochs, with random flips and shifts in training. As in the paper, each ratio of a warm-up holds an epoch, and the
+    learning rate falls to a hundredth; it rises as for the text.
     """
     import numpy as np
 
     with np.load(data_folder("cifar10") / "lossless_first4000.npz", allow_pickle=False) as file:
         pixels = torch.from_numpy(file["x"].transpose(0, 3, 1, 2).copy()).float().div_(255).sub_(0.47).div_(0.25)
         labels = torch.from_numpy(file["y"].astype("int64"))
-    train, test = (pixels[:-held_out], labels[:-held_out]), (pixels[-held_out:], labels[-held_out:])
-    ranks, own, found = dist.get_world_size(), dist.get_rank(), []
-    per_epoch = len(train[0]) // (rows * ranks)
+    images = Images(pixels, labels, rows, epochs, widths)
+    testing, judging = (range(len(labels) - n * held_out, len(labels) - (n - 1) * held_out) for n in (1, 2))
+    found = []
     for method in methods:
-        began, accuracies, losses = time.perf_counter(), list[float](), list[float]()
-        for seed in seeds:
-            torch.manual_seed(seed)
-            model = ResNet(ResNetOptions(3, 10, widths, (1,) * len(widths)))
-            contender = Contender(method, model, cross_entropy, lr, decay=5e-4, stage=per_epoch)
-            g = torch.Generator().manual_seed(seed)
-            for epoch in range(epochs):
-                order = torch.randperm(len(train[0]), generator=g)
-                for step in range(per_epoch):
-                    _set_rate(contender.optimizer, lr, epoch * per_epoch + step, epochs * per_epoch, 0.01)
-                    chosen = order[(step * ranks + own) * rows :][:rows]
-                    images = _augmented(train[0][chosen], seed * 10**6 + epoch * per_epoch + step)
-                    loss = contender.step(images, train[1][chosen])
-                    if epoch >= epochs - 3:
-                        losses.append(loss)
-                if epoch >= epochs - 3:
-                    accuracies.append(_accuracy(model, *test))
-            contender.close()
-        found.append({"accuracy_percent": 100 * statistics.mean(accuracies), "training_loss": statistics.mean(losses)})
+        began = time.perf_counter()
+        judged = [statistics.mean(images.trained(method, lr, max(seeds) + 1, judging)[0]) for lr in rates]
+        say(f"  {method}: {', '.join(f'rate {r:g}: {100 * a:.1f} %' for r, a in zip(rates, judged, strict=True))}")
+        lr = rates[judged.index(max(judged))]
+        runs = [images.trained(method, lr, seed, testing) for seed in seeds]
+        found.append({
+            "accuracy_percent": 100 * statistics.mean(statistics.mean(accuracies) for accuracies, _ in runs),
+            "training_loss": statistics.mean(loss for _, loss in runs),
+            "learning_rate": lr,
+        })  # fmt: skip
         say(
             f"  {method}: accuracy {found[-1]['accuracy_percent']:.2f} %, loss in training "
-            f"{found[-1]['training_loss']:.3f}, {time.perf_counter() - began:.0f} s"
+            f"{found[-1]['training_loss']:.3f} at rate {lr:g}, {time.perf_counter() - began:.0f} s"
         )
     return found
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pictures and their classes, and how a network is trained on them."""
+
+    pixels: Tensor  # (n, 3, 32, 32)
+    labels: Tensor  # (n,)
+    rows: int  # a rank's batch
+    epochs: int
+    widths: tuple[int, ...]
+
+    def trained(self, method: str, lr: float, seed: int, held: range) -> tuple[list[float], float]:
+        """Train on the images before `held`; accuracies on `held` after each of the last three epochs, mean loss in those."""
+        ranks, own = dist.get_world_size(), dist.get_rank()
+        per_epoch = held.start // (self.rows * ranks)
+        torch.manual_seed(seed)
+        model = ResNet(ResNetOptions(3, 10, self.widths, (1,) * len(self.widths)))
+        contender = Contender(method, model, cross_entropy, lr, decay=5e-4, stage=per_epoch)
+        g = torch.Generator().manual_seed(seed)
+        accuracies, losses = list[float](), list[float]()
+        for epoch in range(self.epochs):
+            order = torch.randperm(held.start, generator=g)
+            for step in range(per_epoch):
+                _set_rate(contender.optimizer, lr, epoch * per_epoch + step, self.epochs * per_epoch, 0.01)
+                chosen = order[(step * ranks + own) * self.rows :][: self.rows]
+                x = _augmented(self.pixels[chosen], seed * 10**6 + epoch * per_epoch + step)
+                loss = contender.step(x, self.labels[chosen])
+                if epoch >= self.epochs - 3:
+                    losses.append(loss)
+            if epoch >= self.epochs - 3:
+                accuracies.append(
+                    _accuracy(model, self.pixels[held.start : held.stop], self.labels[held.start : held.stop])
+                )
+        contender.close()
+        return accuracies, statistics.mean(losses)
 
 
 def _text() -> bytes:
