@@ -3,9 +3,9 @@
 Two gloo processes in network namespaces of their own, joined by a cable with a token bucket: 100 Mbit/s, 1 Gbit/s, and without a
 limit (the honest negative: there the codec costs more than the bytes). The model is a byte-level transformer of 6.5 million
 parameters on tinyshakespeare; batches are small (4 windows of 64 bytes a rank for the times, 2 for the training) so that all ends
-in minutes. Quality: the same steps and seeds for every method. The transformer has one learning rate for all; the residual network
-(3 blocks, channels as in the published CIFAR-10 family: 16, 32, 64; on 4,000 lossless images of CIFAR-10, 1,000 of them for the
-test, 34 epochs of 187 steps, mean of three seeds) the best of three for each method, judged on 1,000 images of the training. As
+in minutes. Quality: the same steps and seeds for every method. The transformer has one learning rate for all; the residual
+network (3 blocks of 16, 32 and 64 channels, as the published CIFAR-10 family; 4,000 lossless images, 1,000 of them for the test;
+34 epochs of 187 steps, mean of three seeds) the best of three for each method, judged on 1,000 images of the training. As
 published, the learning rate rises while the ratio falls, and then goes down by a cosine.
 
 How long a run lasts decides what it shows. An entry waits about 1/ratio steps until it is sent, and what is sent often has lost
