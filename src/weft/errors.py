@@ -21,6 +21,7 @@ __all__ = [
     "NotFinite",
     "NotReplayable",
     "ParameterChanged",
+    "ParameterReleased",
     "PeerLost",
     "PlanMismatch",
     "UnknownOperators",
@@ -263,6 +264,20 @@ class ParameterChanged(WeftError, RuntimeError):
         return (
             f"parameter {self.name} was changed outside the optimizer while it was on the device; its home is a lower tier, so "
             "the change would be lost. Change it through Tiered.write(name, tensor)."
+        )
+
+
+class ParameterReleased(WeftError, RuntimeError):
+    """A parameter that lives on a lower tier was used between steps, where its elements are not on the device."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]):
+        super().__init__(name, shape)
+        self.name, self.shape = name, shape
+
+    def __str__(self) -> str:
+        return (
+            f"parameter {self.name} of shape {self.shape} lives on a lower tier; its elements are on the device only while the "
+            "model runs. Read them with Tiered.read(name), change them with Tiered.write(name, tensor): on every process."
         )
 
 

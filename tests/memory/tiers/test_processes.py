@@ -102,6 +102,24 @@ def test_some_tiers_on_two_processes(pool, tmp_path, update):
     assert found == [[], []]
 
 
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def tiny_loss(model, turn, rank):
+    return model(torch.randn(3, 6, generator=torch.Generator().manual_seed(2 * turn + rank))).square().mean()
+
+
+FORWARD["tiny"] = (tiny, tiny_loss)
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_a_process_that_owns_nothing(pool, tmp_path, update):
+    """Parameters are shared in parts of 64 elements; with fewer, the second process has none."""
+    names = list(itertools.product(("device", "disk"), TIERS, TIERS, ("host",)))
+    assert pool(2).run(worker_equal, "tiny", names, str(tmp_path), 2, {"update": update}, timeout=300) == [[], []]
+
+
 @pytest.mark.slow
 def test_some_tiers_on_three_processes(pool, tmp_path):
     found = pool(3).run(worker_equal, "gpt", COMBINATIONS[5::17], str(tmp_path), 2, {"keep_below": 4000}, timeout=300)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import itertools
 import math
 
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import weft
-from weft.errors import DiskFull, FolderInUse, ParameterChanged
+from weft.errors import DiskFull, FolderInUse, ParameterChanged, ParameterReleased
 from weft.memory.tiers.prefetch import Mode
 from weft.memory.tiers.store import TIERS, Tiers
 from weft.memory.tiers.tiered import Tiered
@@ -89,22 +91,74 @@ def test_batchnorm_buffers_and_conv_weights(tmp_path):
 # ---- where things are
 
 
-def test_a_released_parameter_is_nan_and_cannot_be_written(tmp_path):
+def test_a_released_parameter_takes_no_memory_and_is_not_used_between_steps(tmp_path):
     model = gpt()
     with Tiered(model, ADAMW, Tiers("disk", "host", "disk"), tmp_path, **{**SMALL, "ahead": 1}) as tiered:
         loss = model(*tokens(0))
         for parameter in model.parameters():
-            assert parameter.isnan().all() and parameter.untyped_storage().nbytes() == parameter.element_size()
+            assert parameter.untyped_storage().nbytes() == parameter.element_size()
         loss.backward()
         assert all(parameter.grad is None for parameter in model.parameters())
         tiered.step()
-        with pytest.raises(RuntimeError), torch.no_grad():
-            model.head.weight.add_(1)
-        assert (
-            not tiered.read("head.weight" if "head.weight" in dict(model.named_parameters()) else "embed.weight")
-            .isnan()
-            .any()
-        )
+        whole = dict(model.named_parameters())
+        weight = whole["blocks.0.expand.weight"]
+        assert weight.requires_grad and weight.is_leaf and weight.numel() == weight.shape[0] * weight.shape[1]
+        assert torch.zeros_like(weight).count_nonzero() == 0 and "on a lower tier" in repr(weight)
+        uses = (
+            lambda: weight.norm(), lambda: weight.detach(), lambda: weight.data, lambda: weight.T, lambda: weight.add_(1),
+            lambda: torch.stack([weight, weight]), lambda: torch.add(torch.zeros(()), other=weight), weight.numpy,
+            lambda: copy.deepcopy(weight), lambda: torch.save(weight, io.BytesIO()),
+            lambda: model.blocks[0].expand.to(torch.float64), lambda: setattr(weight, "data", torch.zeros_like(weight)),
+        )  # fmt: skip
+        for use in uses:
+            with pytest.raises(ParameterReleased, match=r"expand\.weight.*Tiered\.read\(name\)"), torch.no_grad():
+                use()
+        assert not any(tiered.read(name).isnan().any() for name in whole)
+
+
+class Kept(nn.Module):
+    """Weights that the model reads from a list of its own, and in a backward function that saved them as it pleased."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+        self.weights = [self.first.weight, self.second.weight]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.third(Times.apply(x, self.second)).square().mean() + sum(w.abs().mean() for w in self.weights)
+
+
+class Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, linear):
+        ctx.weight = linear.weight
+        return x @ linear.weight.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.weight.t(), None
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("ahead", [1, "1 MB"])
+def test_a_parameter_that_somebody_kept(tmp_path, update, ahead):
+    def steps(model, optimizer):
+        losses = []
+        for turn in range(3):
+            loss = model(torch.randn(4, 8, generator=torch.Generator().manual_seed(turn)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    torch.manual_seed(0)
+    model, ours = Kept(), Kept()
+    ours.load_state_dict(model.state_dict())
+    with Tiered(ours, ADAMW, LOWER, tmp_path, update=update, **{**SMALL, "ahead": ahead}) as tiered:
+        assert steps(ours, tiered.optimizer) == steps(model, ADAMW(model.parameters()))
+        assert not differing(tiered.state_dict(), model.state_dict())
 
 
 def live_bytes(step) -> int:
@@ -509,6 +563,50 @@ def test_a_parameter_changed_outside_the_optimizer(tmp_path):
         hook.remove()
         tiered.write("blocks.0.expand.weight", torch.ones(152, 38))
         assert (tiered.read("blocks.0.expand.weight") == 1).all() and tiered.steps == 0
+
+
+class Unlike(nn.Module):
+    """Parameters of three dtypes, in turns, and an empty one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.layers = nn.ModuleList(
+            nn.Linear(40, 40, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64) * 3
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.dtype)).sin()
+        return x.square().sum() + self.empty.sum()
+
+
+@pytest.mark.parametrize("tiers", [LOWER, Tiers("host", "device", "disk")])
+def test_clipping_gradients_of_several_dtypes(tmp_path, tiers):
+    """Norms are added dtype by dtype, as torch does: in another order the sum has other bits."""
+    torch.manual_seed(0)
+    model = Unlike()
+    ours = copy.deepcopy(model)
+    optimizer = ADAMW(model.parameters())
+    with Tiered(ours, ADAMW, tiers, tmp_path, **SMALL) as tiered:
+        for turn in range(6):
+            x = torch.randn(5, 40, generator=torch.Generator().manual_seed(turn))
+            for each in (model, ours):
+                each(x).backward()
+            assert torch.equal(tiered.clip_grad_norm_(0.1), torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+            tiered.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not differing(tiered.state_dict(), model.state_dict())
+
+
+def test_other_memory_under_a_parameter(tmp_path):
+    model = gpt()
+    weight = model.blocks[0].expand.weight
+    with Tiered(model, ADAMW, Tiers("disk", "host", "disk"), tmp_path, **{**SMALL, "ahead": 1}):
+        model.blocks[0].expand.register_forward_pre_hook(lambda m, *_: setattr(weight, "data", torch.ones(152, 38)))
+        with pytest.raises(ParameterChanged, match=r"blocks\.0\.expand\.weight"):
+            model(*tokens(0))
 
 
 @pytest.mark.parametrize("parameters", TIERS)

@@ -13,6 +13,7 @@ Source: Rajbhandari et al., ZeRO-Infinity, arXiv:2104.07857, sections 6.1 and 6.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ class Slot:
 
     @property
     def numel(self) -> int:
-        return self.parameter.numel()
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

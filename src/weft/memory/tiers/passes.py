@@ -5,6 +5,7 @@ a pass                from the moment at which somebody outside calls the model,
                       what is computed a second time within backward is none                        `_begins`
 an access             to a parameter from elsewhere (tied weights, `self.other.weight`) holds it while the module that
                       reached for it runs; from outside the model, until the step ends              `_seen`
+a use                 of one that is not there, which somebody has kept, is an access; between steps, an error   `_reached`
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any, final
 
 from torch import nn
 
+from weft.errors import ParameterReleased
 from weft.memory import private
 from weft.memory.tiers.fetch import Slot
 from weft.memory.tiers.presence import Presence
-from weft.memory.tiers.standins import Watched
+from weft.memory.tiers.standins import Released, Watched
 
 __all__ = ["Passes"]
 
@@ -33,6 +35,7 @@ class Passes:
 
     Attributes:
         in_step: some pass with gradients has begun since the last step.
+        saving: state dicts that are being made; what they take of released parameters is replaced afterwards.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class Passes:
     ):
         self.model, self.presence, self._begin, self._end = model, presence, begin, end
         self.in_step = self._running = self._again = False
+        self.saving = 0
         self._frames: list[list[Slot]] = []  # what each running module holds
         self._outside: list[Slot] = []
+        presence.reached = self._reached
         self._handles: list[Any] = []
         for module in model.modules():
             if module._parameters:
@@ -56,7 +61,7 @@ class Passes:
             self._again = private.in_backward()
             if not self._again:
                 self._forget_frames()
-            self._running = True
+            self._running, self.saving = True, 0
             self._begin(self._again)
         frame: list[Slot] = []
         self._frames.append(frame)
@@ -83,7 +88,7 @@ class Passes:
     def _seen(self, parameter: nn.Parameter) -> None:
         """A parameter is reached for."""
         slot = self.presence.of(parameter)
-        if slot is None or slot.users:
+        if slot is None or (slot.users and not isinstance(parameter, Released)):
             return
         if self._frames:
             self._frames[-1].append(slot)
@@ -92,6 +97,15 @@ class Passes:
         else:
             return
         self.presence.hold(slot)
+
+    def _reached(self, parameter: nn.Parameter) -> None:
+        """An operator is about to use the elements of a released parameter."""
+        if self.saving:
+            return
+        slot = self.presence.of(parameter)
+        if slot is None or not (self._frames or self.in_step):
+            raise ParameterReleased(slot.name if slot is not None else "", tuple(parameter.shape))
+        self._seen(parameter)
 
     def end_step(self) -> None:
         """What was reached for from outside is not held any more."""

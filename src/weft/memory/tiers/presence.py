@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from weft.errors import ParameterChanged
 from weft.memory.tiers.fetch import Fetcher, Slot
-from weft.memory.tiers.standins import View
+from weft.memory.tiers.standins import Released, View, present, release
 
 __all__ = ["Presence"]
 
@@ -27,6 +27,9 @@ class Presence:
         slots: of all parameters.
         fetcher: brings them.
         placeholder: what a released one holds.
+
+    Attributes:
+        reached: called with a released parameter when an operator is about to use its elements.
     """
 
     def __init__(self, slots: Sequence[Slot], fetcher: Fetcher, placeholder: Callable[[Slot], Tensor]):
@@ -34,6 +37,9 @@ class Presence:
         self._of_parameter = {id(slot.parameter): slot for slot in slots if slot.tier != "device"}
         self._of_storage: dict[int, int] = {}  # id of a whole parameter's storage -> slot
         self.held: set[int] = set()  # slots whose elements are on the device
+        self.reached: Callable[[nn.Parameter], None] = lambda parameter: None
+        for slot in self._of_parameter.values():
+            self._take_away(slot)
 
     def of(self, parameter: nn.Parameter | None) -> Slot | None:
         """The slot of a parameter that comes and goes."""
@@ -42,13 +48,13 @@ class Presence:
     def hold(self, slot: Slot) -> None:
         """Put a parameter's elements under it."""
         slot.users += 1
-        if slot.users > 1:
+        if slot.users > 1 and not isinstance(slot.parameter, Released):
             return
         whole = self.fetcher.fetch(slot.index)
         if slot.whole is not whole:
             self._know(slot, whole)
-        if slot.parameter.data.data_ptr() != whole.data_ptr() or slot.numel == 0:
-            slot.parameter.data = slot.shaped(whole)
+        if isinstance(slot.parameter, Released):
+            present(slot.parameter, slot.shaped(whole))
         self.trim()
 
     def let_go(self, slots: Iterable[Slot]) -> None:
@@ -85,13 +91,17 @@ class Presence:
 
     def _release(self, slot: Slot) -> None:
         assert slot.whole is not None
-        if slot.parameter._version != slot.version:
+        there = not isinstance(slot.parameter, Released) and slot.numel > 0
+        if slot.parameter._version != slot.version or (there and slot.parameter.data_ptr() != slot.whole.data_ptr()):
             name, slot.version = slot.name, slot.parameter._version
             raise ParameterChanged(name)
         self._of_storage.pop(id(slot.whole.untyped_storage()), None)
         self.held.discard(slot.index)
         slot.whole = None
-        slot.parameter.data = self._placeholder(slot)
+        self._take_away(slot)
+
+    def _take_away(self, slot: Slot) -> None:
+        release(slot.parameter, self._placeholder(slot), lambda parameter: self.reached(parameter))
 
     def look(self, tensor: Tensor) -> View | None:
         """How a tensor looks at a parameter on the device; None if it does not."""

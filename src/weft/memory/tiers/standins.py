@@ -1,14 +1,37 @@
-"""What stands where a parameter was, so that a use of it is seen: in a module, and among what autograd has saved."""
+"""What stands where a parameter was, so that a use of it is seen: in a module, among what autograd has saved, and wherever
+else somebody holds on to it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["View", "Watched"]
+__all__ = ["Released", "View", "Watched", "present", "release"]
+
+# What may be asked of a released parameter: nothing of its elements.
+_WITH_ELEMENTS = {
+    "data",
+    "T",
+    "mT",
+    "H",
+    "mH",
+    "real",
+    "imag",
+    "__cuda_array_interface__",
+}  # fields; others are without
+_WITHOUT = {
+    "__hash__", "__len__", "_is_view", "data_ptr", "dim", "element_size", "empty_like", "full_like", "get_device", "has_names",
+    "is_complex", "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_pinned", "is_same_size",
+    "is_shared", "is_signed", "ndimension", "nelement", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor",
+    "new_zeros", "numel", "ones_like", "rand_like", "randint_like", "randn_like", "register_hook",
+    "register_post_accumulate_grad_hook", "requires_grad_", "result_type", "retain_grad", "size", "storage_offset", "stride",
+    "untyped_storage", "zeros_like",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,3 +56,66 @@ class Watched(dict):
         if found is not None:
             self._seen(found)
         return found
+
+
+class Released(nn.Parameter):
+    """A parameter while its elements are elsewhere: `bring`, of the instance, gets it before an operator uses them.
+
+    If it is released afterwards all the same, the operator works on what stands there.
+    """
+
+    bring: Callable[[nn.Parameter], None]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is Tensor.__repr__:
+            return f"elements on a lower tier, of shape {tuple(args[0].shape)}, {args[0].dtype}"
+        if _needs_no_elements(function):
+            return super().__torch_function__(function, types, args, kwargs)
+        there = True
+        for parameter in _released([args, kwargs]):
+            parameter.bring(parameter)
+            there &= not isinstance(parameter, Released)
+        return function(*args, **kwargs) if there else super().__torch_function__(function, types, args, kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        self.bring(self)
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self.bring(self)
+        return self.__reduce_ex__(protocol)
+
+
+def release(parameter: nn.Parameter, placeholder: Tensor, bring: Callable[[nn.Parameter], None]) -> None:
+    """Put a placeholder under a parameter, and have its elements brought when somebody uses them."""
+    present(parameter, placeholder)
+    parameter.__class__ = Released
+    parameter.__dict__["bring"] = bring
+
+
+def present(parameter: nn.Parameter, elements: Tensor) -> None:
+    """Put its elements under a parameter."""
+    if isinstance(parameter, Released):
+        parameter.__class__ = nn.Parameter
+        del parameter.__dict__["bring"]
+    parameter.data = elements
+
+
+def _needs_no_elements(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        return getattr(function.__self__, "__name__", "data") not in _WITH_ELEMENTS
+    return name in _WITHOUT
+
+
+def _released(value: Any) -> Iterator[Released]:
+    """Released parameters in arguments: themselves, or in lists and the like."""
+    if isinstance(value, Released):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _released(each)
+    elif isinstance(value, Mapping):
+        yield from _released(list(value.values()))

@@ -135,10 +135,14 @@ class Steps:
             )
         self.fetcher.settle()
         self.peers.agree(self._collect)
+        alone = self.peers.world == 1
         norms = [
-            self._norm(slot).to("cpu") for slot in self.slots if slot.index in self.gradients and slot.stop > slot.start
+            self._norm(slot).to("cpu", slot.dtype)
+            for slot in self.slots
+            if slot.index in self.gradients and (alone or slot.stop > slot.start)
         ]
-        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        # Each stands for its gradient, in its dtype: torch adds them dtype by dtype, and its order decides about bits.
+        total = torch.nn.utils.get_total_norm(norms)
         if self.peers.world > 1:
             total = torch.linalg.vector_norm(torch.stack(self.peers.gather(total)))
         self._clip = torch.clamp(max_norm / (total + 1e-6), max=1.0)
@@ -147,7 +151,7 @@ class Steps:
     def _norm(self, slot: Slot) -> Tensor:
         """Of this process's part of a gradient; of a whole one in its shape, as torch does, for the same bits."""
         parts = [self.gradients.get(self.states.chunks[c].segments[k]) for c, k in self.states.of_shard[slot.index]]
-        there = [part for part in parts if part is not None]
+        there = [part for part in parts if part is not None] or [torch.zeros(0, dtype=slot.dtype)]
         flat = there[0] if len(there) == 1 else torch.cat(there)
         return torch.linalg.vector_norm(flat.view(slot.shape) if flat.numel() == slot.numel and slot.shape else flat)
 

@@ -148,9 +148,8 @@ class Store:
         if self.tiers.optimizer == "disk":
             assert self.place is not None
             found = open_states(self.states, self.place.folder, self.about, self.extra, resume=resume)
-        elif self.states.nbytes:
-            self.states.folder = self.place.scratch
-            self.peers.agree(lambda: self.states.open(fresh=True))
+        else:
+            self.peers.agree(self._open_scratch)
         if found is None:
             self.peers.agree(lambda: self._take(values))
             if self.tiers.optimizer == "disk":
@@ -165,6 +164,12 @@ class Store:
             if slot.tier != "device":
                 slot.parameter.data = self.placeholder(slot)
         return {name: tensor for name, tensor in found.extra.items() if not name.startswith(BUFFER)}
+
+    def _open_scratch(self) -> None:
+        """Room for this process's parts of parameters on disk, whose states are not; it may own none."""
+        if self.states.nbytes:
+            self.states.folder = self.place.scratch if self.place is not None else None
+            self.states.open(fresh=True)
 
     def _take(self, values: Iterable[tuple[str, Tensor]] | None) -> None:
         """Give parameters and buffers their first values, one at a time."""

@@ -14,7 +14,8 @@ Method     before a module runs, its own parameters are fetched and put under th
            summed to its owners, kept on its tier                                                       `backward`
            a step is complete on all processes, or undone on all                                        `stepping`
 Guarantee  N processes or one, any tiers: the bits of training in memory (sums over processes in rank order).
-Traps      a released parameter reads as NaN and cannot be written (it is one NaN, expanded): a use that nobody saw is loud.
+Traps      a released parameter is one NaN, expanded; whoever kept one and uses it in a pass has it brought, between steps gets
+           an error (`standins`). What looks at memory by itself (a pointer, a view made before) sees the NaN.
            A gradient that left `p.grad` is seen by nobody: `torch.nn.utils.clip_grad_norm_` and `GradScaler` find none. Clip
            with `Tiered.clip_grad_norm_`; a scaler needs them where they were, in one process with gradients="device".
 
@@ -157,8 +158,12 @@ class Tiered:
         self.model.__dict__["zero_grad"] = self._zero_grad_of_model
         self._saving_all = False
         self._handles = [
-            module.register_state_dict_post_hook(lambda *saved: self._put_whole(*saved))
+            handle
             for module in self.model.modules()
+            for handle in (
+                module.register_state_dict_pre_hook(lambda *begun: self._begin_saving()),
+                module.register_state_dict_post_hook(lambda *saved: self._put_whole(*saved)),
+            )
         ]
 
     def _zero_grad_of_model(self, set_to_none: bool = True) -> None:
@@ -287,8 +292,13 @@ class Tiered:
             self._saving_all = False
         return {name: value.detach().cpu().clone() for name, value in found.items()}
 
+    def _begin_saving(self) -> None:
+        """A state dict of the model or a part of it is begun."""
+        self._passes.saving += 1
+
     def _put_whole(self, module: nn.Module, found: dict[str, Any], prefix: str, metadata: Any) -> None:
         """Of a state dict of the model or a part of it, what is released."""
+        self._passes.saving = max(0, self._passes.saving - 1)
         for name, parameter in module._parameters.items():
             slot = self.presence.of(parameter)
             if slot is None or prefix + name not in found:
