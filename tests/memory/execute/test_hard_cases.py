@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from weft.memory.execute.limit import limit
 from weft.memory.execute.replay import Replay
 from weft.memory.meters import meter
+from weft.memory.planning.choose import plan
 from weft.memory.tracing import trace
 
 
@@ -583,3 +585,47 @@ def test_an_operator_that_fake_tensors_refuse_runs_and_nothing_is_said(caplog):
 
     under(40 * KIB, step)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_torchs_own_recurrent_layers(kind, evaluates):
+    """On a CPU an LSTM is one operator, which makes one result more while autograd records: also when it runs again."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = kind(8, 16, 2, bidirectional=True, batch_first=True)
+            self.head = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 4))
+
+        def forward(self, x):
+            return self.head(self.recurrent(x)[0]).square().mean()
+
+    x = torch.randn(16, 12, 8, generator=torch.Generator().manual_seed(0))
+
+    def train(model):
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for _ in range(4):
+            if evaluates:
+                with torch.no_grad():
+                    losses.append(model(x).item())
+            loss = model(x)
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    torch.manual_seed(0)
+    made = Model()
+    model, planned = copy.deepcopy(made), copy.deepcopy(made)
+    with meter() as eager:
+        expected = train(made)
+    budget = int(0.75 * eager.peak)
+    with limit(budget, model=model), meter() as measured:
+        assert train(model) == expected
+    assert measured.peak <= budget
+    with limit(plan(trace(copy.deepcopy(planned), (x,)), budget), model=planned):
+        assert train(planned) == expected
+    for name, parameter in made.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)) and torch.equal(parameter, planned.get_parameter(name))

@@ -151,6 +151,7 @@ class Call:
         looks: at each of its tensors.
         drawn: what to put back before it draws again; None if it does not draw.
         device: of its tensors. dtype: torch's default one when it ran: factories and mixed arithmetic go by that.
+        grad: whether autograd recorded when it ran: a recurrent layer on a CPU makes its workspace only then.
         keep: storages that have no recipe and that this one needs: held as long as somebody may want to repeat this.
         soft: it leans on others, too, that have no recipe: held only while it would have to be repeated (`leaves`).
         over, made: (old, new) of what it wrote and the blocks of its fresh outputs; replay's own, online has a `Step` for that.
@@ -163,6 +164,7 @@ class Call:
         "drawn",
         "dtype",
         "facts",
+        "grad",
         "keep",
         "kwargs",
         "looks",
@@ -188,6 +190,7 @@ class Call:
         self.looks = looks
         self.device = device
         self.dtype = torch.get_default_dtype()
+        self.grad = torch.is_grad_enabled()
         self.drawn: Drawn | None = None
         self.keep = keep
         self.soft = soft
@@ -214,7 +217,7 @@ class Call:
                 items[index] = tensor
         if self.facts.statistics:
             _leave_out(self.facts, args)
-        with uncast(), _default(self.dtype):
+        with uncast(), _default(self.dtype), torch.set_grad_enabled(self.grad):
             if self.drawn is None:
                 result = run(places, workspace, self.facts.call, args, kwargs)
             else:

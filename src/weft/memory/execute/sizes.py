@@ -80,7 +80,8 @@ def signature(facts: Facts, plain: Sequence[Any], named: Mapping[str, Any], look
     """The signature of a call that was taken apart (`calls.take_apart`)."""
     if facts.written:
         plain = [type(value) if type(value) is float or type(value) is tuple else value for value in plain]
-    key = (facts, torch.get_default_dtype(), *map(_geometry, looks), *plain, *map(type, plain))
+    # grad mode: a recurrent layer makes one output more where autograd records
+    key = (facts, torch.get_default_dtype(), torch.is_grad_enabled(), *map(_geometry, looks), *plain, *map(type, plain))
     return (*key, *named.items(), *map(type, named.values())) if named else key
 
 
