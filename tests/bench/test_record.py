@@ -78,6 +78,14 @@ def test_readme_table(record, tmp_path):
         report.readme_with("# x", table)
 
 
+def test_a_picture_that_lies_beside_its_record_is_shown(record, tmp_path):
+    name = next(s.name for s in report.every_system() if s.axes is not None)
+    path = write_record({**record, "system": name}, tmp_path / "benchmarks")
+    assert "![" not in report.systems_page(tmp_path / "benchmarks")
+    path.with_suffix(".svg").write_text("<svg/>")
+    assert f"](../benchmarks/{path.stem}.svg)" in report.systems_page(tmp_path / "benchmarks")
+
+
 def test_nothing_recorded(tmp_path):
     assert "make bench" in report.numbers(tmp_path)
     assert "make bench" in report.numbers(tmp_path / "not there")

@@ -16,7 +16,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "find_records", "machine", "read_record", "versions", "write_record"]
+__all__ = ["commit", "find_records", "machine", "read_record", "record_path", "versions", "write_record"]
 
 PACKAGES = ("torch", "numpy", "scipy", "highspy", "transformers", "weft")
 
@@ -70,10 +70,15 @@ def commit() -> str:
         return ""
 
 
+def record_path(record: dict[str, Any], folder: Path) -> Path:
+    """Where a record lies in a folder; its picture lies beside it as .svg."""
+    return folder / f"{record['system']}-{record['machine']['name']}.json"
+
+
 def write_record(record: dict[str, Any], folder: Path) -> Path:
     """Write a record to `folder/<system>-<machine>.json`, whole or not at all, and return the path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record['system']}-{record['machine']['name']}.json"
+    path = record_path(record, folder)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1, sort_keys=False) + "\n")
     part.replace(path)

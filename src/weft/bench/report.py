@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.bench import every_system
-from weft.bench.record import find_records
+from weft.bench.record import find_records, record_path
 from weft.bench.system import System
 
 __all__ = ["main", "numbers", "readme_with", "systems_page"]
@@ -81,6 +81,16 @@ def _claims(system: System, record: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def _picture(folder: Path, system: System, record: dict[str, Any] | None) -> list[str]:
+    """Markdown: the curves that were recorded with a record, if there are any."""
+    if record is None or system.axes is None:
+        return []
+    picture = record_path(record, folder).with_suffix(".svg")
+    if not picture.is_file():
+        return []
+    return ["", f"![{system.axes[1]} over {system.axes[0]}](../{folder.name}/{picture.name})"]
+
+
 def link(paper: str) -> str:
     """Address of `arXiv:2110.15032` or `doi:10.1/x`."""
     kind, _, number = paper.partition(":")
@@ -123,7 +133,8 @@ def systems_page(folder: Path) -> str:
             f"**Measured against** {', '.join(system.baselines)}; about {system.minutes:g} minutes. "
             f"**Proved by** {', '.join(f'[{test}](../{test})' for test in system.tests)}.",
             "",
-            *_claims(system, _newest(folder, system)),
+            *_claims(system, record := _newest(folder, system)),
+            *_picture(folder, system, record),
         ]
     return "\n".join(lines) + "\n"
 
