@@ -67,6 +67,8 @@ class Op:
             reads to the host (`item`), writes to parameters, buffers and optimizer state.
         random: draws from a generator, whose state must be put back to run it again.
         dense: does many operations per byte (matrix products, convolutions): Coop keeps such outputs apart.
+        over: name of the overload that may write the result over the first read, a gradient that nobody wants after it; "" if
+            there is none.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Op:
     repeatable: bool = True
     random: bool = False
     dense: bool = False
+    over: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,20 @@ class Trace:
         """The same step where bytes of some categories count nothing (they are held elsewhere). Values keep their numbers."""
         values = tuple(replace(v, nbytes=0) if v.category in categories else v for v in self.values)
         return replace(self, values=values)
+
+    def written_over(self) -> Trace:
+        """The step as weft runs it: results lie over gradients that nobody wants any more (`Op.over`)."""
+        ops, values = list(self.ops), list(self.values)
+        for index, op in enumerate(self.ops):
+            if not op.over:
+                continue
+            (new,), old = op.makes, op.reads[0]
+            ops[index] = replace(op, name=op.over, overwrites=((old, new),), over="")
+            moved, storage = values[new].storage, values[old].storage
+            for number in range(new, len(values)):  # later contents of the result's bytes move with it
+                if values[number].storage == moved:
+                    values[number] = replace(values[number], storage=storage)
+        return self if ops == list(self.ops) else replace(self, ops=tuple(ops), values=tuple(values))
 
     def __str__(self) -> str:
         from weft.memory.tracing.moments import table  # it reads this file

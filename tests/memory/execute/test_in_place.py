@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
+from tests.memory.execute.loops import train
+from tests.memory.models import make
 from torch import nn
 from torch.nn import functional as F
 
-from weft.memory import meter
+from weft.errors import BudgetError
+from weft.memory import least, meter, plan, trace
 from weft.memory.execute.limit import limit
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Replay
@@ -293,3 +298,86 @@ def test_random_programs(seed):
                     manager.step()
         runs.append(found)
     assert runs[0] == runs[1]
+
+
+# -- traces and plans -----------------------------------------------------------------------------------------------------
+
+
+def marked(found):
+    """Names of the operators that a trace lets write over their gradients."""
+    return Counter(op.over for op in found.ops if op.over)
+
+
+def test_a_trace_tells_what_the_step_writes_over():
+    x, limited = torch.randn(128, 40), limit(BUDGET)
+    loop(Net(), limited)
+    real, fake = marked(trace(Net(), (0, x), fake=False)), marked(trace(Net(), (0, x), fake=True))
+    assert real == Counter(written_over(limited)) and fake <= real and fake
+
+
+@pytest.mark.parametrize("how", KEEPERS)
+def test_a_trace_sees_that_somebody_has_a_gradient(how):
+    runs, x = [], torch.randn(128, 40)
+    keeper = Keeper(KEEPERS[how])
+    known = trace(Net(keeper), (0, x), fake=False)
+    keeper.kept.clear()
+    limited = limit(plan(known, least(known) + (640 if how == "DLPack" else 64) * KIB))
+    for within in (nullcontext(), limited):
+        keeper = Keeper(KEEPERS[how])
+        runs.append(loop(Net(keeper), within, steps=4, before=keeper.end)[0])
+        keeper.end()
+        runs[-1] += keeper.bits
+    assert runs[0] == runs[1]
+    assert not any("somebody else has the gradient" in note for note in limited.notes)
+
+
+class Wide(nn.Module):
+    """Most bytes are those around its activations: more of them where results do not lie over gradients."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 256), nn.GELU(), nn.Linear(256, 16)) for _ in range(3))
+
+    def forward(self, step, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_the_least_budget_of_a_trace_is_kept(fake):
+    """Where gradients are written over a smaller budget does, and the loop runs as planned from its first step on."""
+    known = trace(Wide(), (0, torch.randn(128, 40)[:, :16].contiguous()), fake=fake)
+    known.written_over().check()
+    assert known.written_over().peak <= known.peak
+    blind = replace(known, ops=tuple(replace(op, over="") for op in known.ops))
+    budget = least(known)
+    assert budget < least(blind)
+    with pytest.raises(BudgetError):
+        plan(blind, budget)
+    x = torch.randn(128, 16, generator=torch.Generator().manual_seed(0))
+    found, kinds = [], []
+    for within in (nullcontext(), limited := limit(plan(known, budget))):
+        net = Wide()
+        with meter(net) as seen, within as manager:
+            for step in range(6):
+                net.zero_grad()
+                net(step, x).backward()
+                if manager is not None:
+                    manager.step()
+                    kinds.append(type(manager._executor))
+        found.append([p.grad for p in net.parameters()])
+    assert all(map(torch.equal, *found)) and kinds == [Replay] * 6 and not limited.notes
+    assert seen.peak <= budget
+
+
+@pytest.mark.parametrize("name", ["swin", "bert", "gpt", "unet"])
+def test_nobody_has_what_a_plan_writes_over(name):
+    """Through views and sums, which a trace by itself cannot tell apart: as few references as a lone gradient has."""
+    made = make(name)
+    known = trace(*made)
+    assert any(op.over for op in known.ops)
+    limited = limit(plan(known, least(known) + (known.peak - least(known)) // 2), model=made.model)
+    train(made, 3, within=limited)
+    assert not any("somebody else has the gradient" in note for note in limited.notes)

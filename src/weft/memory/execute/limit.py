@@ -30,7 +30,6 @@ from weft.memory.execute.backends import Backend, Count, Owner, check_backend, m
 from weft.memory.execute.cycle import Cycle, planned
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.hand_back import hand_back
-from weft.memory.execute.in_place import count_references
 from weft.memory.execute.listening import Listening
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Replay
@@ -40,6 +39,7 @@ from weft.memory.execute.tape import Tape
 from weft.memory.planning.memory_plan import MemoryPlan
 from weft.memory.private import below, hide_from_compiler, plain_parts, require
 from weft.memory.record import Trace
+from weft.memory.tracing.lone import count_references
 from weft.memory.tracing.state import state_to_come
 
 __all__ = ["Limit", "limit"]

@@ -146,6 +146,8 @@ class _Desk:
     def __init__(self, trace: Trace, tier: Tier | None):
         self.tier = tier
         self.align = 64 if trace.device == "cpu" else 512
+        self.asked = trace  # kept alive: its identity is the key of this desk
+        trace = trace.written_over()
         self.shape = Shape(trace, arena=True, align=self.align)
         self.grain = max(trace.peak // GRAIN, 1)
         self.patience = max(60_000, 50 * self.shape.end)  # elementary steps for each way to the least budget

@@ -6,6 +6,7 @@ CostTable        frozen seconds and workspace by operator signature             
 measure_operators  a table measured call by call on made-up numbers                  `costs`
 show, table      a trace as an HTML page, as text                                    `picture`, `moments`
 Untouched        run a step and put everything back                                  `untouched`
+alone            whether nobody else has the gradient that an operator is given      `lone`
 """
 
 from weft.memory.tracing.costs import CostTable, Work, measure_operators

@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from weft.memory.private import storage_of
+
 __all__ = [
-    "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "filled_by_hand", "is_dense",
-    "is_metadata", "label", "moved_statistics", "over_gradient", "reads_bytes", "statistics_of", "tensors_of",
+    "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "filled_by_hand", "fits_over_first",
+    "is_dense", "is_metadata", "label", "moved_statistics", "over_gradient", "reads_bytes", "statistics_of", "tensors_of",
     "wrapped_bytes", "writes", "written_arguments",
 ]  # fmt: skip
 
@@ -192,6 +194,26 @@ def filled_by_hand(func: Any, kwargs: Mapping[str, Any]) -> bool:
 def is_dense(func: Any) -> bool:
     """Whether it does many operations per byte, so that its result is dear to make again."""
     return _packet(func) in _DENSE
+
+
+def fits_over_first(args: Sequence[Any]) -> bool:
+    """Whether an elementwise result has dtype, sizes and strides of the first argument, which has all bytes of its storage."""
+    first = args[0]
+    dtype, size = first.dtype, first.shape
+    if not dtype.is_floating_point or not first.is_contiguous() or storage_of(first).nbytes() != first.nbytes:
+        return False
+    for value in args[1:]:
+        if isinstance(value, Tensor):
+            if value.dtype not in (dtype, torch.bool):
+                return False
+            if value.shape == size:
+                if value.stride() != first.stride():
+                    return False  # the result might be laid out like this one: channels last
+            elif torch.broadcast_shapes(value.shape, size) != size:
+                return False
+        elif isinstance(value, complex) or (isinstance(value, torch.dtype) and value != dtype):
+            return False
+    return True
 
 
 @cache

@@ -26,9 +26,16 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from weft.memory.private import QuickMode, backward_node, in_backward, is_wrapper, sequence_number
+from weft.memory.private import (
+    QuickMode,
+    backward_node,
+    in_backward,
+    is_wrapper,
+    sequence_number,
+)
 from weft.memory.record import Category, Op, Phase, Trace, Value
 from weft.memory.tracing.costs import CostTable, Sample, Work, describe, sample
+from weft.memory.tracing.lone import alone, count_references
 from weft.memory.tracing.operators import (
     communicates,
     draws,
@@ -37,6 +44,7 @@ from weft.memory.tracing.operators import (
     is_metadata,
     label,
     moved_statistics,
+    over_gradient,
     reads_bytes,
     tensors_of,
     wrapped_bytes,
@@ -105,6 +113,7 @@ class _Row:
     wrapped: int
     seconds: float
     work: Work | None
+    over: str  # what may write over the first read, if that dies here
 
 
 class Recorder:
@@ -162,6 +171,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._mode is not None or self._finished:
             raise RuntimeError("Recorder: it records one block once; make another one for another block")
+        count_references()
         if self.model is not None:
             self._adopt_model(self.model)
         for path, tensor in self._inputs:
@@ -264,6 +274,10 @@ class Recorder:
         phase, module = self._place()
         if is_metadata(func):
             return func(*args, **kwargs)
+        variant = over_gradient(func) if phase == "backward" else None
+        over = (
+            variant[0] if variant is not None and alone(label(func), args) else ""
+        )  # before anybody here has a tensor
         index, fresh = len(self._rows), label(func) == "aten.lift_fresh.default"
         before = [
             (tensor, storage)
@@ -309,7 +323,7 @@ class Recorder:
                     and not (fresh or communicates(func) or filled_by_hand(func, kwargs)),
                     random=draws(func, args, kwargs), dense=is_dense(func), seconds=seconds,
                     workspace=None if self._gauge is None else max(0, taken - made), wrapped=wrapped_bytes(func, args),
-                    work=self._describe(func, args, kwargs, result) if self._priced else None,
+                    work=self._describe(func, args, kwargs, result) if self._priced else None, over=over,
                 )
             )  # fmt: skip
         for number in died:
@@ -461,13 +475,21 @@ class Recorder:
                 repeatable=row.repeatable
                 and not any(fixed[old] for old, _ in row.overwrites)
                 and moved.isdisjoint(set(row.reads) - row.moves),
-                random=row.random, dense=row.dense,
+                random=row.random, dense=row.dense, over=row.over if self._dies_as_read(index, row, values) else "",
             )
-            for row, cost, space in zip(self._rows, seconds, spaces, strict=True)
+            for index, (row, cost, space) in enumerate(zip(self._rows, seconds, spaces, strict=True))
         )  # fmt: skip
         name = type(self.model).__name__ if self.model is not None else ""
         measured = self._clock is not None if costs is None else costs.measured
         return Trace(ops, values, device if costs is None else costs.device, name, measured, tuple(self.notes))
+
+    def _dies_as_read(self, index: int, row: _Row, values: Sequence[Value]) -> bool:
+        """Whether an operator's first read is a gradient on its way that nobody has afterwards, and its result another one."""
+        if not row.reads or len(row.makes) != 1:
+            return False
+        old, new = values[row.reads[0]], values[row.makes[0]]
+        made = old.born >= 0 and self._rows[old.born].phase == "backward"
+        return made and old.dies == index and old.category == new.category == "activation" and old.nbytes == new.nbytes
 
     def _value(self, draft: _Draft) -> Value:
         known = self._known.get(draft.storage)

@@ -26,6 +26,7 @@ from weft.memory.private import unlogged
 from weft.memory.record import Trace
 from weft.memory.tracing.costs import CostTable, clock, gauge, measure_operators
 from weft.memory.tracing.fakes import AsCuda, AsKernels, Fakes, at_once, emulates_cuda
+from weft.memory.tracing.lone import count_references
 from weft.memory.tracing.recorder import Recorder
 from weft.memory.tracing.untouched import Untouched
 
@@ -156,6 +157,7 @@ class _Step:
 
 
 def _fake(step: _Step, where: _Place, costs: Any) -> Trace:
+    count_references(fake=True)
     fakes = Fakes(where.torch)
     batch = fakes.nested(step.batch)
     optimizer = None if step.optimizer is None else fakes.optimizer(step.optimizer)
