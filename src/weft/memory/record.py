@@ -156,19 +156,25 @@ class Trace:
         values = tuple(replace(v, nbytes=0) if v.category in categories else v for v in self.values)
         return replace(self, values=values)
 
-    def written_over(self) -> Trace:
+    @cached_property
+    def as_run(self) -> Trace:
         """The step as weft runs it: results lie over gradients that nobody wants any more (`Op.over`)."""
+        marked = [index for index, op in enumerate(self.ops) if op.over]
+        if not marked:
+            return self
         ops, values = list(self.ops), list(self.values)
-        for index, op in enumerate(self.ops):
-            if not op.over:
-                continue
+        contents: dict[int, list[int]] = {}  # of each storage
+        for number, value in enumerate(values):
+            contents.setdefault(value.storage, []).append(number)
+        for index in marked:
+            op = ops[index]
             (new,), old = op.makes, op.reads[0]
             ops[index] = replace(op, name=op.over, overwrites=((old, new),), over="")
-            moved, storage = values[new].storage, values[old].storage
-            for number in range(new, len(values)):  # later contents of the result's bytes move with it
-                if values[number].storage == moved:
-                    values[number] = replace(values[number], storage=storage)
-        return self if ops == list(self.ops) else replace(self, ops=tuple(ops), values=tuple(values))
+            storage, moved = values[old].storage, contents.pop(values[new].storage)
+            for number in moved:
+                values[number] = replace(values[number], storage=storage)
+            contents[storage] += moved
+        return replace(self, ops=tuple(ops), values=tuple(values))
 
     def __str__(self) -> str:
         from weft.memory.tracing.moments import table  # it reads this file

@@ -93,7 +93,7 @@ def plan(
     with rarely_collecting():
         desk = _desk(trace, tier)
         if limit is None:
-            schedule, _ = place(trace, Retention(desk.shape).schedule(), 0, desk.align)
+            schedule, _ = place(desk.shape.trace, Retention(desk.shape).schedule(), 0, desk.align)
             return desk.judged(0, schedule, "nothing has to go")
         return desk.solve(limit, names, int(effort_seconds * WORK_PER_SECOND))
 
@@ -146,8 +146,6 @@ class _Desk:
     def __init__(self, trace: Trace, tier: Tier | None):
         self.tier = tier
         self.align = 64 if trace.device == "cpu" else 512
-        self.asked = trace  # kept alive: its identity is the key of this desk
-        trace = trace.written_over()
         self.shape = Shape(trace, arena=True, align=self.align)
         self.grain = max(trace.peak // GRAIN, 1)
         self.patience = max(60_000, 50 * self.shape.end)  # elementary steps for each way to the least budget
@@ -392,6 +390,7 @@ _desks: dict[tuple[int, Tier | None], _Desk] = {}  # by id of a trace, which its
 
 
 def _desk(trace: Trace, tier: Tier | None) -> _Desk:
+    trace = trace.as_run
     key = (id(trace), tier)
     desk = _desks.get(key)
     if desk is None:

@@ -44,7 +44,7 @@ class MemoryPlan:
     """How one step runs within a budget. Made by `plan`.
 
     Attributes:
-        trace: the step.
+        trace: the step, as it runs (`Trace.as_run`).
         budget: bytes that it may take, 0 if no limit was given.
         schedule: what to do, with addresses in an arena.
         checked: what the judge says that it costs.

@@ -62,7 +62,10 @@ def page(trace: Trace, plan: Any = None) -> str:
     """The page as HTML text."""
     title = f"memory of one step: {trace.model or 'a model'} on {trace.device}"
     schedule, budget, tier = _parts(plan)
-    checked = None if schedule is None else check(trace, schedule, tier)
+    done = trace.as_run
+    checked = (
+        None if schedule is None else check(done if getattr(plan, "trace", None) == done else trace, schedule, tier)
+    )
     body = [
         f"<p>{len(trace.ops)} operators; times are {'measured' if trace.measured else 'from the rates of the device'}. "
         f"{escape(' '.join(note + '.' for note in trace.notes))}</p>",
