@@ -108,7 +108,7 @@ def test_moving_is_not_paid_for_where_a_smaller_plan_needs_none(layers, monkeypa
 
 
 def test_addresses_that_do_not_fit_are_moved_where_that_is_cheaper_than_rebuilding(monkeypatch):
-    trace = training(0)
+    trace = training(1)
     budget = least(trace) + (trace.peak - least(trace)) // 8
     found = plan(trace, budget, effort_seconds=0.02)
     moving = found.checked.moved_bytes / MOVE_RATE

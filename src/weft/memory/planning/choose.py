@@ -44,6 +44,7 @@ __all__ = ["MemoryPlan", "frontier", "least", "plan"]
 
 WORK_PER_SECOND = 200_000  # elementary steps of `Retention` in a second, on a core of 2020
 USUAL = 0.2  # seconds of search per 650 operators
+FEWEST = 0.05  # seconds of search: with less the first way down is hardly improved, and a smaller budget may cost less
 LONGEST = 2.0  # seconds of search unless more is asked for
 MANY = 1500  # operators from which on policies are not simulated, but for one that is quick and not told about
 QUICK = Greedy(paged=True, ahead=0.01)
@@ -77,8 +78,8 @@ def plan(
         budget: bytes, or text such as "6 GiB", for everything on the device at once. None: no limit; nothing is recomputed.
         policies: names of `weft.memory.core.POLICIES` to simulate; their plans are starts of the search, and their costs are
             told. By default the pager's for steps of up to 1500 operators, and none above.
-        effort_seconds: of searching, about; counted in elementary steps, so that plans are reproducible. By default 0.2 s per
-            650 operators, 2 s at most.
+        effort_seconds: of searching, about, at least 0.05; counted in elementary steps, so that plans are reproducible. By
+            default 0.2 s per 650 operators, 2 s at most.
         tier: lower tier that activations may be moved to.
     Raises:
         BudgetError: no way is known to run the step within the budget; it names the least budget for which one is.
@@ -95,7 +96,7 @@ def plan(
         if limit is None:
             schedule, _ = place(desk.shape.trace, Retention(desk.shape).schedule(), 0, desk.align)
             return desk.judged(0, schedule, "nothing has to go")
-        return desk.solve(limit, names, int(effort_seconds * WORK_PER_SECOND))
+        return desk.solve(limit, names, int(max(effort_seconds, FEWEST) * WORK_PER_SECOND))
 
 
 def frontier(trace: Trace, budgets: Iterable[int | str], **options: object) -> list[MemoryPlan | None]:
