@@ -120,6 +120,7 @@ def systems_page(folder: Path) -> str:
         "turns step by step in the same processes. Ratios are of medians.",
     ]
     for system in every_system():
+        record = _newest(folder, system)
         lines += [
             "",
             f"## {system.name}",
@@ -133,7 +134,7 @@ def systems_page(folder: Path) -> str:
             f"**Measured against** {', '.join(system.baselines)}; about {system.minutes:g} minutes. "
             f"**Proved by** {', '.join(f'[{test}](../{test})' for test in system.tests)}.",
             "",
-            *_claims(system, record := _newest(folder, system)),
+            *_claims(system, record),
             *_picture(folder, system, record),
         ]
     return "\n".join(lines) + "\n"

@@ -214,8 +214,12 @@ class Core:
     def _output(self, step: Step, nbytes: int, dense: bool) -> Block:
         """A block that a step is to make; it stays while the step runs."""
         block = Block(nbytes, step.seconds, step if step.repeatable else None, dense)
-        block.pins, block.late = 1, step.late or nbytes < self.crumb
+        block.pins, block.late = 1, self.late(step, nbytes)
         return block
+
+    def late(self, step: Step, nbytes: int) -> bool:
+        """Whether an output of so many bytes is dropped after all that is not."""
+        return step.late or nbytes < self.crumb
 
     def widen(self, step: Step, workspace: int) -> None:
         """A step that has begun takes another workspace than it was begun with; none once it only tells what it has made.

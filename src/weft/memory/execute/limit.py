@@ -154,7 +154,7 @@ class Limit:
             )
 
     def _begin(self) -> None:
-        count_references()
+        count_references(Tensor)
         self._ended, self._leaving, self._watched, self._owner = False, False, set(), Owner()
         self._executor = self._first_executor()
         self._adopt_model()

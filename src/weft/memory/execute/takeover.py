@@ -26,7 +26,7 @@ def take_over(replay: Replay, online: Online) -> None:
         again = op.repeatable if op is not None else not filled_by_hand(call.facts.func, call.kwargs)
         lasting = again and not call.facts.effect
         step = Step(reads, op.workspace if op is not None else 0, seconds, lasting, (), order)
-        step.payload = call
+        step.payload, step.late = call, op is not None and op.phase == "backward"
         makes = [new for _, new in call.over] + list(call.made)
         step.overwrites = [(old, position) for position, (old, _) in enumerate(call.over)]
         step.outputs = [weakref.ref(block) for block in makes]
@@ -35,7 +35,7 @@ def take_over(replay: Replay, online: Online) -> None:
         for block in makes:
             block.step = step if repeatable and not _stays(block) else None
             block.evictable, block.seconds, block.dense = block.step is not None, seconds, call.facts.dense
-            block.late = (op is not None and op.phase == "backward") or block.nbytes < core.crumb
+            block.late = core.late(step, block.nbytes)
             blocks[block] = None
         blocks.update((old, None) for old, _ in call.over)
         for block in reads:

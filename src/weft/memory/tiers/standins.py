@@ -13,17 +13,8 @@ from torch import Tensor, nn
 
 __all__ = ["Released", "View", "Watched", "present", "release"]
 
-# What may be asked of a released parameter: nothing of its elements.
-_WITH_ELEMENTS = {
-    "data",
-    "T",
-    "mT",
-    "H",
-    "mH",
-    "real",
-    "imag",
-    "__cuda_array_interface__",
-}  # fields; others are without
+# Of a released parameter: the fields that show elements (others do not), and the functions that need none (others do).
+_WITH_ELEMENTS = frozenset(("data", "T", "mT", "H", "mH", "real", "imag", "__cuda_array_interface__"))
 _WITHOUT = {
     "__hash__", "__len__", "_is_view", "data_ptr", "dim", "element_size", "empty_like", "full_like", "get_device", "has_names",
     "is_complex", "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_pinned", "is_same_size",

@@ -168,7 +168,8 @@ class Store:
     def _open_scratch(self) -> None:
         """Room for this process's parts of parameters on disk, whose states are not; it may own none."""
         if self.states.nbytes:
-            self.states.folder = self.place.scratch if self.place is not None else None
+            assert self.place is not None
+            self.states.folder = self.place.scratch
             self.states.open(fresh=True)
 
     def _take(self, values: Iterable[tuple[str, Tensor]] | None) -> None:

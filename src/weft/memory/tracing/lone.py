@@ -69,7 +69,7 @@ def alone(operator: str, args: Sequence[Any]) -> bool:
     if kind is not Tensor and kind is not FakeTensor:
         return False
     node, num_wanted = wanted_by()
-    counts, lone_base = _counted(kind is FakeTensor)
+    counts, lone_base = count_references(kind)
     lone = counts.get((operator, node))
     if lone is None or num_wanted != 1:
         return False
@@ -97,16 +97,16 @@ def _lone(
     operator: str,
     node: str,
     forward: Callable[[Tensor], Tensor],
+    kind: type[Tensor],
+    keepers: Sequence[Callable[[Tensor, list[Any]], Any]],
     after: Callable[[Tensor], Tensor] = lambda made: made,
-    keepers: Sequence[Callable[[Tensor, list[Any]], Any]] = _KEEPERS,
-    fake: bool = False,
 ) -> Counts | None:
     """`references` to the gradient of a node in its call of an operator when nobody else has it; None if torch calls another
     one, or if they are no more when somebody has the gradient, a view, its bytes, or waits behind the node."""
-    found = []
+    found, mode = [], FakeTensorMode if kind is FakeTensor else nullcontext
     for keeper in (lambda made, kept: None, *keepers):
         look, kept = _Look(operator, node), []
-        with disable_modes(), uncast(), torch.enable_grad(), FakeTensorMode() if fake else nullcontext(), look:
+        with disable_modes(), uncast(), torch.enable_grad(), mode(), look:
             made = forward(torch.ones(2, requires_grad=True).cos())
             seen = after(made)
             keeper(seen, kept)
@@ -131,24 +131,20 @@ class _Look(QuickMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_references(fake: bool = False) -> Lone:
-    """Measured once, by some hundred backward passes of two numbers (0.1 s); call it before anybody listens to operators."""
-    return _counted(fake)
-
-
 @functools.cache
-def _counted(fake: bool) -> Lone:
+def count_references(kind: type[Tensor], /) -> Lone:
+    """Of plain tensors or `FakeTensor`s: measured once, by some hundred backward passes of two numbers (0.1 s); call it before
+    anybody listens to operators."""
     counts = {}
-    keepers = tuple(keeper for keeper in _KEEPERS if not fake or keeper is not _by_numpy)
+    keepers = tuple(keeper for keeper in _KEEPERS if kind is Tensor or keeper is not _by_numpy)
     try:
         for operator, nodes in NODES.items():
             for name, forward in nodes.items():
                 node = f"{name}Backward0"
-                found = _lone(operator, node, forward, keepers=keepers, fake=fake)
+                found = _lone(operator, node, forward, kind, keepers)
                 if found is not None:
                     counts[operator, node] = found
-        unhooked = keepers[:-1]
-        view = _lone("aten.neg.default", "NegBackward0", torch.neg, lambda made: made.view(2, 1), unhooked, fake)
+        view = _lone("aten.neg.default", "NegBackward0", torch.neg, kind, keepers[:-1], lambda made: made.view(2, 1))
     except (AttributeError, RuntimeError, TypeError):
         return Lone({}, (0, 0))
     plain = counts.get(("aten.neg.default", "NegBackward0"))

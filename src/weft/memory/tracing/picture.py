@@ -61,11 +61,7 @@ def show(trace: Trace, path: str | Path, plan: Any = None) -> Path:
 def page(trace: Trace, plan: Any = None) -> str:
     """The page as HTML text."""
     title = f"memory of one step: {trace.model or 'a model'} on {trace.device}"
-    schedule, budget, tier = _parts(plan)
-    done = trace.as_run
-    checked = (
-        None if schedule is None else check(done if getattr(plan, "trace", None) == done else trace, schedule, tier)
-    )
+    checked, budget = _judged(trace, plan)
     body = [
         f"<p>{len(trace.ops)} operators; times are {'measured' if trace.measured else 'from the rates of the device'}. "
         f"{escape(' '.join(note + '.' for note in trace.notes))}</p>",
@@ -77,11 +73,16 @@ def page(trace: Trace, plan: Any = None) -> str:
     return document(title, body, STYLE)
 
 
-def _parts(plan: Any) -> tuple[Schedule | None, int, Any]:
-    """Schedule, budget in bytes (0: none) and lower tier of a plan."""
-    if plan is None or isinstance(plan, Schedule):
-        return plan, 0, None
-    return plan.schedule, int(getattr(plan, "budget", 0) or 0), getattr(plan, "tier", None)
+def _judged(trace: Trace, plan: Any) -> tuple[Any, int]:
+    """What a plan costs, None without one, and its budget in bytes, 0 if it has none."""
+    if plan is None:
+        return None, 0
+    if isinstance(plan, Schedule):
+        return check(trace, plan), 0
+    step = (
+        trace.as_run if getattr(plan, "trace", None) == trace.as_run else trace
+    )  # what is planned is the step that runs
+    return check(step, plan.schedule, getattr(plan, "tier", None)), int(getattr(plan, "budget", 0) or 0)
 
 
 def _tiles(trace: Trace, checked: Any, budget: int) -> str:

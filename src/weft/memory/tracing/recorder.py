@@ -26,13 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from weft.memory.private import (
-    QuickMode,
-    backward_node,
-    in_backward,
-    is_wrapper,
-    sequence_number,
-)
+from weft.memory.private import QuickMode, backward_node, in_backward, is_wrapper, sequence_number
 from weft.memory.record import Category, Op, Phase, Trace, Value
 from weft.memory.tracing.costs import CostTable, Sample, Work, describe, sample
 from weft.memory.tracing.lone import alone, count_references
@@ -171,7 +165,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._mode is not None or self._finished:
             raise RuntimeError("Recorder: it records one block once; make another one for another block")
-        count_references()
+        count_references(Tensor)
         if self.model is not None:
             self._adopt_model(self.model)
         for path, tensor in self._inputs:
@@ -275,9 +269,8 @@ class Recorder:
         if is_metadata(func):
             return func(*args, **kwargs)
         variant = over_gradient(func) if phase == "backward" else None
-        over = (
-            variant[0] if variant is not None and alone(label(func), args) else ""
-        )  # before anybody here has a tensor
+        # asked before anything here refers to a tensor
+        over = variant[0] if variant is not None and alone(label(func), args) else ""
         index, fresh = len(self._rows), label(func) == "aten.lift_fresh.default"
         before = [
             (tensor, storage)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from weft.cluster.device import Device
 from weft.cluster.library import device as library_device
@@ -157,7 +158,7 @@ class _Step:
 
 
 def _fake(step: _Step, where: _Place, costs: Any) -> Trace:
-    count_references(fake=True)
+    count_references(FakeTensor)
     fakes = Fakes(where.torch)
     batch = fakes.nested(step.batch)
     optimizer = None if step.optimizer is None else fakes.optimizer(step.optimizer)
