@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Read when torch is imported: the worker processes have one thread each, and sums by two have other last bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:

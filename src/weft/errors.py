@@ -16,6 +16,7 @@ __all__ = [
     "DoesNotFit",
     "ExchangeMismatch",
     "FolderInUse",
+    "GradientMoved",
     "ImpossibleConstraint",
     "MeshTooLarge",
     "NotFinite",
@@ -265,6 +266,17 @@ class ParameterChanged(WeftError, RuntimeError):
             f"parameter {self.name} was changed outside the optimizer while it was on the device; its home is a lower tier, so "
             "the change would be lost. Change it through Tiered.write(name, tensor)."
         )
+
+
+class GradientMoved(WeftError, RuntimeError):
+    """A gradient that has left `p.grad` for a lower tier was used in a way that is not possible there."""
+
+    def __init__(self, name: str, why: str):
+        super().__init__(name, why)
+        self.name, self.why = name, why
+
+    def __str__(self) -> str:
+        return f"the gradient of {self.name} {self.why}."
 
 
 class ParameterReleased(WeftError, RuntimeError):

@@ -2,7 +2,8 @@
 
 what autograd saves of a parameter is replaced by a note of which one and how it was looked at; when the node runs, the
 note fetches it, and it dies with the node; other tensors go to the tier of activations            `_pack`, `_unpack`
-a finished gradient leaves `p.grad` at once: summed to its owners, kept on its tier                `_finished`
+a finished gradient leaves `p.grad` at once: summed to its owners, kept on its tier; what stands
+there says where it is (`moved`)                                                                   `_finished`
 where updates are done in backward, a parameter stays until its update, which needs its elements   `present`
 """
 
@@ -19,6 +20,7 @@ from weft.memory.tiers.activations import Activations, Saved
 from weft.memory.tiers.fetch import Fetcher, Slot
 from weft.memory.tiers.gradients import Gradients
 from weft.memory.tiers.layout import Segment
+from weft.memory.tiers.moved import Moved
 from weft.memory.tiers.presence import Presence
 from weft.memory.tiers.standins import View
 from weft.memory.tiers.updates import Updates
@@ -33,7 +35,7 @@ class Backward:
     Args:
         activations: keeps other saved tensors; None leaves them where they are.
         updates: done in backward; None where they are done in `step`.
-        moving: gradients leave `p.grad`; else they stay where torch puts them.
+        moved: knows which gradients left `p.grad`; None leaves them where torch puts them.
     """
 
     def __init__(
@@ -44,14 +46,14 @@ class Backward:
         gradients: Gradients,
         activations: Activations | None,
         updates: Updates | None,
-        moving: bool,
+        moved: Moved | None,
     ):
         self.slots, self.presence, self.fetcher, self.gradients = slots, presence, fetcher, gradients
-        self.activations, self.updates, self.moving = activations, updates, moving
+        self.activations, self.updates, self.moved = activations, updates, moved
         self._for_update: list[Slot] = []  # fetched by backward, and kept until their update needs them
         self._told_engine = False
         self._saving: Any = None
-        self._handles: dict[int, Any] = {}  # of gradient hooks
+        self._handles: dict[int, tuple[Any, Any]] = {}  # of gradient hooks
         self._hook_gradients()
 
     # ---- what autograd saves
@@ -113,16 +115,23 @@ class Backward:
 
     def _hook_gradients(self) -> None:
         """See the gradients of all parameters that have some by now: one that was frozen may not be any more."""
+        moved = self.moved
+        if moved is None:
+            return
         for slot in self.slots:
-            if self.moving and slot.parameter.requires_grad and slot.index not in self._handles:
-                hook = lambda parameter, slot=slot: self._finished(slot, parameter)
-                self._handles[slot.index] = slot.parameter.register_post_accumulate_grad_hook(hook)
+            if slot.parameter.requires_grad and slot.index not in self._handles:
+                before = lambda gradient, slot=slot: moved.arriving(slot)
+                after = lambda parameter, slot=slot: self._finished(slot, parameter)
+                self._handles[slot.index] = (
+                    slot.parameter.register_hook(before), slot.parameter.register_post_accumulate_grad_hook(after)
+                )  # fmt: skip
 
     def _finished(self, slot: Slot, parameter: nn.Parameter) -> None:
         """A gradient is finished."""
         gradient = parameter.grad
         if gradient is None:
             return
+        assert self.moved is not None
         parameter.grad = None
         self._running()
         elements = slot.flat(gradient)
@@ -130,6 +139,7 @@ class Backward:
             self.fetcher.reduce(slot.index, elements)
         else:
             self.reduced(slot.index, elements)
+        self.moved.left(slot)
 
     def reduced(self, index: int, part: Tensor) -> None:
         """This process's part of a gradient, of all processes."""
@@ -157,6 +167,9 @@ class Backward:
     def close(self) -> None:
         """Take the hooks off."""
         self.unsave()
-        for handle in self._handles.values():
-            handle.remove()
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
         self._handles.clear()
+        if self.moved is not None:
+            self.moved.close(self.slots)

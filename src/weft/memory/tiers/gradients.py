@@ -1,7 +1,8 @@
 """Gradients of this process's shards between backward and the optimizer: in memory, or in a scratch file.
 
     add(shard, gradient)    keep a finished gradient; adds to one that is there (micro-batches)
-    get(shard, start, stop) its elements, for the update; from disk, they must have been asked for by `fetch` before
+    get(segment)            its elements, for the update; from disk, asked for by `fetch` before so that nobody waits
+    whole(shard), replace   all its elements, for whoever changes a gradient between backward and update
 
 The file holds one area per shard, which nobody reads after the step: no checksums, no second place.
 """
@@ -53,7 +54,7 @@ class Gradients:
                 at += round_up(shard.length * shard.dtype.itemsize)
             self.file = DiskFile(folder / "gradients.bin", max(at, 1))
             self._writing: deque[tuple[int, Transfer, Tensor]] = deque()
-        self._read: dict[tuple[int, int, int], tuple[Transfer, Tensor]] = {}
+        self._coming: dict[tuple[int, int, int], tuple[Transfer, Tensor]] = {}
 
     def __contains__(self, shard: int) -> bool:
         return shard in self.kept or shard in self.stored
@@ -66,16 +67,44 @@ class Gradients:
             else:
                 self.kept[index] = gradient if self.device is None else gradient.to(self.device)
             return
-        shard = self.shards[index]
-        nbytes = shard.length * shard.dtype.itemsize
-        buffer = aligned(nbytes)
-        flat = buffer[:nbytes].view(shard.dtype)
         if index in self.stored:
-            self._settle(index)
-            self.disk.read(self.file, buffer, self._offsets[index]).wait()
-            flat += gradient.to("cpu")
+            buffer = self._read(index)
+            self._elements(index, buffer).add_(gradient.to("cpu"))
         else:
-            flat.copy_(gradient)
+            buffer = self._filled(index, gradient)
+        self._write(index, buffer)
+
+    def whole(self, index: int) -> Tensor:
+        """All elements of a shard's gradient, 1-D; of one in memory, an alias."""
+        return self.kept[index] if index in self.kept else self._elements(index, self._read(index))
+
+    def replace(self, index: int, gradient: Tensor) -> None:
+        """Put other elements in place of a shard's gradient."""
+        if index not in self.kept:
+            self._write(index, self._filled(index, gradient))
+        elif self.kept[index].data_ptr() != gradient.data_ptr():
+            self.kept[index].copy_(gradient)
+
+    def _elements(self, index: int, buffer: Tensor) -> Tensor:
+        shard = self.shards[index]
+        return buffer[: shard.length * shard.dtype.itemsize].view(shard.dtype)
+
+    def _filled(self, index: int, gradient: Tensor) -> Tensor:
+        shard = self.shards[index]
+        buffer = aligned(shard.length * shard.dtype.itemsize)
+        self._elements(index, buffer).copy_(gradient)
+        return buffer
+
+    def _read(self, index: int) -> Tensor:
+        """What the file has of a shard's gradient."""
+        self._settle(index)
+        buffer = aligned(self.shards[index].length * self.shards[index].dtype.itemsize)
+        self.disk.read(self.file, buffer, self._offsets[index]).wait()
+        return buffer
+
+    def _write(self, index: int, buffer: Tensor) -> None:
+        """Start writing a shard's gradient."""
+        self._settle(index)
         while len(self._writing) >= IN_FLIGHT:
             self._writing.popleft()[1].wait()
         self._writing.append((index, self.disk.write(self.file, buffer, self._offsets[index]), buffer))
@@ -90,13 +119,13 @@ class Gradients:
 
     def fetch(self, segment: Segment) -> None:
         """Start reading a segment, if it is in the file."""
-        if segment.shard not in self.stored or self._key(segment) in self._read:
+        if segment.shard not in self.stored or self._key(segment) in self._coming:
             return
         self._settle(segment.shard)
         shard = self.shards[segment.shard]
         buffer = aligned(segment.length * shard.dtype.itemsize)
         offset = self._offsets[segment.shard] + (segment.start - shard.start) * shard.dtype.itemsize
-        self._read[self._key(segment)] = (self.disk.read(self.file, buffer, offset), buffer)
+        self._coming[self._key(segment)] = (self.disk.read(self.file, buffer, offset), buffer)
 
     def get(self, segment: Segment) -> Tensor | None:
         """The segment's gradient, 1-D; None if its shard has none. What was read from disk is handed over, not kept."""
@@ -106,7 +135,7 @@ class Gradients:
         if segment.shard not in self.stored:
             return None
         self.fetch(segment)
-        transfer, buffer = self._read.pop(self._key(segment))
+        transfer, buffer = self._coming.pop(self._key(segment))
         transfer.wait()
         return buffer[: segment.length * shard.dtype.itemsize].view(shard.dtype)
 
@@ -120,9 +149,9 @@ class Gradients:
         self.stored.discard(index)
 
     def clear(self) -> None:
-        for transfer, _ in self._read.values():
+        for transfer, _ in self._coming.values():
             transfer.wait()
-        self._read.clear()
+        self._coming.clear()
         if self.file is not None:
             for _, transfer, _ in self._writing:
                 transfer.wait()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weft.memory.tiers.fetch import Fetcher, Slot
 from weft.memory.tiers.gradients import Gradients
+from weft.memory.tiers.moved import Moved
 from weft.memory.tiers.peers import together
 from weft.memory.tiers.store import Store
 from weft.memory.tiers.updates import Updates
@@ -28,14 +29,21 @@ class Steps:
 
     Args:
         updates: done in backward; None where they are done here.
+        moved: knows which gradients left `p.grad`; None if none do.
         over: called when a step is complete.
     """
 
     def __init__(
-        self, store: Store, gradients: Gradients, fetcher: Fetcher, updates: Updates | None, over: Callable[[], None]
+        self,
+        store: Store,
+        gradients: Gradients,
+        fetcher: Fetcher,
+        updates: Updates | None,
+        moved: Moved | None,
+        over: Callable[[], None],
     ):
         self.store, self.states, self.slots, self.peers = store, store.states, store.slots, store.peers
-        self.gradients, self.fetcher, self.updates, self._over = gradients, fetcher, updates, over
+        self.gradients, self.fetcher, self.updates, self.moved, self._over = gradients, fetcher, updates, moved, over
         self._clip: Tensor | None = None
 
     @torch.no_grad()
@@ -74,14 +82,15 @@ class Steps:
         self.states.update([*prepared, *sorted(due - set(prepared))], self.gradients, self._clip)
 
     def _collect(self) -> None:
-        """Gradients that stayed under their parameters.
+        """Gradients that stayed under their parameters, or were put there by somebody.
 
         Raises:
             ValueError: one is of a parameter that no group has.
         """
         for slot in self.slots:
-            gradient = slot.parameter.grad
-            if gradient is None and slot.index not in self.gradients:
+            left = self.moved is not None and self.moved.holds(slot)
+            gradient = slot.parameter.grad if not left else None
+            if gradient is None and not left and slot.index not in self.gradients:
                 continue
             if self.states.shards[slot.index].group < 0:
                 raise ValueError(
@@ -89,7 +98,7 @@ class Steps:
                     "no place for its state; name it in groups (without a gradient it is left alone), or freeze it again"
                 )
             if gradient is not None and slot.index not in self.gradients:
-                self.gradients.add(slot.index, slot.flat(gradient))
+                self.gradients.add(slot.index, slot.flat(gradient)[slot.start : slot.stop])
 
     def _undo(self) -> None:
         self.states.rollback()
@@ -122,6 +131,8 @@ class Steps:
 
     def _drop_gradients(self) -> None:
         self.gradients.clear()
+        if self.moved is not None:
+            self.moved.clear()
         self._clip = None
         for slot in self.slots:
             slot.parameter.grad = None

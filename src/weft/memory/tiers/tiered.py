@@ -16,8 +16,9 @@ Method     before a module runs, its own parameters are fetched and put under th
 Guarantee  N processes or one, any tiers: the bits of training in memory (sums over processes in rank order).
 Traps      a released parameter is one NaN, expanded; whoever kept one and uses it in a pass has it brought, between steps gets
            an error (`standins`). What looks at memory by itself (a pointer, a view made before) sees the NaN.
-           A gradient that left `p.grad` is seen by nobody: `torch.nn.utils.clip_grad_norm_` and `GradScaler` find none. Clip
-           with `Tiered.clip_grad_norm_`; a scaler needs them where they were, in one process with gradients="device".
+           A gradient that left `p.grad` has a stand-in there, which gives its elements to whoever asks (`moved`): in one process
+           all loops work. With several, `torch.nn.utils.clip_grad_norm_` and `GradScaler` get an error: clip with
+           `Tiered.clip_grad_norm_`, which reads and writes less, too.
 
 Every process calls the model, backward and step equally often; what happens inside may differ between processes.
 Source: Rajbhandari et al., ZeRO-Infinity, arXiv:2104.07857, sections 5 to 7.
@@ -39,6 +40,7 @@ from weft.memory.tiers.fetch import Fetcher, Slot
 from weft.memory.tiers.files import Disk
 from weft.memory.tiers.generators import restore_random
 from weft.memory.tiers.gradients import Gradients
+from weft.memory.tiers.moved import Moved
 from weft.memory.tiers.passes import Passes
 from weft.memory.tiers.peers import Peers, control_group
 from weft.memory.tiers.presence import Presence
@@ -144,14 +146,16 @@ class Tiered:
         self.presence = Presence(self.slots, self.fetcher, self.store.placeholder)
         self.activations = self._make_activations(floor)
         updates = Updates(self.states, self.gradients) if update == "backward" else None
-        moving = self.peers.world > 1 or self.tiers.gradients != "device" or updates is not None
+        alone = self.peers.world == 1
+        moving = not alone or self.tiers.gradients != "device" or updates is not None
+        moved = Moved(self.gradients, alone=alone, used=updates is not None) if moving else None
         self._backward = Backward(
-            self.slots, self.presence, self.fetcher, self.gradients, self.activations, updates, moving
+            self.slots, self.presence, self.fetcher, self.gradients, self.activations, updates, moved
         )
         if updates is not None:
             self.states.present = self._backward.present
         self._closed = False
-        self._steps = Steps(self.store, self.gradients, self.fetcher, updates, self._end_of_step)
+        self._steps = Steps(self.store, self.gradients, self.fetcher, updates, moved, self._end_of_step)
         self.optimizer.run = self._steps
         self._updates = updates
         self._passes = Passes(self.model, self.presence, self._begin, self._end)
