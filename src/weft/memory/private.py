@@ -164,12 +164,17 @@ def swap(one: torch.UntypedStorage, other: torch.UntypedStorage) -> None:
     one._swap_data_ptr_(other)  # type: ignore[attr-defined]
 
 
+def resize(storage: torch.UntypedStorage, nbytes: int) -> None:
+    """Give a storage another number of bytes; who listens to its `resize_` does not hear of it."""
+    torch._C.StorageBase.resize_(storage, nbytes)  # type: ignore[attr-defined]
+
+
 def empty_out(storage: torch.UntypedStorage) -> None:
     """Give the bytes of a storage back to their owner; every tensor over it stays as it is, without bytes."""
     if SWAPS:
         swap(storage, hollow(storage.nbytes(), storage.device))
     else:
-        storage.resize_(0)
+        resize(storage, 0)
 
 
 def fill(storage: torch.UntypedStorage, source: torch.UntypedStorage) -> None:
@@ -177,7 +182,7 @@ def fill(storage: torch.UntypedStorage, source: torch.UntypedStorage) -> None:
     if SWAPS:
         swap(storage, source)
         return
-    storage.resize_(source.nbytes())
+    resize(storage, source.nbytes())
     bytes_of(storage).copy_(bytes_of(source))
 
 

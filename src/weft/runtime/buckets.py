@@ -40,7 +40,6 @@ class Bucket(abc.ABC):
         leaves: by name, the tensors that the local program reads.
         pieces: by name, what the optimizer updates: the leaf itself, or this process's piece of it.
         waiting: trainable leaves whose gradient has not yet come in this backward.
-        lend: told before a flat tensor's storage is given so many bytes, and after all are taken from it (0).
         send: starts to sum a flat tensor of the trainable parameters' gradients over the processes, in place, as soon as a
             handle is done; after that it holds the result as far as this process keeps it. None: the bucket's own collective.
         cut_first: what is sent is this process's piece, and not the whole.
@@ -53,7 +52,6 @@ class Bucket(abc.ABC):
         self.trainable = tuple(h for h in self.holdings if h.trainable)
         self._grown = [leaves[h.name] for h in self.trainable]  # leaves that get a gradient
         self.waiting = 0
-        self.lend: Callable[[Tensor, int], None] = lambda tensor, nbytes: None
         self.send: Callable[[Bucket, Tensor, Handle], Handle] | None = None
         self.cut_first = False
 
@@ -250,7 +248,6 @@ class ScatterBucket(Bucket):
         if self._gathering is None:
             return
         assert self._whole is not None
-        self.lend(self._whole, self._whole.nbytes)
         self._storage.resize_(self._whole.nbytes)
         self._land(range(self.members))
         self.full = True
@@ -278,9 +275,7 @@ class ScatterBucket(Bucket):
     def free(self) -> None:
         """Give back the memory of the leaves' values."""
         if self.stored_cut:
-            assert self._whole is not None
             self._storage.resize_(0)
-            self.lend(self._whole, 0)
             self.full = False
 
     # ---- gradients

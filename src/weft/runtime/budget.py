@@ -8,7 +8,7 @@ Only operators of this process are repeated, and only their results wait in the 
 process takes part in runs once: the result of a collective stays until its last reader, what one is given stays where it is
 while it lives, and the order on the wire is that of the program. So processes need not agree on what they repeat or move, and
 a run within bytes gives the bits of one without.
-ZeRO-3's whole copies come and go as `store` says (`Bucket.lend`): they count while they are there, and what is made from them is
+ZeRO-3's whole copies come and go as `store` says (`Bucket.free`): they count while they are there, and what is made from them is
 kept (or moved) rather than made again, since they may have gone by then.
 
 What an operator takes and gives back while it runs (the workspace of a convolution) is not known before it has run. Where the
@@ -82,8 +82,6 @@ class Keeper:
             self._limit = limit(
                 max(1, budget - ASIDE), model=self._kept, optimizer=optimizer, device=device, by_hand=True, tier=tier
             )
-            for bucket in store.buckets:
-                bucket.lend = self._limit.lend
         self._meter: Meter | None = None
         if measure or budget is not None:
             found = meter(self._kept, device=device)

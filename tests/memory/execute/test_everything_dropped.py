@@ -3,6 +3,7 @@ whatever a policy would have chosen. So with plans: any legal schedule, replayed
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import pytest
@@ -160,7 +161,43 @@ def written_by_hand(x):
     return (z * x).sin().sum(), x
 
 
+class Extension(torch.autograd.Function):
+    """Its kernels get addresses, as C++ extensions that are no operators do: nobody hears of what they write."""
+
+    @staticmethod
+    def kernel(x):
+        out, read = torch.empty_like(x), x + 0
+        (torch.rand(8) * 2).sin()  # time passes between making room and filling it
+        ctypes.memmove(torch._C.TensorBase.data_ptr(out), read.data_ptr(), out.nbytes)  # only the second is announced
+        return out
+
+    @staticmethod
+    def forward(ctx, x):
+        return Extension.kernel(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Extension.kernel(gradient)
+
+
+def extension(x):
+    y = Extension.apply((x * 2).sin())
+    return (Extension.apply(y.cos()) * y.detach().exp()).tanh().sum() + y.square().sum(), x
+
+
+def prepared(x):
+    """Room that operators fill: noise, drop path, rows one after the other, results with out=."""
+    noise = torch.empty_like(x).normal_() * x.new_empty(64, 1).bernoulli_(0.8)
+    rows = torch.empty(8, 8)
+    for n in range(8):
+        rows[n] = x.detach()[n] * n
+    out = torch.sin(rows, out=torch.empty(8, 8))
+    rows.copy_(out.exp()).mul_(2)
+    return ((x * noise).sin() * (x.exp() @ rows)).sum() + (out * x[:8]).sum(), x
+
+
 PROGRAMS = [
+    extension, prepared,
     packed, sparse, ctc, split_at, masked, bags, spectra, solved, attended, sampled, scattered, looped,
     written_by_hand,
 ]  # fmt: skip

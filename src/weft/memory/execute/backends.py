@@ -19,7 +19,7 @@ from typing import Any, final
 import torch
 
 from weft.memory import native
-from weft.memory.core import Block
+from weft.memory.core import Block, Step
 from weft.memory.private import SWAPS, Tie, below, bytes_of, empty_out, fill, hollow, over, problem, storage_of, swap
 from weft.memory.record import Category
 
@@ -73,16 +73,21 @@ class Hold(Tie):
         block: the present content of the storage.
         kind: what the storage is to the user; no recipe leans on a "gradient".
         exposed: its address is known outside (numpy, a collective): pinned while it lives.
-        lent: its owner empties and fills it in the course of a step: no recipe leans on it.
+        lent: its owner empties and fills it in the course of a step.
+        unfilled: the step that made it empty, if no operator has filled it since. It has no recipe: what it holds may have been
+            written through its address.
+        fickle: so that no recipe leans on it: it was empty at first, or what was made from it has had to come back before.
     """
 
-    __slots__ = ("block", "exposed", "kind", "lent", "owner")
+    __slots__ = ("block", "exposed", "fickle", "kind", "lent", "owner", "unfilled")
 
     owner: Owner
     block: Block
     exposed: bool
     kind: Category
     lent: bool
+    fickle: bool
+    unfilled: Step | None
 
 
 def ring(hold: Hold) -> None:
@@ -95,7 +100,8 @@ def ring(hold: Hold) -> None:
 def tie(owner: Owner, storage: torch.UntypedStorage, block: Block, kind: Category) -> Hold:
     """Tie a storage to the block that it shows."""
     hold = Hold(storage, ring)
-    hold.owner, hold.block, hold.exposed, hold.kind, hold.lent = owner, block, False, kind, False
+    hold.owner, hold.block, hold.kind, hold.exposed, hold.lent, hold.fickle = owner, block, kind, False, False, False
+    hold.unfilled = None
     block.payload = owner.holds[id(hold)] = hold
     return hold
 

@@ -15,6 +15,7 @@ from weft.memory.tracing.operators import (
     is_dense,
     is_metadata,
     label,
+    makes_empty,
     over_gradient,
     reads_bytes,
     written_arguments,
@@ -49,6 +50,7 @@ class Facts:
         dense: many operations per byte.
         random: some of its calls draw from a generator.
         varies: bytes of its outputs depend on the data.
+        empty: its outputs have no content yet.
         over: its variant that writes over the gradient it is given (see `over_gradient`); None if it has none.
     """
 
@@ -56,6 +58,7 @@ class Facts:
         "call",
         "dense",
         "effect",
+        "empty",
         "func",
         "in_flight",
         "name",
@@ -93,6 +96,7 @@ class Facts:
         tags = getattr(func, "tags", ())
         self.random = torch.Tag.nondeterministic_seeded in tags
         self.over = over_gradient(func)
+        self.empty = makes_empty(func)
         self.varies = torch.Tag.dynamic_output_shape in tags
 
     def draws(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -10,6 +10,9 @@ lengths and batch sizes of packed sequences, places where a tensor is split, a g
 runs, these tensors must not go; nor those that the backward pass will look at in the same way. A generator's state is not made by
 an operator either: `torch.utils.checkpoint` keeps one for each of its blocks, and they count.
 
+A storage that is resized (`untyped_storage().resize_`: ZeRO-3 of weft and of FSDP, which free gathered weights and fill them
+again) is announced before: its bytes change in a way that no operator tells of.
+
 A C++ extension that takes a tensor's pointer without going through an operator is not seen by anything. Register it with
 `torch.library`, or touch `tensor.data_ptr()` before the call.
 """
@@ -56,14 +59,19 @@ READERS: tuple[tuple[Any, str], ...] = (
 
 @final
 class Guards:
-    """Calls `expose(tensor)` before anybody gets at the bytes of a tensor, and `count(tensor)` with those that no operator makes.
-    `start` and `stop` once each."""
+    """Calls `expose(tensor)` before anybody gets at the bytes of a tensor, `count(tensor)` with those that no operator makes, and
+    `resize(storage, nbytes)` before a storage is given so many bytes. `start` and `stop` once each."""
 
-    def __init__(self, expose: Callable[[Tensor], None], count: Callable[[Tensor], None]):
-        self.expose, self.count = expose, count
+    def __init__(
+        self,
+        expose: Callable[[Tensor], None],
+        count: Callable[[Tensor], None],
+        resize: Callable[[torch.UntypedStorage, int], None],
+    ):
+        self.expose, self.count, self.resize = expose, count, resize
         self._own: dict[str, Any] = {}  # what stood on the class itself
         self._added: list[str] = []  # what it inherited
-        self._readers: list[tuple[Any, str, Any]] = []
+        self._replaced: list[tuple[Any, str, Any]] = []
 
     def start(self) -> None:
         for name in POINTERS:
@@ -74,9 +82,12 @@ class Guards:
             else:
                 continue
             setattr(torch.Tensor, name, self._guarded(getattr(torch.Tensor, name)))
-        for owner, name in READERS:
-            self._readers.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, self._reader(getattr(owner, name)))
+        for owner, name, wrapped in (
+            *((owner, name, self._reader) for owner, name in READERS),
+            (torch.UntypedStorage, "resize_", self._resizing),
+        ):
+            self._replaced.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, wrapped(getattr(owner, name)))
         self._to_dlpack = torch.utils.dlpack.to_dlpack
         torch.utils.dlpack.to_dlpack = torch.to_dlpack = self._guarded(self._to_dlpack)
 
@@ -85,12 +96,12 @@ class Guards:
             setattr(torch.Tensor, name, found)
         for name in self._added:
             delattr(torch.Tensor, name)
-        for owner, name, found in reversed(self._readers):
+        for owner, name, found in reversed(self._replaced):
             if found is None:
                 delattr(owner, name)
             else:
                 setattr(owner, name, found)
-        self._readers.clear()
+        self._replaced.clear()
         torch.utils.dlpack.to_dlpack = torch.to_dlpack = self._to_dlpack
 
     def _reader(self, found: Any) -> Any:
@@ -108,6 +119,17 @@ class Guards:
             elif found.__name__ == "get_rng_state":
                 self.count(result)
             return result
+
+        hide_from_compiler(call)
+        return call
+
+    def _resizing(self, found: Any) -> Any:
+        resize = self.resize
+
+        @functools.wraps(found)
+        def call(storage: torch.UntypedStorage, nbytes: int) -> Any:
+            resize(storage, int(nbytes))
+            return found(storage, nbytes)
 
         hide_from_compiler(call)
         return call

@@ -38,7 +38,7 @@ def is_soft(block: Block) -> bool:
 
 
 def hold_leaves(call: Call, reads: Iterable[Block]) -> bool:
-    """Whether a call may be repeated, going by what it reads: gradients and lent bytes change where we do not see it. If so, it
+    """Whether a call may be repeated, going by what it reads: gradients and fickle bytes change where we do not see it. If so, it
     holds what cannot be made again, or is soft where we would have to (`Leaves`)."""
     keep: list[torch.UntypedStorage] | None = None
     soft = False
@@ -48,7 +48,7 @@ def hold_leaves(call: Call, reads: Iterable[Block]) -> bool:
             soft = soft or maker.payload.soft
             continue
         hold = block.payload
-        if hold.kind == "gradient" or hold.lent:
+        if hold.kind == "gradient" or hold.fickle:
             return False
         if hold.kind == "activation":
             soft = True

@@ -175,7 +175,9 @@ class Limit:
 
     def _listen(self) -> None:
         """Operators, optimizers and ways to tensors' bytes come to us from now on."""
-        self._listening = Listening(self._call, self._expose, self.count, self._before_optimizer, self._after_optimizer)
+        self._listening = Listening(
+            self._call, self._expose, self.count, self._resize, self._before_optimizer, self._after_optimizer
+        )  # fmt: skip
 
     def _stop_listening(self) -> None:
         if self._listening is not None:
@@ -214,16 +216,6 @@ class Limit:
         for tensor in tensors:
             if tensor.device.type == self.device.type:
                 self._executor.adopt(tensor)
-
-    def lend(self, tensor: Tensor, nbytes: int) -> None:
-        """A storage that its owner empties and fills in the course of a step: call this before it is resized to `nbytes`, and
-        after it has been emptied (0). What is made from it is never made again.
-
-        Raises:
-            BudgetError: there is no room.
-        """
-        if self._listening is not None:
-            self._executor.lend(tensor, nbytes)
 
     def __exit__(self, *problem: Any) -> None:
         executor = self._executor
@@ -404,6 +396,10 @@ class Limit:
     def _expose(self, tensor: Tensor) -> None:
         self._at(lambda executor: executor.expose(tensor))
 
+    def _resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        if storage.device.type == self.device.type and storage.nbytes() != nbytes:
+            self._at(lambda executor: executor.lend(storage, nbytes))
+
     def _watch(self, leaf: Tensor) -> None:
         if id(leaf) not in self._watched:
             self._watched.add(id(leaf))
@@ -449,4 +445,4 @@ def _parts(tensor: Tensor) -> Sequence[Tensor]:
         return tuple(plain_parts(tensor))
 
 
-hide_from_compiler(Limit._finished, Limit._before_optimizer, Limit._after_optimizer, Limit._expose)
+hide_from_compiler(Limit._finished, Limit._before_optimizer, Limit._after_optimizer, Limit._expose, Limit._resize)

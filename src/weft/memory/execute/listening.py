@@ -31,6 +31,7 @@ class Listening:
         call: runs an operator, (facts, args, kwargs) -> result.
         expose: called with each tensor whose address somebody is about to know.
         count: called with each tensor that was made without an operator, where we know.
+        resize: called with each storage that is about to have another number of bytes, and this.
         before, after: called with the optimizer and its arguments at both ends of its step.
     """
 
@@ -39,12 +40,13 @@ class Listening:
         call: Callable[[Facts, Sequence[Any], Mapping[str, Any]], Any],
         expose: Callable[[Tensor], None],
         count: Callable[[Tensor], None],
+        resize: Callable[[torch.UntypedStorage, int], None],
         before: Callable[[Any, Any, Any], None],
         after: Callable[[Any, Any, Any], None],
     ):
         self._paused: Any = None  # the hook that ends a pause
         self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        self._guards = Guards(expose, count)
+        self._guards = Guards(expose, count, resize)
         self._guards.start()
         self._mode = _Mode(call)
         self._mode.__enter__()

@@ -38,9 +38,9 @@ from weft.memory.execute.random_state import about_to_draw, state_nbytes
 from weft.memory.execute.sizes import SETTLED, Size, Sizes, signature
 from weft.memory.execute.tape import Tape
 from weft.memory.execute.unremembered import adopt_parts, opaque, run_once
-from weft.memory.private import below, in_backward, storage_of
+from weft.memory.private import below, bytes_of, in_backward, storage_of
 from weft.memory.record import Category
-from weft.memory.tracing.operators import filled_by_hand, moved_statistics
+from weft.memory.tracing.operators import fills, moved_statistics
 
 __all__ = ["Online"]
 
@@ -193,8 +193,7 @@ class Online:
         call = Call(facts, plain, named, looks if reads else shapes_only(looks), self.device)
         makes: list[tuple[int, bool]] = []
         overwrites, written = self._overwritten(facts, args, kwargs, makes) if facts.written else ((), ())
-        filled = not looks and filled_by_hand(facts.func, kwargs)
-        once = facts.effect or self.effects or filled or len(overwrites) < len(written)
+        once = facts.effect or self.effects or len(overwrites) < len(written)
         repeatable = not once and hold_leaves(call, reads)
         draws = facts.random and facts.draws(args, kwargs)
         for nbytes in size.fresh or ():
@@ -217,10 +216,12 @@ class Online:
             self._clear()
             raise
         core.end(step, size.seconds)
+        if facts.empty:
+            self._wait_for_content(fresh)
         if self.tape is not None:
             self.tape.ran(
                 facts, holds, written, [block.payload for block in fresh], workspace=step.workspace, seconds=size.seconds,
-                repeatable=not facts.effect and not filled, random=draws, effects=self.effects,
+                repeatable=not facts.effect and not facts.empty, random=draws, effects=self.effects,
                 has_outputs=bool(flat(result)), moves=moves,
             )  # fmt: skip
         self._busy = False
@@ -285,6 +286,8 @@ class Online:
                 hold = self.adopt(tensor)
                 if hold.block.step is None and hold.block.read:
                     self.cut((hold.block,))
+                if hold.unfilled is not None and fills(facts.func, tensor) and not hold.exposed:
+                    self._filled(hold)
                 found[hold.block] = hold
         overwrites = []
         for block in found:
@@ -292,6 +295,20 @@ class Online:
                 overwrites.append((block, len(makes)))
                 makes.append((block.nbytes, facts.dense))
         return overwrites, list(found.values())
+
+    def _wait_for_content(self, fresh: Sequence[Block]) -> None:
+        """Blocks are empty: they stay, without recipe, until operators have filled them."""
+        for block in fresh:
+            if block.step is not None and type(block.payload) is Hold:
+                block.payload.unfilled = block.step
+                self.core.settle(block)
+
+    def _filled(self, hold: Hold) -> None:
+        """An operator is about to give a storage all its content: with what there is, it can be made again."""
+        hold.block.step, hold.unfilled = hold.unfilled, None
+        hold.block.evictable = True
+        if self.tape is not None:
+            self.tape.filled(hold)
 
     def _move(self, facts: Facts, args: Sequence[Any], looks: Sequence[Look]) -> tuple[list[Hold], list[Look]]:
         """Before running statistics move: what was made from them is made now. Returns those that do, and the call's looks: a
@@ -367,17 +384,24 @@ class Online:
             self._at_work(lambda: self.core.settle(hold.block))  # who knows the address may write
             self.pin(hold)
 
-    def lend(self, tensor: Tensor, nbytes: int) -> None:
-        """The owner of a tensor's bytes is about to give it `nbytes`, or has just taken them all (0).
+    def lend(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        """The owner of a storage is about to give it `nbytes`. What has been made from it is made now.
 
         Raises:
-            BudgetError: there is no room for them.
+            BudgetError: there is no room for them, or for what comes back.
         """
-        hold = self.adopt(tensor)
-        hold.lent = True
+        with below():
+            hold = self.adopt(bytes_of(storage))
         old = hold.block
+        hold.fickle |= not hold.lent and not old.nbytes
+        hold.lent = True
+        if old.step is None and old.read:
+            hold.fickle |= self.cut((old,))
         if old.nbytes == nbytes:
             return
+        if hold.exposed:  # addresses that somebody knows are none any more
+            hold.exposed = False
+            self._at_work(lambda: self.core.unpin(old))
         if not nbytes and self.tape is not None:
             self.tape.died(hold, self._busy)
         hold.block = self.core.adopt(nbytes, hold, inside=True)
@@ -393,18 +417,21 @@ class Online:
             if hold.block.read:
                 self.cut((hold.block,))
 
-    def cut(self, leaves: Collection[Block]) -> None:
+    def cut(self, leaves: Collection[Block]) -> bool:
         """Blocks without recipe are about to change: whatever was made from them, in however many steps, comes back and stays.
+        Whether anything had to come back.
 
         What is recorded of them can no longer be repeated; whoever reads what it made keeps that alive (see `call`).
         """
         going, stale = made_from(leaves, [hold.block for hold in self.owner.holds.values()])
+        missing = not all(block.resident for block in going)
         for block in going:
             self._at_work(lambda block=block: self.core.settle(block))
         for step in stale:
             step.repeatable = False
         for block in leaves:
             block.read = False
+        return missing
 
     def optimizing(self, yes: bool) -> None:
         """The optimizer's step begins or ends.

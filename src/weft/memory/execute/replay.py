@@ -27,7 +27,7 @@ from weft.memory.execute.recall import never_read_again, remembered
 from weft.memory.execute.rows import rows
 from weft.memory.execute.shelf import Shelf
 from weft.memory.execute.unremembered import parts
-from weft.memory.private import storage_of
+from weft.memory.private import below, bytes_of, storage_of
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
 from weft.memory.tracing.operators import moved_statistics, tensors_of
@@ -422,9 +422,12 @@ class Replay:
                 raise Deviation("the address of a tensor is asked for that the plan has dropped")
             hold.exposed = True
 
-    def lend(self, tensor: Tensor, nbytes: int) -> None:
-        """The owner of a tensor's bytes is about to give it `nbytes`, or has just taken them all (0)."""
-        hold = self.adopt(tensor)
+    def lend(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        """The owner of a storage is about to give it `nbytes`. Raises `Deviation` if a repetition may want those it has."""
+        with below():
+            hold = self.adopt(bytes_of(storage))
+        if not hold.lent and hold.block in self._leaned_on:
+            raise Deviation("a tensor is emptied by its owner that others are made from")
         hold.lent = True
         if hold.block.nbytes != nbytes:
             hold.block.payload, hold.block = None, Block(nbytes)

@@ -9,7 +9,6 @@ from weft.memory.core.blocks import lost
 from weft.memory.execute.backends import Hold
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Replay
-from weft.memory.tracing.operators import filled_by_hand
 
 __all__ = ["take_over"]
 
@@ -23,7 +22,7 @@ def take_over(replay: Replay, online: Online) -> None:
         op = replay.trace.ops[number] if number is not None else None
         seconds = op.seconds if op is not None else 0.0
         reads = list(dict.fromkeys(look[2] for look in call.looks if look[2] is not None))
-        again = op.repeatable if op is not None else not filled_by_hand(call.facts.func, call.kwargs)
+        again = op.repeatable if op is not None else not call.facts.empty
         lasting = again and not call.facts.effect
         step = Step(reads, op.workspace if op is not None else 0, seconds, lasting, (), order)
         step.payload, step.late = call, op is not None and op.phase == "backward"

@@ -52,6 +52,7 @@ class Tape:
         self._num_storages = 0
         self._sent: set[int] = set()  # values that a collective was given
         self._moved: set[int] = set()  # running statistics
+        self._filled: set[int] = set()  # operators that made something empty, which another one has filled
         self._kept: dict[int, Hold] = {}  # by number: what recipes keep, however long the program wants it
         # there, and met by no operator so far; without what only recipes of the last step keep
         self._idle = {id(hold): hold for hold in holds if (storage := hold()) is not None and not alone(storage)}
@@ -115,6 +116,11 @@ class Tape:
         for number in self._pending:
             self._values[number].dies = len(self._rows) - 1
         self._pending.clear()
+
+    def filled(self, hold: Hold) -> None:
+        """What was made empty is about to be given all its content by an operator."""
+        if (number := self._now.get(id(hold))) is not None:
+            self._filled.add(self._values[number].born)
 
     def meets(self, hold: Hold) -> None:
         """A storage is there that nobody had told of."""
@@ -184,11 +190,12 @@ class Tape:
         ops = tuple(
             Op(
                 facts.name, "", phase, reads, makes, overwrites, workspace + beside[index], seconds,
-                repeatable=repeatable
+                repeatable=(repeatable or index in self._filled)
                 and not any(fixed[old] for old, _ in overwrites)
                 and self._sent.isdisjoint(makes)  # it may not go while others read it
                 and not any(values[v].category == "input" for v in makes)  # who knows the address may write
-                and self._moved.isdisjoint(leans_on),
+                and self._moved.isdisjoint(leans_on)
+                and not any(drafts[v].hold.lent for v in leans_on),  # known when its owner empties it, later perhaps
                 random=random, dense=facts.dense,
             )
             for index, (

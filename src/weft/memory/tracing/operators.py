@@ -7,7 +7,8 @@
     is_dense        matrix products, convolutions, attention: many operations per byte        torch's table of FLOPs
     is_metadata     asks a tensor for its shape, reads nothing, makes nothing                 `METADATA`
     moved_statistics  which running statistics this call moves                                `STATISTICS`
-    filled_by_hand    empty integers: torch's own functions write them through their address
+    makes_empty     its result has no content yet: who made it may write it through its address    `EMPTY`
+    fills           arguments whose whole content a call gives anew                                 `FILLERS`
     communicates    whether it exchanges data with other processes: cannot be had twice
     wrapped_bytes   plain numbers given where a tensor is expected: torch makes tensors of them for the time of the call
     over_gradient   the variant that may write over the gradient it is given                  `OVER_GRADIENT`
@@ -31,8 +32,8 @@ from torch.utils.flop_counter import flop_registry
 from weft.memory.private import storage_of
 
 __all__ = [
-    "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "filled_by_hand", "fits_over_first",
-    "is_dense", "is_metadata", "label", "moved_statistics", "over_gradient", "reads_bytes", "statistics_of", "tensors_of",
+    "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "fills", "fits_over_first", "is_dense",
+    "is_metadata", "label", "makes_empty", "moved_statistics", "over_gradient", "reads_bytes", "statistics_of", "tensors_of",
     "wrapped_bytes", "writes", "written_arguments",
 ]  # fmt: skip
 
@@ -46,6 +47,21 @@ STATISTICS: dict[str, tuple[int, ...]] = {
     "aten.batch_norm_gather_stats": (3, 4),
     "aten.batch_norm_gather_stats_with_counts": (3, 4),
 }
+
+# Made to be written: by operators, or through the address, as lengths of packed sequences in torch, buckets of
+# DistributedDataParallel and results of C++ extensions are. To make it again would not bring that back.
+EMPTY = frozenset(
+    f"aten.{name}"
+    for name in ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
+)
+
+# In place, and reading nothing of what was there (`rrelu_with_noise`: of its noise); `out=` is another such way.
+FILLERS = frozenset(("aten.rrelu_with_noise",)) | frozenset(
+    f"aten.{name}_"
+    for name in (
+        "bernoulli", "cauchy", "copy", "exponential", "fill", "geometric", "log_normal", "normal", "random", "uniform", "zero",
+    )
+)  # fmt: skip
 
 SHAPE_ONLY = frozenset(
     f"aten.{name}"
@@ -183,11 +199,20 @@ def is_metadata(func: Any) -> bool:
     return name in METADATA or name.startswith("profiler.")
 
 
-def filled_by_hand(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call makes an empty tensor of integers: lengths of packed sequences and the like, which functions of torch write
-    through their address, between other operators. To make it again would not bring back what they wrote."""
-    dtype = kwargs.get("dtype")
-    return label(func) == "aten.empty.memory_format" and dtype is not None and not dtype.is_floating_point
+@cache
+def makes_empty(func: Any) -> bool:
+    """Whether its result has no content: what it has later may not come from operators."""
+    return _packet(func) in EMPTY
+
+
+@cache
+def _fills(func: Any) -> bool:
+    return _packet(func) in FILLERS or (bool(written_arguments(func)) and func._overloadname.endswith("out"))
+
+
+def fills(func: Any, tensor: Tensor) -> bool:
+    """Whether a call that writes a tensor gives all bytes of its storage a content that does not depend on what they were."""
+    return _fills(func) and tensor.is_contiguous() and storage_of(tensor).nbytes() == tensor.nbytes
 
 
 @cache

@@ -33,10 +33,11 @@ from weft.memory.tracing.lone import alone, count_references
 from weft.memory.tracing.operators import (
     communicates,
     draws,
-    filled_by_hand,
+    fills,
     is_dense,
     is_metadata,
     label,
+    makes_empty,
     moved_statistics,
     over_gradient,
     reads_bytes,
@@ -143,6 +144,7 @@ class Recorder:
         self.notes: list[str] = []
         self.views_written = 0  # calls in forward that wrote a view in place which has a gradient
         self._rows: list[_Row] = []
+        self._unfilled: dict[int, int] = {}  # values made empty that no operator has filled yet -> who made them
         self._values: list[_Draft] = []
         self._known: dict[int, _Known] = {}  # by storage number
         self._held: dict[int, _Held] = {}  # by id of the storage object, while it lives
@@ -281,6 +283,9 @@ class Recorder:
         read = dict.fromkeys(self._value_of(tensor, storage) for tensor, storage in before)
         targets = list(writes(func, args, kwargs))
         written = dict.fromkeys(self._held[id(s)].value for tensor in targets for s in storages_of(tensor))
+        for target in targets:
+            if fills(func, target):
+                self._filled(target)
         self.views_written += phase == "forward" and any(t._is_view() and t.requires_grad for t in targets)
         moves = frozenset(self._held[id(s)].value for i in moved_statistics(func, args) for s in storages_of(args[i]))
         objects = {id(storage): storage for _, storage in before}
@@ -305,6 +310,8 @@ class Recorder:
         if makes or not outputs:
             if not reads_bytes(func):
                 read = written
+            if makes_empty(func):
+                self._unfilled.update(dict.fromkeys(makes, index))
             if fresh:
                 for number in makes:
                     self._known[self._values[number].storage] = _Known("input", "")
@@ -313,7 +320,7 @@ class Recorder:
                 _Row(
                     label(func), module, phase, tuple(read), tuple(makes), tuple(overwrites), moves,
                     repeatable=bool(outputs or written)
-                    and not (fresh or communicates(func) or filled_by_hand(func, kwargs)),
+                    and not (fresh or communicates(func) or makes_empty(func)),
                     random=draws(func, args, kwargs), dense=is_dense(func), seconds=seconds,
                     workspace=None if self._gauge is None else max(0, taken - made), wrapped=wrapped_bytes(func, args),
                     work=self._describe(func, args, kwargs, result) if self._priced else None, over=over,
@@ -345,6 +352,12 @@ class Recorder:
             number = self._held[key].value
             if number in changed and self._began[self._values[number].storage] < 0:
                 self._before_write(storage)
+
+    def _filled(self, tensor: Tensor) -> None:
+        """An operator is about to give a storage all its content. If it was made empty, it can be made again."""
+        for storage in storages_of(tensor):
+            if (index := self._unfilled.pop(self._held[id(storage)].value, None)) is not None:
+                self._rows[index].repeatable = True
 
     def _overwrite(self, number: int, index: int, objects: Mapping[int, Any], module: str) -> int:
         """The storage of a value gets new contents: the value ends, another one begins."""
