@@ -59,6 +59,7 @@ __all__ = [
     "direct",
     "disable_modes",
     "empty_out",
+    "faking",
     "fill",
     "hide_from_compiler",
     "hollow",
@@ -230,6 +231,15 @@ class QuickMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+_get_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
+
+
+def faking() -> Any:
+    """The mode of fake tensors that is on, None if none is. It comes after all modes of users, and is theirs to call: DTensor
+    asks it for shapes in the middle of a real step."""
+    return _get_mode(_FAKE)
 
 
 def is_innermost(mode: TorchDispatchMode) -> bool:

@@ -11,6 +11,7 @@ import torch
 from tests.memory.execute.loops import assert_same, train
 from tests.memory.models import Made
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from weft.memory.execute.limit import limit
@@ -629,3 +630,48 @@ def test_torchs_own_recurrent_layers(kind, evaluates):
         assert train(planned) == expected
     for name, parameter in made.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)) and torch.equal(parameter, planned.get_parameter(name))
+
+
+def test_fake_tensors_in_the_middle_of_a_step():
+    """DTensor asks a mode of fake tensors for the shapes of results: nothing of that is the program's."""
+    x = torch.randn(64, 64, requires_grad=True)
+    with limit("1 MiB", replay=False) as manager, meter() as measured:
+        y = (x * 2).sin()
+        before = manager._executor.core.arena.used, measured.live
+        with FakeTensorMode():
+            fake = torch.empty(1 << 20)
+            assert (torch.zeros_like(fake) + 1).shape == (1 << 20,)
+        assert (manager._executor.core.arena.used, measured.live) == before
+        assert fake.abs().shape == (1 << 20,)
+        y.sum().backward()
+    assert torch.equal(x.grad, (2 * x).cos() * 2)
+
+
+def test_an_operator_whose_schema_keeps_silent_about_what_it_returns():
+    """As `fsdp.all_gather_copy_in`: it writes its second argument, and returns parts of what it was given."""
+    library = torch.library.Library("weft_tests", "DEF")
+    library.define("into(Tensor x, Tensor room) -> Tensor")
+    library.impl("into", lambda x, room: room.copy_(x), "CPU")
+
+    def train(within):
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        optimizer, losses = torch.optim.SGD(layers.parameters(), 0.1), []
+        with within as manager:
+            for turn in range(6):
+                x = torch.randn(64, 64, generator=torch.Generator().manual_seed(turn))
+                for layer in layers:
+                    x = torch.tanh(layer(x))
+                    x = x * torch.ops.weft_tests.into(x.detach() * 2, torch.empty(64, 64)).sigmoid()
+                loss = x.square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+            return losses, manager
+
+    eager, measured = train(meter())
+    for share in (0.9, 0.7, 0.6):
+        found, manager = train(limit(int(share * measured.peak)))
+        assert found == eager
+    assert manager.steps == 6

@@ -7,13 +7,14 @@ from typing import Any, final
 
 import torch
 
-from weft.memory.private import direct, is_composite
+from weft.memory.private import direct
 from weft.memory.tracing.operators import (
     STATISTICS,
     communicates,
     draws,
     is_dense,
     is_metadata,
+    is_view,
     label,
     makes_empty,
     over_gradient,
@@ -25,10 +26,6 @@ __all__ = ["Facts", "facts_of"]
 
 # these give an existing tensor other bytes or another geometry: what was recorded of it no longer holds
 _REGEOMETRY = frozenset(("aten.set_", "aten.resize_", "aten.resize_as_", "aten._resize_output_", "aten.set_data"))
-# views that their schema does not declare
-_SECRET_VIEWS = frozenset(
-    ("aten._unsafe_view", "aten.unsafe_split", "aten.unsafe_split_with_sizes", "aten.unsafe_chunk")
-)
 
 
 @final
@@ -79,11 +76,7 @@ class Facts:
         self.func = func
         self.name = label(func)
         self.call: Callable[..., Any] = direct(func)
-        self.view = (
-            is_metadata(func)
-            or packet in _SECRET_VIEWS
-            or (bool(getattr(func, "is_view", False)) and not is_composite(func))
-        )
+        self.view = is_metadata(func) or is_view(func)
         self.written = written_arguments(func)
         self.statistics = STATISTICS.get(packet, ())
         self.needs_bytes = reads_bytes(func)

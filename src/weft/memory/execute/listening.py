@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from weft.memory.execute.facts import Facts, facts_of
 from weft.memory.execute.guards import Guards
-from weft.memory.private import QuickMode, hide_from_compiler, is_innermost
+from weft.memory.private import QuickMode, faking, hide_from_compiler, is_innermost
 
 __all__ = ["Listening"]
 
@@ -93,6 +93,8 @@ class _Mode(QuickMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if faking() is not None:
+            return func(*args, **kwargs) if kwargs else func(*args)
         facts = facts_of(func)
         if types and not _PLAIN.issuperset(types) and not _all_plain(types):
             return NotImplemented  # DTensor and the like: their parts come back here

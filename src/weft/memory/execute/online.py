@@ -222,7 +222,7 @@ class Online:
             self.tape.ran(
                 facts, holds, written, [block.payload for block in fresh], workspace=step.workspace, seconds=size.seconds,
                 repeatable=not facts.effect and not facts.empty, random=draws, effects=self.effects,
-                has_outputs=bool(flat(result)), moves=moves,
+                moves=moves,
             )  # fmt: skip
         self._busy = False
         if self._gone or self.leaves.loose:
@@ -404,6 +404,7 @@ class Online:
             self._at_work(lambda: self.core.unpin(old))
         if not nbytes and self.tape is not None:
             self.tape.died(hold, self._busy)
+        hold.unfilled = None
         hold.block = self.core.adopt(nbytes, hold, inside=True)
         old.payload = None
         self.core.release(old)

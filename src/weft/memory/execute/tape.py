@@ -1,9 +1,9 @@
 """The trace of a step, written while the step runs online: what a plan for the following steps is made from.
 
-Operators and values are numbered as `weft.memory.tracing` numbers them: every call that makes bytes, overwrites bytes, or has no
-tensor result is an operator; views are not. Seconds and workspace are those that the executor has measured. What is carried
-into the step and met by none of its operators takes bytes too. If it stays (frozen or other models), it comes last among the
-values; if it goes (the last step's outputs in a variable, its gradients), it counts as workspace of the operators until then.
+Operators and values are numbered as `weft.memory.tracing` does: every call but views is an operator. Seconds and workspace
+are those that the executor has measured. What is carried into the step and met by none of its operators takes bytes too. If it
+stays (frozen or other models), it comes last among the values; if it goes (the last step's outputs in a variable, its gradients),
+it counts as workspace of the operators until then.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ class Tape:
         repeatable: bool,
         random: bool,
         effects: bool,
-        has_outputs: bool,
         moves: Sequence[Hold] = (),
     ) -> None:
         """An operator has run: it read and wrote these storages, and made `fresh` ones. It `moves` running statistics; who else
@@ -92,27 +91,26 @@ class Tape:
         self._moved.update(moved)
         if facts.in_flight:
             self._sent.update(read)
-        if written or fresh or not has_outputs:
-            overwrites = []
-            for hold in dict.fromkeys(written):
-                if id(hold) in new:
-                    continue
-                old = self._number(hold)
-                draft = self._values[old]
-                draft.dies = index
-                self._now[id(hold)] = after = len(self._values)
-                self._values.append(_Draft(draft.nbytes, draft.storage, index, hold))
-                overwrites.append((old, after))
-            read.update(dict.fromkeys(old for old, _ in overwrites))
-            makes = [after for _, after in overwrites] + [self._begin(hold, index) for hold in (*fresh, *filled)]
-            repeatable = repeatable and not filled and not any(hold.lent for hold in reads)
-            phase: Phase = "optimizer" if effects else "backward" if in_backward() else "forward"
-            self._rows.append(
-                (
-                    facts, phase, tuple(dict.fromkeys((*moved, *read))), tuple(makes), tuple(overwrites), workspace, seconds,
-                    repeatable, random, read,
-                )
-            )  # fmt: skip
+        overwrites = []
+        for hold in dict.fromkeys(written):
+            if id(hold) in new:
+                continue
+            old = self._number(hold)
+            draft = self._values[old]
+            draft.dies = index
+            self._now[id(hold)] = after = len(self._values)
+            self._values.append(_Draft(draft.nbytes, draft.storage, index, hold))
+            overwrites.append((old, after))
+        read.update(dict.fromkeys(old for old, _ in overwrites))
+        makes = [after for _, after in overwrites] + [self._begin(hold, index) for hold in (*fresh, *filled)]
+        repeatable = repeatable and not filled and not any(hold.lent for hold in reads)
+        phase: Phase = "optimizer" if effects else "backward" if in_backward() else "forward"
+        self._rows.append(
+            (
+                facts, phase, tuple(dict.fromkeys((*moved, *read))), tuple(makes), tuple(overwrites), workspace, seconds,
+                repeatable, random, read,
+            )
+        )  # fmt: skip
         for number in self._pending:
             self._values[number].dies = len(self._rows) - 1
         self._pending.clear()

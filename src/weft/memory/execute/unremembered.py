@@ -51,7 +51,7 @@ def communicate(online: Online, facts: Facts, args: Sequence[Any], kwargs: Mappi
     if online.tape is not None:
         online.tape.ran(
             facts, list(holds), list(written), list(fresh), workspace=0, seconds=0.0, repeatable=False, random=False,
-            effects=online.effects, has_outputs=bool(outputs),
+            effects=online.effects,
         )  # fmt: skip
     return result
 
@@ -67,6 +67,7 @@ def regeometry(online: Online, facts: Facts, args: Sequence[Any], kwargs: Mappin
         hold, nbytes = online.adopt(tensor), storage_of(tensor).nbytes()
         if hold.block.nbytes != nbytes:
             online.core.release(hold.block)
+            hold.unfilled = None
             hold.block = online.core.adopt(nbytes, hold, inside=True)
     return result
 

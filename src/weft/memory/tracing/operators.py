@@ -5,6 +5,7 @@
     reads_bytes     False for what looks only at shapes (`zeros_like`)                        `SHAPE_ONLY`
     draws           whether this call takes numbers from a generator                          from the tags
     is_dense        matrix products, convolutions, attention: many operations per byte        torch's table of FLOPs
+    is_view         only looks at storages: makes no bytes, reads none, writes none            `_SECRET_VIEWS`
     is_metadata     asks a tensor for its shape, reads nothing, makes nothing                 `METADATA`
     moved_statistics  which running statistics this call moves                                `STATISTICS`
     makes_empty     its result has no content yet: who made it may write it through its address    `EMPTY`
@@ -29,12 +30,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from weft.memory.private import storage_of
+from weft.memory.private import is_composite, storage_of
 
 __all__ = [
     "METADATA", "OVER_GRADIENT", "SHAPE_ONLY", "STATISTICS", "communicates", "draws", "fills", "fits_over_first", "is_dense",
-    "is_metadata", "label", "makes_empty", "moved_statistics", "over_gradient", "reads_bytes", "statistics_of", "tensors_of",
-    "wrapped_bytes", "writes", "written_arguments",
+    "is_metadata", "is_view", "label", "makes_empty", "moved_statistics", "over_gradient", "reads_bytes", "statistics_of",
+    "tensors_of", "wrapped_bytes", "writes", "written_arguments",
 ]  # fmt: skip
 
 # operator -> positions of running statistics: written in training, left out of a trace
@@ -62,6 +63,11 @@ FILLERS = frozenset(("aten.rrelu_with_noise",)) | frozenset(
         "bernoulli", "cauchy", "copy", "exponential", "fill", "geometric", "log_normal", "normal", "random", "uniform", "zero",
     )
 )  # fmt: skip
+
+# views that their schema does not declare
+_SECRET_VIEWS = frozenset(
+    ("aten._unsafe_view", "aten.unsafe_split", "aten.unsafe_split_with_sizes", "aten.unsafe_chunk")
+)
 
 SHAPE_ONLY = frozenset(
     f"aten.{name}"
@@ -197,6 +203,12 @@ def is_metadata(func: Any) -> bool:
     """Whether it only asks for shapes, strides or devices, or leaves a mark for the profiler."""
     name = _packet(func)
     return name in METADATA or name.startswith("profiler.")
+
+
+@cache
+def is_view(func: Any) -> bool:
+    """Whether it only looks at storages. What makes no bytes otherwise has effects that its schema does not tell of."""
+    return _packet(func) in _SECRET_VIEWS or (bool(getattr(func, "is_view", False)) and not is_composite(func))
 
 
 @cache

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from weft.memory.private import QuickMode, backward_node, in_backward, is_wrapper, sequence_number
+from weft.memory.private import QuickMode, backward_node, faking, in_backward, is_wrapper, sequence_number
 from weft.memory.record import Category, Op, Phase, Trace, Value
 from weft.memory.tracing.costs import CostTable, Sample, Work, describe, sample
 from weft.memory.tracing.lone import alone, count_references
@@ -36,6 +36,7 @@ from weft.memory.tracing.operators import (
     fills,
     is_dense,
     is_metadata,
+    is_view,
     label,
     makes_empty,
     moved_statistics,
@@ -307,7 +308,7 @@ class Recorder:
             for storage in storages_of(tensor):
                 if id(storage) not in self._held:
                     makes.append(self._hold(storage, index, module))
-        if makes or not outputs:
+        if makes or not outputs or not is_view(func):
             if not reads_bytes(func):
                 read = written
             if makes_empty(func):
@@ -509,10 +510,12 @@ class _Mode(QuickMode):
 
     def __init__(self, recorder: Recorder):
         super().__init__()
-        self.recorder = recorder
+        self.recorder, self.fakes = recorder, faking()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if faking() is not self.fakes:  # shapes that DTensor asks for in the middle of a step
+            return func(*args, **kwargs)
         if any(is_wrapper(t) for t in tensors_of((*args, *kwargs.values()))):
             return NotImplemented  # DTensor and the like: their parts come back here
         return self.recorder.call(func, args, kwargs)
