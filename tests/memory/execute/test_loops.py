@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -194,3 +195,33 @@ def test_torchs_default_dtype_is_part_of_a_call():
     (eager, _), (found, dropped) = run(2**30), run(140 * KIB)
     assert dropped
     assert all(a.dtype is b.dtype is torch.float64 and torch.equal(a, b) for a, b in zip(eager, found, strict=True))
+
+
+class Images(torch.utils.data.Dataset):
+    """Made by operators that need more than the budget."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((256, 4096), float(index)).sin().mean(1).repeat(64, 1)
+
+
+def test_workers_of_a_loader_that_are_forked_are_not_limited():
+    def losses(within):
+        torch.manual_seed(0)
+        model, found = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1)), []
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with within:
+            for _ in range(2):
+                for batch in torch.utils.data.DataLoader(
+                    Images(), 2, num_workers=2, multiprocessing_context="fork", timeout=60
+                ):
+                    loss = model(batch).square().mean()
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    found.append(loss.item())
+        return found
+
+    assert losses(limit("2 MiB")) == losses(nullcontext())

@@ -11,6 +11,7 @@ A step           ends with the optimizer's (`torch.optim`'s hooks say so; the ne
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -219,6 +220,8 @@ class Limit:
 
     def __exit__(self, *problem: Any) -> None:
         executor = self._executor
+        if executor is None:  # in a child process
+            return
         if isinstance(problem[1], BudgetError) and isinstance(executor, Online) and not self._cycle.plans:
             problem[1].add_note(PLAN_FIRST)
         try:
@@ -247,6 +250,12 @@ class Limit:
         if isinstance(executor, Replay):
             executor = self._to_online(executor, sys.maxsize)
         return [] if executor is None else hand_back(executor, self.budget)
+
+    def _stay_behind(self) -> None:
+        """We are in a process that was forked: it has its own memory, and a copy of ours that nobody manages."""
+        self._stop_listening()
+        self._owner.holds.clear()
+        self._executor = None
 
     def _new_online(self, backend: Backend, budget: int) -> Online:
         policy = self._policy or ("coop" if backend.addresses else "pager")
@@ -425,6 +434,15 @@ class Limit:
         self._listening.resume()
         self._executor.optimizing(False)
         self._ended = not self._by_hand
+
+
+def _forked() -> None:
+    """In a child process (a worker of a `DataLoader`) nothing is limited."""
+    while _ACTIVE:
+        _ACTIVE.pop()._stay_behind()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _nbytes(budget: Any) -> int:
