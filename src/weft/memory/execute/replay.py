@@ -426,12 +426,20 @@ class Replay:
         """The owner of a storage is about to give it `nbytes`. Raises `Deviation` if a repetition may want those it has."""
         with below():
             hold = self.adopt(bytes_of(storage))
-        if not hold.lent and hold.block in self._leaned_on:
-            raise Deviation("a tensor is emptied by its owner that others are made from")
+        if nbytes < hold.block.nbytes and self._repeats_from(hold.block):
+            raise Deviation("a tensor is emptied by its owner, and others are to be made from it again")
         hold.lent = True
         if hold.block.nbytes != nbytes:
             hold.block.payload, hold.block = None, Block(nbytes)
             hold.block.payload = hold
+
+    def _repeats_from(self, block: Block) -> bool:
+        """Whether the plan may repeat a call of this step that read a block."""
+        ops = self.trace.ops
+        return block in self._leaned_on or any(
+            number is not None and ops[number].repeatable and any(look[2] is block for look in call.looks)
+            for call, number in self.log
+        )
 
     def rest(self) -> None:
         """Between two steps: everything that is alive is there, as `end_step` has found."""
