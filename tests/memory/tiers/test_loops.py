@@ -232,3 +232,40 @@ def test_a_folder_that_goes_away(tmp_path):
         with pytest.raises(FileNotFoundError, match="was removed or renamed while it was in use"):
             tiered.step()
         assert tiered.steps == 0 and not differing(tiered.state_dict(), before)
+
+
+@pytest.mark.parametrize(("first", "update"), [(True, "step"), (False, "backward")])
+def test_a_compiled_model(tmp_path, update, first):
+    """By dynamo, which leaves out what brings parameters; compiled before it is put on tiers, or after."""
+
+    def turns(model, optimizer):
+        return [losses(model, optimizer, turn) for turn in range(3)]
+
+    def losses(model, optimizer, turn):
+        torch.manual_seed(turn)
+        loss = model(*tokens(turn))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    torch._dynamo.reset()
+    compiled = lambda model: torch.compile(model, backend="aot_eager")
+    reference, model = gpt(), gpt()
+    expected = turns(compiled(reference), ADAMW(reference.parameters()))
+    given = compiled(model) if first else model
+    with Tiered(given, ADAMW, Tiers("disk", "host", "disk", "disk"), tmp_path, update=update, **SMALL) as tiered:
+        assert turns(given if first else compiled(model), tiered.optimizer) == expected
+        found = {name.removeprefix("_orig_mod."): value for name, value in tiered.state_dict().items()}
+        assert not differing(found, dict(reference.state_dict()))
+
+
+def test_models_that_cannot_be_on_tiers(tmp_path):
+    x = torch.zeros(2, 4)
+    for made in (torch.jit.script(nn.Linear(4, 4)), torch.jit.trace(nn.Linear(4, 4), x)):
+        with pytest.raises(ValueError, match=r"^Tiered: 1 was made by torch\.jit.*give the nn\.Module"):
+            Tiered(nn.Sequential(nn.Linear(4, 4), made), ADAMW, LOWER, tmp_path)
+    noisy = nn.Sequential(nn.Linear(4, 4), nn.RReLU())
+    with pytest.raises(ValueError, match=r"1 is an RReLU.*activations='device'"):
+        Tiered(noisy, ADAMW, Tiers("host", activations="disk"), tmp_path)
+    Tiered(noisy, ADAMW, LOWER, tmp_path).close()

@@ -173,3 +173,6 @@ class Backward:
         self._handles.clear()
         if self.moved is not None:
             self.moved.close(self.slots)
+
+
+private.hide_from_compiler(Backward._pack, Backward._unpack, Backward._finished)

@@ -42,6 +42,7 @@ class Passes:
         self, model: nn.Module, presence: Presence, begin: Callable[[bool], None], end: Callable[[bool], None]
     ):
         self.model, self.presence, self._begin, self._end = model, presence, begin, end
+        self._root = id(model)  # dynamo, which looks into hooks, must not meet the model a second time
         self.in_step = self._running = self._again = False
         self.saving = 0
         self._frames: list[list[Slot]] = []  # what each running module holds
@@ -57,7 +58,7 @@ class Passes:
             ]
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
-        if module is self.model or not self._frames:
+        if id(module) == self._root or not self._frames:
             self._again = private.in_backward()
             if not self._again:
                 self._forget_frames()
@@ -122,3 +123,6 @@ class Passes:
         for module in self.model.modules():
             if isinstance(module._parameters, Watched):
                 module.__dict__["_parameters"] = dict(module._parameters)
+
+
+private.hide_from_compiler(Passes._enter, Passes._leave, Passes._seen, Passes._reached)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from weft.memory.private import hide_from_compiler
+
 __all__ = ["Released", "View", "Watched", "present", "release"]
 
 # Of a released parameter: the fields that show elements (others do not), and the functions that need none (others do).
@@ -110,3 +112,6 @@ def _released(value: Any) -> Iterator[Released]:
             yield from _released(each)
     elif isinstance(value, Mapping):
         yield from _released(list(value.values()))
+
+
+hide_from_compiler(Watched.__getitem__)

@@ -101,7 +101,7 @@ class Tiered:
         buffers: int = 3,
         threads: int = 4,
     ):
-        _check(tiers, folder, resume, update)
+        _check(model, tiers, folder, resume, update)
         sizes = {"keep_below": keep_below, "floor": floor, "ahead": ahead, "chunk": chunk}
         nbytes = {name: nbytes_of(size, name) for name, size in sizes.items()}
         self.model, self.tiers, self.device = model, tiers, _device(model, device)
@@ -354,7 +354,18 @@ class Tiered:
         self.close()
 
 
-def _check(tiers: Tiers, folder: Path | str | None, resume: bool, update: str) -> None:
+def _check(model: nn.Module, tiers: Tiers, folder: Path | str | None, resume: bool, update: str) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"Tiered: {name or 'the model'} was made by torch.jit, whose code reads parameters without asking their module, "
+                "when they are elsewhere; give the nn.Module it was made from (torch.compile works)"
+            )
+        if isinstance(module, nn.RReLU) and tiers.activations != "device":
+            raise ValueError(
+                f"Tiered: {name or 'the model'} is an RReLU, whose noise torch saves for backward before it draws it, so that "
+                "what moves saved tensors moves garbage; use activations='device' or another activation function"
+            )
     if update not in ("step", "backward"):
         raise ValueError(f"Tiered: update must be 'step' or 'backward', got {update!r}")
     if tiers.uses_disk and folder is None:
