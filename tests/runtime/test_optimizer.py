@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+import weft
 from weft.runtime.optimizer import recipe
 
 
@@ -60,3 +62,38 @@ def test_pieces_that_do_not_lie_in_order_are_not_fused():
     model = nn.Linear(4, 4, bias=False)
     built = recipe(torch.optim.AdamW, model).build({"weight": nn.Parameter(torch.randn(4, 4).t())})
     assert built.param_groups[0]["fused"] is None
+
+
+class Spectral(nn.Module):
+    """A parameter that is complex: torch has no fused update for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(16, 16), nn.Parameter(torch.randn(9, dtype=torch.cfloat))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft(torch.fft.rfft(self.linear(x)) * self.scale, n=16)
+
+
+@pytest.mark.parametrize("kind", ["complex", "half"])
+def test_a_run_updates_as_the_user_would_where_fused_is_left_alone(kind):
+    torch.manual_seed(0)
+    dtype = torch.float32 if kind == "complex" else torch.bfloat16
+    model = (
+        Spectral() if kind == "complex" else nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).bfloat16()
+    )
+    plain = copy.deepcopy(model)
+    batch = torch.randn(8, 16, dtype=dtype), torch.randn(8, 16, dtype=dtype)
+    loss = nn.functional.mse_loss
+    cluster = weft.Cluster.local(processes=1)
+    with weft.run(weft.plan(model, batch, loss=loss, cluster=cluster), model, torch.optim.AdamW) as trainer:
+        for _ in range(5):
+            trainer.step(batch)
+        trainer.sync()
+    optimizer = torch.optim.AdamW(plain.parameters())
+    for _ in range(5):
+        loss(plain(batch[0]), batch[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)

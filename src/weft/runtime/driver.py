@@ -288,7 +288,8 @@ def _of_first_process(values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _checksum(tensor: Tensor) -> tuple[float, float]:
-    flat = tensor.detach().reshape(-1).double()
+    tensor = tensor.detach()
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1).double()
     return float(flat.sum()), float(flat.abs().sum())
 
 

@@ -74,8 +74,10 @@ class Trainer:
         self._recipe = recipe(optimizer, model, loss)
         stand_ins = {name: nn.Parameter(torch.zeros(1)) for names in self._recipe.names() for name in names}
         self.optimizer = self._recipe.build(stand_ins)
-        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
+        # What the processes make of the same recipe, but for what depends on the parameters themselves (`fused`).
         self._sent: list[dict[str, Any]] = [{} for _ in self.optimizer.param_groups]
+        self._changed_options()
+        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
         self._every = checkpoint_every
         first = driver.rank == 0
