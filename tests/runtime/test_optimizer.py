@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import weft
-from weft.runtime.optimizer import recipe
+from weft.runtime.optimizer import ELEMENTWISE, recipe
 
 
 def pieces_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -39,6 +39,21 @@ def test_updates_equal_those_of_the_users_own_words(optimizer):
         ours.step(), theirs.step()
     for mine, its in zip(pieces.values(), plain, strict=True):
         assert torch.allclose(mine, its, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", sorted(ELEMENTWISE))
+@pytest.mark.parametrize("made", [False, True])
+def test_every_elementwise_optimizer_is_taken_until_it_has_stepped(name, made):
+    """Some have state from the start."""
+    kind, model = getattr(torch.optim, name), nn.Linear(3, 2)
+    given = kind(model.parameters()) if made else kind
+    assert type(recipe(given, model).build(pieces_of(model))) is kind
+    if made:
+        model(torch.ones(1, 3)).sum().backward()
+        given.step()
+        if given.state:  # SGD without momentum has none
+            with pytest.raises(ValueError, match="it has state from earlier steps"):
+                recipe(given, model)
 
 
 @pytest.mark.parametrize(

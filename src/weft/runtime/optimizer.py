@@ -121,7 +121,7 @@ def recipe(optimizer: Callable[[Iterable[Any]], Optimizer] | Optimizer, model: n
             f"optimizer: {type(built).__name__} evaluates the model within its step (it needs a closure), which a run by a plan "
             "cannot; use one whose step() takes nothing, as AdamW or SGD"
         )
-    if built.state:
+    if any(state.get("step", 1) for state in built.state.values()):  # Adagrad has its state from the start
         raise ValueError(
             "optimizer: it has state from earlier steps; pass a fresh one, and load a checkpoint for its state"
         )
