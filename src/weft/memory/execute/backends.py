@@ -74,9 +74,9 @@ class Hold(Tie):
         kind: what the storage is to the user; no recipe leans on a "gradient".
         exposed: its address is known outside (numpy, a collective): pinned while it lives.
         lent: its owner empties and fills it in the course of a step.
+        fickle: no recipe leans on it, for that reason: it was empty at first, or what was made from it has had to come back.
         unfilled: the step that made it empty, if no operator has filled it since. It has no recipe: what it holds may have been
             written through its address.
-        fickle: so that no recipe leans on it: it was empty at first, or what was made from it has had to come back before.
     """
 
     __slots__ = ("block", "exposed", "fickle", "kind", "lent", "owner", "unfilled")

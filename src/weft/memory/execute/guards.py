@@ -13,8 +13,8 @@ an operator either: `torch.utils.checkpoint` keeps one for each of its blocks, a
 A storage that is resized (`untyped_storage().resize_`: ZeRO-3 of weft and of FSDP, which free gathered weights and fill them
 again) is announced before: its bytes change in a way that no operator tells of.
 
-A C++ extension that takes a tensor's pointer without going through an operator is not seen by anything. Register it with
-`torch.library`, or touch `tensor.data_ptr()` before the call.
+A C++ extension that reads a tensor by its address without going through an operator is not seen by anything. Register it with
+`torch.library`, or touch `tensor.data_ptr()` before the call. What it writes stays if it made room for it (`Hold.unfilled`).
 """
 
 from __future__ import annotations

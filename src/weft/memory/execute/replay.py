@@ -426,7 +426,7 @@ class Replay:
         """The owner of a storage is about to give it `nbytes`. Raises `Deviation` if a repetition may want those it has."""
         with below():
             hold = self.adopt(bytes_of(storage))
-        if nbytes < hold.block.nbytes and self._repeats_from(hold.block):
+        if not self.steps and nbytes < hold.block.nbytes and self._repeats_from(hold.block):  # later steps do the same
             raise Deviation("a tensor is emptied by its owner, and others are to be made from it again")
         hold.lent = True
         if hold.block.nbytes != nbytes:
