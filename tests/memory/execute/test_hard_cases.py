@@ -427,6 +427,18 @@ def test_resizing_and_set_():
         assert limited._executor.core.arena.used == 0
 
 
+@pytest.mark.parametrize("resize", [lambda x: x.resize_(100), lambda x: x.untyped_storage().resize_(400)])
+def test_a_resized_tensor_whose_address_was_known(resize):
+    with limit("1 MiB", replay=False) as limited:
+        x = torch.ones(4) * 2
+        assert x.data_ptr()
+        resize(x)
+        core = limited._executor.core
+        assert core.arena.used == 448 and torch.equal(x[:4], torch.full((4,), 2.0))
+        del x
+        assert core.arena.used == 0 and not core._exposed
+
+
 def test_data_dependent_sizes():
     x = torch.randn(300)
 

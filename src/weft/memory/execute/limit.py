@@ -38,7 +38,7 @@ from weft.memory.execute.sizes import Sizes
 from weft.memory.execute.takeover import take_over
 from weft.memory.execute.tape import Tape
 from weft.memory.planning.memory_plan import MemoryPlan
-from weft.memory.private import below, hide_from_compiler, plain_parts, require
+from weft.memory.private import below, bytes_of, hide_from_compiler, plain_parts, require
 from weft.memory.record import Trace
 from weft.memory.tracing.lone import count_references
 from weft.memory.tracing.state import state_to_come
@@ -407,7 +407,9 @@ class Limit:
 
     def _resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         if storage.device.type == self.device.type and storage.nbytes() != nbytes:
-            self._at(lambda executor: executor.lend(storage, nbytes))
+            with below():
+                whole = bytes_of(storage)
+            self._at(lambda executor: executor.lend(whole, nbytes))
 
     def _watch(self, leaf: Tensor) -> None:
         if id(leaf) not in self._watched:

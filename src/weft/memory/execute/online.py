@@ -38,7 +38,7 @@ from weft.memory.execute.random_state import about_to_draw, state_nbytes
 from weft.memory.execute.sizes import SETTLED, Size, Sizes, signature
 from weft.memory.execute.tape import Tape
 from weft.memory.execute.unremembered import adopt_parts, opaque, run_once
-from weft.memory.private import below, bytes_of, in_backward, storage_of
+from weft.memory.private import below, in_backward, storage_of
 from weft.memory.record import Category
 from weft.memory.tracing.operators import fills, moved_statistics
 
@@ -384,26 +384,33 @@ class Online:
             self._at_work(lambda: self.core.settle(hold.block))  # who knows the address may write
             self.pin(hold)
 
-    def lend(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        """The owner of a storage is about to give it `nbytes`. What has been made from it is made now.
+    def lend(self, tensor: Tensor, nbytes: int) -> None:
+        """The owner of a tensor's bytes is about to give it `nbytes`, another number. What has been made from it is made now.
 
         Raises:
             BudgetError: there is no room for them, or for what comes back.
         """
-        with below():
-            hold = self.adopt(bytes_of(storage))
-        old = hold.block
-        hold.fickle |= not hold.lent and not old.nbytes
+        hold = self.adopt(tensor)
+        hold.fickle |= not hold.lent and not hold.block.nbytes
         hold.lent = True
-        if old.step is None and old.read:
-            hold.fickle |= self.cut((old,))
+        if hold.block.step is None and hold.block.read:
+            hold.fickle |= self.cut((hold.block,))
+        if not nbytes and self.tape is not None:
+            self.tape.died(hold, self._busy)
+        self.resized(hold, nbytes)
+
+    def resized(self, hold: Hold, nbytes: int) -> None:
+        """A storage shows another block from now on, of `nbytes`, without recipe.
+
+        Raises:
+            BudgetError: there is no room for it.
+        """
+        old = hold.block
         if old.nbytes == nbytes:
             return
         if hold.exposed:  # addresses that somebody knows are none any more
             hold.exposed = False
             self._at_work(lambda: self.core.unpin(old))
-        if not nbytes and self.tape is not None:
-            self.tape.died(hold, self._busy)
         hold.unfilled = None
         hold.block = self.core.adopt(nbytes, hold, inside=True)
         old.payload = None

@@ -27,7 +27,7 @@ from weft.memory.execute.recall import never_read_again, remembered
 from weft.memory.execute.rows import rows
 from weft.memory.execute.shelf import Shelf
 from weft.memory.execute.unremembered import parts
-from weft.memory.private import below, bytes_of, storage_of
+from weft.memory.private import storage_of
 from weft.memory.record import Trace
 from weft.memory.schedule import Schedule
 from weft.memory.tracing.operators import moved_statistics, tensors_of
@@ -422,16 +422,15 @@ class Replay:
                 raise Deviation("the address of a tensor is asked for that the plan has dropped")
             hold.exposed = True
 
-    def lend(self, storage: torch.UntypedStorage, nbytes: int) -> None:
-        """The owner of a storage is about to give it `nbytes`. Raises `Deviation` if a repetition may want those it has."""
-        with below():
-            hold = self.adopt(bytes_of(storage))
+    def lend(self, tensor: Tensor, nbytes: int) -> None:
+        """The owner of a tensor's bytes is about to give it `nbytes`, another number. Raises `Deviation` if a repetition may want
+        those it has."""
+        hold = self.adopt(tensor)
         if not self.steps and nbytes < hold.block.nbytes and self._repeats_from(hold.block):  # later steps do the same
             raise Deviation("a tensor is emptied by its owner, and others are to be made from it again")
         hold.lent = True
-        if hold.block.nbytes != nbytes:
-            hold.block.payload, hold.block = None, Block(nbytes)
-            hold.block.payload = hold
+        hold.block.payload, hold.block = None, Block(nbytes)
+        hold.block.payload = hold
 
     def _repeats_from(self, block: Block) -> bool:
         """Whether the plan may repeat a call of this step that read a block."""

@@ -64,11 +64,7 @@ def regeometry(online: Online, facts: Facts, args: Sequence[Any], kwargs: Mappin
         online.cut((online.adopt(tensor).block,))
     result = facts.call(*args, **kwargs)
     for tensor in (*tensors, *flat(result)):
-        hold, nbytes = online.adopt(tensor), storage_of(tensor).nbytes()
-        if hold.block.nbytes != nbytes:
-            online.core.release(hold.block)
-            hold.unfilled = None
-            hold.block = online.core.adopt(nbytes, hold, inside=True)
+        online.resized(online.adopt(tensor), storage_of(tensor).nbytes())
     return result
 
 
