@@ -54,7 +54,7 @@ class Gradients:
                 at += round_up(shard.length * shard.dtype.itemsize)
             self.file = DiskFile(folder / "gradients.bin", max(at, 1))
             self._writing: deque[tuple[int, Transfer, Tensor]] = deque()
-        self._coming: dict[tuple[int, int, int], tuple[Transfer, Tensor]] = {}
+        self._read: dict[tuple[int, int, int], tuple[Transfer, Tensor]] = {}
 
     def __contains__(self, shard: int) -> bool:
         return shard in self.kept or shard in self.stored
@@ -68,15 +68,17 @@ class Gradients:
                 self.kept[index] = gradient if self.device is None else gradient.to(self.device)
             return
         if index in self.stored:
-            buffer = self._read(index)
-            self._elements(index, buffer).add_(gradient.to("cpu"))
+            buffer = self._arrived(self._all(index))
+            self._elements(buffer, index, self.shards[index].length).add_(gradient.to("cpu"))
         else:
             buffer = self._filled(index, gradient)
         self._write(index, buffer)
 
     def whole(self, index: int) -> Tensor:
-        """All elements of a shard's gradient, 1-D; of one in memory, an alias."""
-        return self.kept[index] if index in self.kept else self._elements(index, self._read(index))
+        """All elements of a shard's gradient, which there is, 1-D; of one in memory an alias."""
+        found = self.get(self._all(index))
+        assert found is not None
+        return found
 
     def replace(self, index: int, gradient: Tensor) -> None:
         """Put other elements in place of a shard's gradient."""
@@ -85,21 +87,17 @@ class Gradients:
         elif self.kept[index].data_ptr() != gradient.data_ptr():
             self.kept[index].copy_(gradient)
 
-    def _elements(self, index: int, buffer: Tensor) -> Tensor:
-        shard = self.shards[index]
-        return buffer[: shard.length * shard.dtype.itemsize].view(shard.dtype)
+    def _all(self, index: int) -> Segment:
+        return Segment(index, self.shards[index].start, self.shards[index].stop)
+
+    def _elements(self, buffer: Tensor, index: int, length: int) -> Tensor:
+        dtype = self.shards[index].dtype
+        return buffer[: length * dtype.itemsize].view(dtype)
 
     def _filled(self, index: int, gradient: Tensor) -> Tensor:
         shard = self.shards[index]
         buffer = aligned(shard.length * shard.dtype.itemsize)
-        self._elements(index, buffer).copy_(gradient)
-        return buffer
-
-    def _read(self, index: int) -> Tensor:
-        """What the file has of a shard's gradient."""
-        self._settle(index)
-        buffer = aligned(self.shards[index].length * self.shards[index].dtype.itemsize)
-        self.disk.read(self.file, buffer, self._offsets[index]).wait()
+        self._elements(buffer, index, shard.length).copy_(gradient)
         return buffer
 
     def _write(self, index: int, buffer: Tensor) -> None:
@@ -119,13 +117,13 @@ class Gradients:
 
     def fetch(self, segment: Segment) -> None:
         """Start reading a segment, if it is in the file."""
-        if segment.shard not in self.stored or self._key(segment) in self._coming:
+        if segment.shard not in self.stored or self._key(segment) in self._read:
             return
         self._settle(segment.shard)
         shard = self.shards[segment.shard]
         buffer = aligned(segment.length * shard.dtype.itemsize)
         offset = self._offsets[segment.shard] + (segment.start - shard.start) * shard.dtype.itemsize
-        self._coming[self._key(segment)] = (self.disk.read(self.file, buffer, offset), buffer)
+        self._read[self._key(segment)] = (self.disk.read(self.file, buffer, offset), buffer)
 
     def get(self, segment: Segment) -> Tensor | None:
         """The segment's gradient, 1-D; None if its shard has none. What was read from disk is handed over, not kept."""
@@ -134,10 +132,14 @@ class Gradients:
             return self.kept[segment.shard][segment.start - shard.start : segment.stop - shard.start]
         if segment.shard not in self.stored:
             return None
+        return self._elements(self._arrived(segment), segment.shard, segment.length)
+
+    def _arrived(self, segment: Segment) -> Tensor:
+        """The buffer that a segment in the file has been read into."""
         self.fetch(segment)
-        transfer, buffer = self._coming.pop(self._key(segment))
+        transfer, buffer = self._read.pop(self._key(segment))
         transfer.wait()
-        return buffer[: segment.length * shard.dtype.itemsize].view(shard.dtype)
+        return buffer
 
     @staticmethod
     def _key(segment: Segment) -> tuple[int, int, int]:
@@ -149,9 +151,9 @@ class Gradients:
         self.stored.discard(index)
 
     def clear(self) -> None:
-        for transfer, _ in self._coming.values():
+        for transfer, _ in self._read.values():
             transfer.wait()
-        self._coming.clear()
+        self._read.clear()
         if self.file is not None:
             for _, transfer, _ in self._writing:
                 transfer.wait()

@@ -114,7 +114,7 @@ class Moved:
 
     def arriving(self, slot: Slot) -> None:
         """A gradient is about to be put under a parameter: torch adds it to what is there, which must be a tensor or nothing."""
-        if slot.index in self._notes and self.holds(slot):
+        if self.holds(slot):
             slot.parameter.grad = None
 
     def holds(self, slot: Slot) -> bool:
@@ -122,8 +122,7 @@ class Moved:
         note = self._notes.get(slot.index)
         if note is None:
             return False
-        found = slot.parameter.grad
-        if isinstance(found, MovedGradient) and found.note is note:
+        if _stands(note):
             return True
         if not self.used:
             self._forget(slot.index)
@@ -147,8 +146,7 @@ class Moved:
             whole = self._whole(note.slot)
             self._forget(note.slot.index)
             note.there = whole
-            found = note.slot.parameter.grad
-            if isinstance(found, MovedGradient) and found.note is note:
+            if _stands(note):
                 note.slot.parameter.grad = whole
         return note.there
 
@@ -211,6 +209,12 @@ class Moved:
                 f"is spread over the processes, and {what} needs all of it; clip norms by Tiered.clip_grad_norm_. Here it can be "
                 "scaled and clamped by numbers",
             )
+
+
+def _stands(note: Note) -> bool:
+    """Whether what stands for a gradient is still under its parameter."""
+    found = note.slot.parameter.grad
+    return isinstance(found, MovedGradient) and found.note is note
 
 
 def _tensors(*values: Any) -> list[Tensor]:

@@ -79,9 +79,8 @@ def _judged(trace: Trace, plan: Any) -> tuple[Any, int]:
         return None, 0
     if isinstance(plan, Schedule):
         return check(trace, plan), 0
-    step = (
-        trace.as_run if getattr(plan, "trace", None) == trace.as_run else trace
-    )  # what is planned is the step that runs
+    # What is planned is the step that runs.
+    step = trace.as_run if getattr(plan, "trace", None) == trace.as_run else trace
     return check(step, plan.schedule, getattr(plan, "tier", None)), int(getattr(plan, "budget", 0) or 0)
 
 

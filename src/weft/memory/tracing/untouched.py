@@ -51,9 +51,8 @@ class Untouched:
         """Put everything back as it was on entering."""
         with torch.no_grad():
             for storage, copy in self._copies.values():
-                if (
-                    storage.nbytes() == copy.numel()
-                ):  # else its owner has emptied it, as FSDP does with gathered weights
+                # Another size: its owner has emptied it, as FSDP does with gathered weights.
+                if storage.nbytes() == copy.numel():
                     _bytes_of(storage).copy_(copy)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
