@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from weft.comm import (
     Accordion,
@@ -207,6 +210,78 @@ def test_a_server_codes_only_what_is_coded(pool):
         assert pool(2).run(biases, down) == [True, True]
 
 
+class Layers(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.reentrant = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), reentrant
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()  # without it a reentrant checkpoint has no backward pass
+        for layer in self.layers:
+            x = torch.relu(checkpoint(layer, x, use_reentrant=self.reentrant))
+        return x
+
+
+def passes_within(name):
+    """Every checkpointed layer's backward pass is one of its own where checkpoints are reentrant; a bucket has one layer."""
+    found = []
+    for reentrant in (False, True):
+        ddp = DistributedDataParallel(Layers(reentrant), bucket_cap_mb=1e-4)
+        optimizer = sgd(ddp)
+        handle = attach(ddp, Exchange() if name == "plain" else EXCHANGES[name](), optimizer)
+        for step in range(4):
+            optimizer.zero_grad()
+            backward(ddp, step) if step < 3 else broken_behind(ddp)
+            optimizer.step()
+        assert handle.exchange.skipped == 1 and handle.step == 4
+        found.append(weights(ddp))
+        handle.remove()
+    return torch.equal(*found) and bool(found[0].isfinite().all())
+
+
+def broken_behind(ddp):
+    """A gradient that is not finite on one rank, in the last layer alone."""
+    layer = ddp.module.layers[-1]
+    hook = layer.weight.register_hook(lambda gradient: gradient * torch.nan) if dist.get_rank() else None
+    ddp(torch.ones(2, 8)).sum().backward()
+    if hook is not None:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["plain", "top-k"])
+def test_reentrant_checkpoints_make_one_step_of_a_backward_pass(pool, name):
+    assert pool(2).run(passes_within, name) == [True, True]
+
+
+class TwoTypes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 8).double(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x.double()).float())
+
+
+def static(name):
+    found = []
+    for graph in (False, True):
+        ddp = DistributedDataParallel(TwoTypes(), static_graph=graph)
+        optimizer = sgd(ddp)
+        handle = attach(ddp, EXCHANGES[name](), optimizer)
+        train(ddp, optimizer, 3)
+        assert handle.step == 3
+        found.append(torch.cat([p.detach().double().flatten() for p in ddp.parameters()]))
+    return torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", ["top-k", "median"])
+def test_a_static_graph_of_two_dtypes(pool, name):
+    """Its first backward pass hands over all buckets as the first of several."""
+    assert pool(2).run(static, name) == [True, True]
+
+
 # ---- optimizers and loops
 
 
@@ -238,6 +313,12 @@ def optimizers():
     groups = [{"params": parts[:2], "momentum": 0.9}, {"params": parts[2:], "momentum": 0.0}]
     with pytest.raises(ValueError, match="same in all parameter groups"):
         attach(ddp, dgc(0.1, momentum=0.9), torch.optim.SGD(groups, lr=0.1))
+    ddp = DistributedDataParallel(network())
+    attach(ddp, dgc(0.1, momentum=0.9), torch.optim.SGD(list(ddp.parameters())[:2], lr=0.1, momentum=0.9))
+    with pytest.raises(ValueError, match="hold all trained parameters with MomentumCorrection"):
+        backward(ddp, 0)
+    ddp = DistributedDataParallel(network())
+    parts = list(ddp.parameters())
     late = torch.optim.SGD(parts[:2], lr=0.1, momentum=0.9)
     handle = attach(ddp, dgc(0.1, momentum=0.9), late)
     late.add_param_group({"params": parts[2:], "momentum": 0.0})
@@ -276,6 +357,78 @@ def skipped():
 
 def test_a_step_that_is_not_finite_reaches_no_optimizer(pool):
     assert pool(2).run(skipped) == [True, True]
+
+
+def skipped_once():
+    """What is skipped is one step, not those after it that nothing is exchanged in."""
+    ddp = DistributedDataParallel(network())
+    optimizer = sgd(ddp)
+    attach(ddp, exact(), optimizer)
+    not_finite(ddp)
+    optimizer.step()
+    before = weights(ddp)
+    with ddp.no_sync():
+        backward(ddp, 0)
+    optimizer.step()
+    return not torch.equal(weights(ddp), before)
+
+
+def test_a_local_step_after_a_skipped_one_is_made(pool):
+    assert pool(2).run(skipped_once) == [True, True]
+
+
+def passes(name, how):
+    """Two synchronised backward passes before a step; what the loop hears."""
+    ddp = DistributedDataParallel(network())
+    optimizer = sgd(ddp, momentum=0.9 if name == "dgc" else 0.0)
+    attach(ddp, EXCHANGES[name](), optimizer)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            for step in range(3):
+                optimizer.zero_grad()
+                with ddp.no_sync() if how == "locally" else contextlib.nullcontext():
+                    backward(ddp, 2 * step)
+                if how == "thrown away":
+                    optimizer.zero_grad()
+                backward(ddp, 2 * step + 1)
+                optimizer.step()
+        except ValueError as error:
+            return str(error)
+    return [str(warning.message) for warning in heard if "exchanged twice" in str(warning.message)]
+
+
+def test_every_synchronised_pass_is_a_step_of_the_memory_and_the_loop_hears_of_it(pool):
+    for name in ("dgc", "top-k"):
+        assert pool(2).run(passes, name, "locally") == [[], []]
+        for heard in pool(2).run(passes, name, "thrown away"):
+            assert len(heard) == 1 and "ddp.module" in heard[0]
+    assert pool(2).run(passes, "top-k", "added") == [[], []]
+    for heard in pool(2).run(passes, "dgc", "added"):
+        assert "Accumulate under ddp.no_sync()" in heard
+
+
+def not_removed():
+    """Another rank does not come when the momentum is to be given back."""
+    ddp = DistributedDataParallel(network())
+    optimizer, exchange = sgd(ddp, momentum=0.9), dgc(0.1, momentum=0.9)
+    handle = attach(ddp, exchange, optimizer)
+    train(ddp, optimizer, 2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="gone"):
+        patch.setattr(dist, "all_reduce", gone)
+        handle.remove()
+    kept = exchange.state_dict()["states"]["0.weight"]
+    assert optimizer.param_groups[0]["momentum"] == 0 and kept[MomentumCorrection.buffer].any()
+    train(ddp, optimizer, 1)  # plain DDP
+    return alike(ddp)
+
+
+def gone(*_args, **_options):
+    raise RuntimeError("gone")
+
+
+def test_a_remove_that_fails_loses_no_momentum(pool):
+    assert pool(2).run(not_removed) == [True, True]
 
 
 def given_back(nesterov):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,9 +16,12 @@ from weft.comm.codecs.top_k import TopK
 from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
 from weft.comm.memories.shift import Shift
+from weft.comm.memory import NoMemory
 from weft.comm.rules.centre import GeometricMedian
-from weft.comm.rules.elementwise import Median
+from weft.comm.rules.elementwise import Median, TrimmedMean
 from weft.comm.rules.flag import Flag
+from weft.comm.rules.krum import Krum
+from weft.comm.rules.mean import Mean
 from weft.comm.topology import AllGather, Gossip, Peer, Ring, ScatterGather, Star
 from weft.errors import ExchangeMismatch
 
@@ -202,6 +207,64 @@ def test_a_rank_that_was_left_out_once_follows_what_the_others_agreed_on(pool):
 # ---- what reduce promises
 
 
+def nobody_left(rule, topology):
+    """A step in which no rank's gradient is finite, in one tensor of three, between two good ones."""
+    exchange = Exchange(TopK(0.5), ErrorFeedback(), rule, topology, select=everything, timeout=20)
+    found, spoiled = [], data(1, dist.get_rank())
+    spoiled["b"][0] = float("nan")
+    for step, named in enumerate((data(0, dist.get_rank()), spoiled, data(2, dist.get_rank()))):
+        pairs = [(Spec(name, tuple(x.shape), x.dtype), x.flatten().clone()) for name, x in named.items()]
+        over = [threading.Event() for _ in pairs]
+        for number, (pair, event) in enumerate(zip(pairs, over, strict=True)):  # each a bucket of its own
+            exchange.submit([pair], step, number == 2, lambda error, event=event: event.set())
+        assert all(event.wait(20) for event in over)
+        found.append(torch.cat([flat for _, flat in pairs]))
+        if step == 0:
+            before = str(exchange.state_dict()["states"])
+        elif step == 1:
+            assert str(exchange.state_dict()["states"]) == before and exchange.skipped == 1
+    exchange.close()
+    return found
+
+
+@pytest.mark.parametrize("topology", [AllGather(), Star(1), ScatterGather()])
+@pytest.mark.parametrize("rule", [Median(), GeometricMedian()])
+def test_a_rule_skips_a_step_in_which_nobody_is_finite(pool, rule, topology):
+    ranks = pool(RANKS).run(nobody_left, rule, topology)
+    for first, second, third in ranks:
+        assert torch.equal(first, ranks[0][0]) and torch.equal(third, ranks[0][2])
+        assert first.isfinite().all() and third.isfinite().all() and second.isnan().any()
+
+
+def too_large(topology, memory, combine):
+    """A finite gradient above what float16 holds, on one rank; then a small one."""
+    exchange = Exchange(Cast("float16"), memory, combine, topology, select=everything, timeout=20)
+    named = data(0, dist.get_rank())
+    if dist.get_rank() == 1:
+        named["a"][0, 0] = 1e6
+    first = flat(exchange.reduce(named, 0).wait())
+    second = flat(exchange.reduce(data(1, dist.get_rank()), 1).wait())
+    skipped = exchange.skipped
+    exchange.close()
+    return first, second, skipped
+
+
+@pytest.mark.parametrize("memory", [NoMemory(), ErrorFeedback()])
+@pytest.mark.parametrize(
+    "topology", [Ring(), AllGather(), Star(0), ScatterGather(), ScatterGather(memory=ErrorFeedback())]
+)
+def test_what_is_too_large_for_sixteen_bits_is_a_skipped_step(pool, topology, memory):
+    mean = torch.stack([flat(data(1, rank)) for rank in range(RANKS)]).mean(0)
+    for first, second, skipped in pool(RANKS).run(too_large, topology, memory, Mean()):
+        assert skipped == 1 and first.isnan().any()
+        torch.testing.assert_close(second, mean, rtol=2e-3, atol=2e-3)
+
+
+def test_a_rule_goes_on_without_what_is_too_large_for_sixteen_bits(pool):
+    for first, second, skipped in pool(RANKS).run(too_large, AllGather(), ErrorFeedback(), Median()):
+        assert skipped == 0 and first.isfinite().all() and second.isfinite().all()
+
+
 def promises():
     own = dist.get_rank()
     exchange = Exchange(Cast("float16"), ErrorFeedback(), timeout=20)
@@ -221,6 +284,9 @@ def promises():
         exchange.reduce_scatter({"w": torch.ones(2, 2)}, 2, 5)
     with pytest.raises(TypeError, match="sparse=False"):
         exchange.reduce({"w": torch.eye(3).to_sparse()}, 2)
+    for kind in (torch.complex64, torch.int64, torch.bool):
+        with pytest.raises(TypeError, match="real floating-point"):
+            exchange.reduce({"w": torch.ones(3, dtype=kind)}, 2)
     bad = {
         "w": torch.full((2, 6), float("nan") if own == 2 else 1.0, dtype=torch.float64),
         "v": torch.ones(3, dtype=torch.bfloat16),
@@ -239,16 +305,34 @@ def test_reduce_keeps_its_promises(pool):
     assert pool(RANKS).run(promises) == [True] * RANKS
 
 
-def unlike_steps():
-    exchange = Exchange(TopK(0.5), select=everything, timeout=8)
+def unlike_steps(codec):
+    exchange = Exchange(codec, select=everything, timeout=8)
     exchange.open([Spec("w", (8,))])
     with pytest.raises(ExchangeMismatch, match="steps of the ranks"):
         exchange.reduce({"w": torch.ones(8)}, 5 if dist.get_rank() == 1 else 4).wait()
     return True
 
 
-def test_ranks_at_different_steps_are_named(pool):
-    assert [o.value for o in pool(RANKS).collect(unlike_steps)] == [True] * RANKS
+@pytest.mark.parametrize("codec", [TopK(0.5), Cast("bfloat16")])
+def test_ranks_at_different_steps_are_named(pool, codec):
+    assert [o.value for o in pool(RANKS).collect(unlike_steps, codec)] == [True] * RANKS
+
+
+def unlike_checkpoints():
+    """One rank goes on from a checkpoint, and the others begin."""
+    exchange = Exchange(Cast("bfloat16"), ErrorFeedback(), timeout=8)
+    exchange.reduce({"w": torch.ones(4, 2)}, 6).wait()
+    exchange.close()
+    again = Exchange(Cast("bfloat16"), ErrorFeedback(), timeout=8)
+    if dist.get_rank() == 1:
+        again.load_state_dict(exchange.state_dict())
+    with pytest.raises(ExchangeMismatch, match="checkpoints of the ranks"):
+        again.open([Spec("w", (4, 2))])
+    return True
+
+
+def test_ranks_with_different_checkpoints_are_named(pool):
+    assert [o.value for o in pool(RANKS).collect(unlike_checkpoints)] == [True] * RANKS
 
 
 def unlike_tensors():
@@ -260,6 +344,41 @@ def unlike_tensors():
 
 def test_ranks_whose_sizes_differ_are_named_before_anything_is_sent(pool):
     assert [o.value for o in pool(RANKS).collect(unlike_tensors)] == [True] * RANKS
+
+
+def sent_and_told(topology):
+    """Bytes that this rank hands to torch's collectives, and those that the report has of one tensor."""
+    exchange, seen = Exchange(TopK(0.01), topology=topology, select=everything, timeout=20), []
+
+    def watched(call, counted):
+        def counting(*args, **options):
+            seen.append(counted(*args))
+            return call(*args, **options)
+
+        return counting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "gather", watched(dist.gather, lambda send, *_: send.nbytes * (dist.get_rank() != 0)))
+        patch.setattr(dist, "broadcast", watched(dist.broadcast, lambda row, *_: row.nbytes * (dist.get_rank() == 0)))
+        patch.setattr(
+            dist, "all_to_all_single", watched(dist.all_to_all_single, lambda _, send, own, sizes: sum(sizes) - own[0])
+        )
+        patch.setattr(dist, "all_gather_single", watched(dist.all_gather_single, lambda _, send: send.nbytes))
+        exchange.reduce({"w": torch.randn(30_000)}, 0).wait()
+        seen.clear()  # the first compares tensors, too
+        exchange.reduce({"w": torch.randn(30_000)}, 1).wait()
+    told = exchange.report().nbytes
+    exchange.close()
+    return seen, told
+
+
+@pytest.mark.parametrize("down", [None, TopK(0.02)])
+def test_the_report_counts_the_way_back(pool, down):
+    star = pool(RANKS).run(sent_and_told, Star(0, down=down))
+    up, back = star[1][0][0], star[0][0][1]
+    assert star[0][1] == pytest.approx((RANKS - 1) * (up + back), rel=0.02)
+    (scattered, gathered), told = pool(RANKS).run(sent_and_told, ScatterGather(down=down))[0]
+    assert told == pytest.approx(scattered + (RANKS - 1) * gathered, rel=0.02)
 
 
 def test_cost_counts_latencies_and_bytes():
@@ -275,3 +394,15 @@ def test_cost_counts_latencies_and_bytes():
 def test_an_exchange_needs_a_process_group():
     with pytest.raises(ValueError, match="init_process_group"):
         Exchange().open()
+
+
+def too_few(rule):
+    exchange = Exchange(combine=rule, timeout=8)
+    with pytest.raises(ValueError, match="n >="):
+        exchange.open([Spec("w", (8,))])
+    return True
+
+
+@pytest.mark.parametrize("rule", [TrimmedMean(f=2), Krum(f=1)])
+def test_a_rule_that_ranks_are_too_few_for_is_refused_on_each_before_anything_is_sent(pool, rule):
+    assert pool(RANKS).run(too_few, rule) == [True] * RANKS

@@ -240,6 +240,11 @@ class Core:
             if bucket is not failed:
                 bucket.done(error)
 
+    @property
+    def nobody_left(self) -> bool:
+        """By the whole model's inner products, no rank's message is finite; False where they are not known."""
+        return self.gram is not None and not bool(self.gram.diagonal().isfinite().any())
+
     def weights_of_step(self, own: int) -> Tensor:
         """The rule's weights, made of the whole model's inner products."""
         if self._row is None:
@@ -269,9 +274,11 @@ class Core:
         used = self.setting(spec) is not None or (self.keeps and self.selects(spec))
         return used and self.codec.precision(spec).itemsize < spec.dtype.itemsize
 
-    def count(self, name: str, nbytes: float, ring: bool = False) -> None:
+    def count(self, name: str, nbytes: float, coded: Spec | None = None, ring: bool = False) -> None:
+        """Add a message of `nbytes` bytes to the report; `coded`: what its result on the way back is of, if that is coded too."""
         topology = Ring() if ring else self.topology
-        self.tally(name).nbytes += topology.wire(nbytes, self.wired.ranks)
+        back = nbytes if coded is None else topology.back(coded, nbytes)
+        self.tally(name).nbytes += topology.wire(nbytes, self.wired.ranks, back)
 
     def observe(self, item: Item, step: int) -> None:
         """Show the controller this rank's gradient, before any code."""

@@ -15,6 +15,8 @@ checkpoint fits any `bucket_cap_mb`. With `no_sync()` the exchange sees one accu
                         given), and is counted in `exchange.skipped`; gradients arrive as NaN, so that a loss scaler sees it, and
                         not at all where no optimizer given holds the parameter: another one passes over it
     loss scaling (R4)   give `scaler`: gradients are unscaled before they reach a memory and scaled again afterwards
+    every pass counts   each synchronised backward pass is a step of the memory. Results that no optimizer given has stepped with
+                        are warned about once; added to the next pass's gradients under a velocity memory they are an error
     clipping (R6)       clip after the backward pass, as ever; with a velocity memory clip inside the memory: what arrives is a
                         velocity, about 1/(1 - momentum) as long as a gradient, and a warning says so where it is clipped
 """
@@ -26,6 +28,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -95,8 +98,8 @@ def attach(
         A handle; `handle.remove()` restores plain DDP.
     Raises:
         TypeError: gradients are sparse, or parameters complex.
-        ValueError: momentum in two places, an Adam-like optimizer under a velocity memory or one that holds other parameters too,
-            another hook or group, an exchange at work for another model.
+        ValueError: momentum in two places, an Adam-like optimizer under a velocity memory or one that holds other parameters too
+            (at the first backward pass: none holds some), another hook or group, an exchange at work for another model.
         ExchangeMismatch: on every rank, if ranks differ in options or tensors.
 
     >>> attach(torch.nn.Linear(2, 2), Exchange())
@@ -138,13 +141,13 @@ def attach(
     return handle
 
 
-def _specs(ddp: DistributedDataParallel) -> list[Spec]:
+def _trained(ddp: DistributedDataParallel) -> dict[str, Tensor]:
     ignored = set(getattr(ddp, "parameters_to_ignore", ()))
-    return [
-        Spec(name, tuple(p.shape), p.dtype)
-        for name, p in ddp.module.named_parameters()
-        if p.requires_grad and name not in ignored
-    ]
+    return {name: p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored}
+
+
+def _specs(ddp: DistributedDataParallel) -> list[Spec]:
+    return [Spec(name, tuple(p.shape), p.dtype) for name, p in _trained(ddp).items()]
 
 
 @final
@@ -174,11 +177,14 @@ class Handle:
         self._parameters = {id(p): name for name, p in ddp.module.named_parameters()}
         self._layouts: dict[tuple[int, ...], tuple[list[Spec], list[int]]] = {}
         self.step = 0
+        self._listening: list[Any] = []
+        self._unused = self._piled = self._told = self._all_held = False  # see `_count_passes`
         self._open(exchange)
         self._works: list[tuple[dist.Work, Tensor]] = []
         self._over = threading.Event()
         self._error: BaseException | None = None
         self._under_way = self._backward = False
+        self._awaited: set[int] = set()  # parameters whose gradients have not come in this backward pass
         self._scale = 1.0
         self._skip = False
         self._arrived = 0.0  # norm of what was delivered, on steps where clipping is looked for
@@ -204,27 +210,37 @@ class Handle:
             exchange.group = given  # the group is the model's, and another model may have another
         self.exchange, self.step, self._moved = exchange, exchange.core.step + 1, moved
         self._take_momentum()
+        self._listen_no_more()
+        if exchange.core.keeps and self.optimizers:
+            self._listening = [p.register_hook(partial(self._arrives, p)) for p in _trained(self.ddp).values()]
+
+    def _listen_no_more(self) -> None:
+        for hook in self._listening:
+            hook.remove()
+        self._listening = []
 
     # ---- during the backward pass
 
     def take(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's hook: a bucket of gradients is ready."""
-        buffer = bucket.buffer()
+        buffer, parameters = bucket.buffer(), bucket.parameters()
         if not self._under_way:
             self._begin()
+        # In the first backward pass of a static graph no bucket says that it is the last.
+        self._awaited.difference_update(map(id, parameters))
+        last = bucket.is_last() or not self._awaited
         if self.exchange.plain:
             group = self.exchange.core.wired.group
             work = dist.all_reduce(buffer.mul_(1 / self.exchange.core.wired.ranks), group=group, async_op=True)
             self._works.append((work, buffer))
             self._buckets += 1
             result = work.get_future().then(_first)
-            if bucket.is_last() and not self._backward:
-                self._end()
+            if last:
+                self._end_soon()
             return result
-        parameters = bucket.parameters()
         key = tuple(map(id, parameters))
         specs, sizes = self._layouts.get(key) or self._layout(key, parameters)
-        last, scale = bucket.is_last(), self._scale
+        scale = self._scale
         if scale != 1.0:
             buffer.mul_(1 / scale)
         devices = [buffer.device] if buffer.device.type != "cpu" else None
@@ -240,9 +256,14 @@ class Handle:
             future.set_result(buffer)
 
         self.exchange.submit(list(zip(specs, buffer.split(sizes), strict=True)), self.step, last, done)
-        if last and not self._backward:
-            self._end()
+        if last:
+            self._end_soon()
         return future
+
+    def _arrives(self, parameter: Tensor, gradient: Tensor) -> None:
+        """A gradient is about to be added to `parameter.grad`: to results of the last exchange, if those were not used?"""
+        if self._unused and not self._piled and parameter.grad is not None:
+            self._piled = bool(parameter.grad.any())
 
     def _layout(self, key: tuple[int, ...], parameters: list[Tensor]) -> tuple[list[Spec], list[int]]:
         specs = [Spec(self._parameters[id(p)], tuple(p.shape), p.dtype) for p in parameters]
@@ -257,13 +278,23 @@ class Handle:
         self._under_way, self._skip, self._error = True, False, None
         self._over.clear()
         self._works.clear()
+        self._awaited = set(map(id, _trained(self.ddp).values()))
         self._before = self.exchange.skipped
         self._scale = float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
         self.step = self.exchange.core.step + 1  # which a checkpoint may have set
+
+    def _end_soon(self) -> None:
+        """All buckets are on their way: `_end` when the pass that brought the last is over.
+
+        That is one within another where activation checkpointing is reentrant: the outer pass goes on when the inner one is over,
+        and an end that was asked for by the first bucket would wait for gradients that come later.
+        """
         # Under `ddp.join()` a rank without data goes through the steps of the others with zeros, outside of a backward pass.
         self._backward = torch._C._current_graph_task_id() >= 0
         if self._backward:  # ours comes before DDP's own callback, which would lose the class of an error
             torch.autograd.Variable._execution_engine.queue_callback(self._end)  # type: ignore[attr-defined]
+        else:
+            self._end()
 
     def _end(self) -> None:
         """The end of the backward pass: wait for the last bucket."""
@@ -285,6 +316,7 @@ class Handle:
             self._over.wait()  # the exchange thread answers within its timeout, with results or an error
             if self._error is not None:
                 raise self._error
+            self._count_passes()
             self._skip = self.exchange.skipped > self._before
             if self.ddp.find_unused_parameters and not self.ddp.static_graph and self._backward:
                 grads = [(p, p.grad, None if p.grad is None else p.grad._version) for p in self.ddp.module.parameters()]
@@ -296,12 +328,40 @@ class Handle:
         if self._skip and self.optimizers and self.scaler is None and self._backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._drop)  # type: ignore[attr-defined]
         self._due = set(map(id, self.optimizers))
+        self._unused, self._piled = bool(self._due) and not self._skip, False
         ended = time.perf_counter()
         self.exchange.waited(ended - began)
         if self._choice is not None:
             self._trials.append((ended - self._ended, began - self._began, ended - began))
             self._ended = ended
         self.step += 1
+
+    def _count_passes(self) -> None:
+        """Look whether the results of the exchange before this one were used, as the memory takes for granted.
+
+        Raises:
+            ValueError: they are part of this one's gradients, and a velocity went through the momentum a second time; or, at the
+                first pass, velocities have come to parameters that no optimizer given holds.
+        """
+        memory = self.exchange.memory
+        name = type(memory).__name__
+        if memory.velocity and not self._all_held:
+            _check_all_held(memory, self.optimizers, _trained(self.ddp))
+            self._all_held = True
+        if self._piled and memory.velocity:
+            raise ValueError(
+                f"attach: a second synchronised backward pass before the optimizer's step, onto gradients that {name} has "
+                "delivered: they are velocities, and went through its momentum again. Accumulate under ddp.no_sync(), all passes "
+                "of a step but the last"
+            )
+        if self._unused and not self._piled and not self._told:
+            self._told = True
+            warnings.warn(
+                f"gradients were exchanged twice without a step of the optimizer between: {name} takes each synchronised "
+                "backward pass for a step, and keeps what was not sent of gradients that were thrown away. Run a pass whose "
+                "gradients are not used through ddp.module, or under ddp.no_sync().",
+                stacklevel=2,
+            )
 
     def _give_back(self, before: list[tuple[Tensor, Tensor | None, int | None]]) -> None:
         """Undo the step for parameters that no rank has used: DDP drops their results, and what a memory sent would be lost.
@@ -374,7 +434,10 @@ class Handle:
         return (args, {**kwargs, "closure": looked}) if "closure" in kwargs else ((args[0], looked, *args[2:]), kwargs)
 
     def _look(self, optimizer: Any) -> None:
-        if self._skip:
+        self._unused = False
+        due = id(optimizer) in self._due  # something has been exchanged since its last step
+        self._due.discard(id(optimizer))
+        if self._skip and due:
             for parameter in self.ddp.module.parameters():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
             return
@@ -386,9 +449,8 @@ class Handle:
                     f"attach: momentum must be 0 in the optimizer while the memory has it, got {group['momentum']}: it was "
                     "set after attach (by a scheduler with cycle_momentum?)"
                 )
-        if id(optimizer) not in self._due:  # nothing has been exchanged since its last step
+        if not due:
             return
-        self._due.discard(id(optimizer))
         if (self.step - 1) % LOOK_EVERY == 1 and not self._warned:
             self._look_for_clipping()
         self._carry_decay(optimizer)
@@ -457,12 +519,11 @@ class Handle:
         memory, core = self.exchange.memory, self.exchange.core
         if not self._moved:
             return
+        means = []
         for optimizer, group in _groups(self.optimizers):
-            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov  # type: ignore[attr-defined]
             for parameter in group["params"]:
-                name = self._parameters.get(id(parameter))
-                state = core.states.get(name, {}) if name is not None else {}
-                held, decayed = state.pop(memory.buffer, None), state.pop(DECAY, None)
+                state = core.states.get(self._parameters.get(id(parameter), ""), {})
+                held, decayed = state.get(memory.buffer), state.get(DECAY)
                 if held is None:
                     continue
                 share = core.wired.ranks * _unit(memory, group)
@@ -470,20 +531,33 @@ class Handle:
                 dist.all_reduce(mean, group=core.wired.group)
                 if decayed is not None:
                     mean.add_(decayed)
-                optimizer.state[parameter]["momentum_buffer"] = _shaped(mean, parameter).to(parameter.dtype)
+                means.append((optimizer, parameter, state, mean))
+        for optimizer, parameter, state, mean in means:  # only now: a rank that is gone leaves the memory as it was
+            optimizer.state[parameter]["momentum_buffer"] = _shaped(mean, parameter).to(parameter.dtype)
+            del state[memory.buffer]
+            state.pop(DECAY, None)
+        for _, group in _groups(self.optimizers):
+            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov  # type: ignore[attr-defined]
 
     def remove(self) -> None:
         """Restore plain DDP and the optimizer's momentum; every rank calls this at the same time, between steps.
 
         The memories stay with the exchange (`exchange.state_dict()`), but for the momentum.
+
+        Raises:
+            RuntimeError: as torch's collectives, if another rank does not come. DDP is plain then, and the momentum, 0 in the
+                optimizer, still with the exchange.
         """
         if self._switch is None or self._switch.handle is not self:
             return
-        self._give_momentum_back()
-        for hook in self._hooks:
-            hook.remove()
-        self._switch.handle = None
-        self.exchange.close()
+        try:
+            self._give_momentum_back()
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._listen_no_more()
+            self._switch.handle = None
+            self.exchange.close()
 
 
 def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
@@ -508,6 +582,16 @@ def _unit(memory: Memory, group: dict[str, Any]) -> float:
 
 def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any]]]:
     return ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def _check_all_held(memory: Memory, optimizers: Sequence[torch.optim.Optimizer], trained: Mapping[str, Tensor]) -> None:
+    held = {id(parameter) for _, group in _groups(optimizers) for parameter in group["params"]}
+    for name, parameter in trained.items():
+        if id(parameter) not in held:
+            raise ValueError(
+                f"attach: optimizer must hold all trained parameters with {type(memory).__name__}, {name} is in none: a velocity "
+                "arrives there, too. Give attach all optimizers, as a list, or freeze it before the model is wrapped"
+            )
 
 
 def _check_momentum(

@@ -23,7 +23,7 @@ from weft.cluster import Link
 from weft.comm.agree import agree
 from weft.comm.codec import Codec, LinearCodec, Spec
 from weft.comm.codecs.plain import Identity
-from weft.comm.combine import Combine
+from weft.comm.combine import Combine, Info
 from weft.comm.controller import Controller
 from weft.comm.core import Core, first, options_of
 from weft.comm.memory import Memory, NoMemory
@@ -226,13 +226,34 @@ class Exchange:
             raise ValueError(f"Star: root must be < {core.wired.ranks}, the number of ranks, got {self.topology.root}")
         if isinstance(self.topology, Gossip) and len(self.topology.weights) != core.wired.ranks:
             raise ValueError(f"Gossip: weights must be {core.wired.ranks} x {core.wired.ranks}, one row per rank")
+        self._try_rule(core.wired.ranks)
         core.specs.update({spec.name: spec for spec in specs})
         agree(
             "options or tensors", core.words(specs), core.wired.group, core.wired.device,
             "Every rank must have the same model and the same exchange options.",
         )  # fmt: skip
+        failed = None
         if self._loaded is not None:
-            self._take_over(self._loaded)
+            try:
+                self._take_over(self._loaded)
+            except ExchangeMismatch as error:
+                failed = error  # raised when the others have heard of it
+        try:
+            agree(
+                "checkpoints of the ranks", f"step {core.step}" if failed is None else str(failed), core.wired.group,
+                core.wired.device, "Every rank must load the checkpoint of the same step, or none.",
+            )  # fmt: skip
+        finally:
+            if failed is not None:
+                raise failed
+
+    def _try_rule(self, ranks: int) -> None:
+        """Raise what the rule raises where ranks are too few for it, before anything is sent."""
+        rule = self.combine
+        if rule.needs == "elementwise":
+            rule.elementwise(torch.zeros(ranks, 1))
+        elif rule.needs == "gram":
+            rule.weights(Info(ranks, torch.eye(ranks, dtype=torch.float64), 0))
 
     @property
     def core(self) -> Core:
@@ -278,7 +299,7 @@ class Exchange:
             rule raised. Where a tensor was not finite on some rank (and `combine` trusts ranks), the results are NaN, all
             memories are as before, and `skipped` is one more.
         Raises:
-            TypeError: a sparse tensor.
+            TypeError: a tensor is sparse, or not of real floating-point numbers.
         """
         future: torch.futures.Future[dict[str, Tensor]] = torch.futures.Future()
         pairs = _flat(named)
@@ -404,21 +425,22 @@ class Exchange:
         `scatter`: each rank wants a piece of each, see `reduce_scatter`.
         """
         pieces = scatter and self.scatters
-        coded = whole = 0.0
+        coded = back = whole = 0.0
         for spec in specs:
             setting = self.setting_of(spec)
             if setting is None:
                 whole += spec.numel * spec.dtype.itemsize
             else:
                 piece = Spec(spec.name, (-(-spec.numel // ranks),), spec.dtype)
-                coded += ranks * self.codec.nbytes(piece, setting) if pieces else self.codec.nbytes(spec, setting)
+                nbytes = ranks * self.codec.nbytes(piece, setting) if pieces else self.codec.nbytes(spec, setting)
+                coded, back = coded + nbytes, back + self.topology.back(spec, nbytes)
         if pieces:
             stateful = type(self.memory).dense is not Memory.dense
             reduced = whole if stateful else 0.0
             return ranks - 1, (ranks - 1) / ranks * (coded + whole - reduced) + Ring().wire(reduced, ranks)
         rounds = self.codec.num_rounds if coded and isinstance(self.codec, LinearCodec) else 1
         topology = self.topology if coded else Ring()
-        return topology.hops(ranks) * rounds, topology.wire(coded, ranks) + Ring().wire(whole, ranks)
+        return topology.hops(ranks) * rounds, topology.wire(coded, ranks, back) + Ring().wire(whole, ranks)
 
     def cost(self, spec: Spec, link: Link, ranks: int | None = None, scatter: bool = False) -> float:
         """Predicted seconds to exchange one tensor over links like `link`: messages, and codec seconds as far as measured.
@@ -528,5 +550,7 @@ def _flat(named: Mapping[str, Tensor]) -> list[tuple[Spec, Tensor]]:
     for name, tensor in named.items():
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name} has layout {tensor.layout}; an exchange takes dense tensors: use sparse=False")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; an exchange takes real floating-point tensors")
         pairs.append((Spec(name, tuple(tensor.shape), tensor.dtype), tensor.detach().reshape(-1).clone()))
     return pairs

@@ -43,7 +43,7 @@ class TensorReport:
 
     Attributes:
         setting: of the codec, in force now; None means uncompressed.
-        nbytes: bytes that this rank sends, headers not counted.
+        nbytes: bytes over the busiest rank's link, headers not counted.
         ratio: bytes that plain all-reduce would send, over `nbytes`.
         relative_error: |y - sent| / |y| of what the memory handed to the codec, root mean square over the measured steps; 0
             where nothing is lost.
@@ -78,7 +78,7 @@ class Report:
 
     @property
     def nbytes(self) -> float:
-        """Bytes that this rank sends a step."""
+        """Bytes over the busiest rank's link a step."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property

@@ -42,9 +42,10 @@ from weft.errors import ExchangeMismatch
 if TYPE_CHECKING:
     from weft.comm.core import Core
 
-__all__ = ["PLAIN", "Bucket", "CombiningBucket", "GatherBucket", "Item", "RingBucket", "StarBucket", "finite"]
+__all__ = ["PLAIN", "Bucket", "CombiningBucket", "GatherBucket", "Item", "RingBucket", "StarBucket", "overflowed"]
 
 PLAIN = Identity()
+STEPS = 61  # a ring compares steps modulo this: a prime that no interval of checkpoints is a multiple of
 
 
 class Item:
@@ -149,23 +150,29 @@ class Bucket(Job):
         """The results are in place: count, undo a bad step, tell whoever waits. A step is bad in all groups or in none."""
         exchange = self.exchange
         if poisoned:
-            for item in self.items:
-                item.out.fill_(math.nan)
+            self.void()
         if self.last and exchange.wired.across is not None:
             bad = torch.full((1,), float(poisoned or exchange.poisoned), device=self.device)
             yield dist.all_reduce(bad, group=exchange.wired.across, async_op=True)
             poisoned = bool(bad)
         exchange.end(self, poisoned)
 
+    def void(self) -> None:
+        for item in self.items:
+            item.out.fill_(math.nan)
+
     def check(self, headers: Sequence[int]) -> list[bool]:
         """Which ranks' gradients were not finite; the senders must be at our step."""
         for rank, header in enumerate(headers):
             if header >> 1 != self.step:
-                raise ExchangeMismatch(
-                    "the steps of the ranks", f"step {self.step} (rank {self.own})", f"step {header >> 1} (rank {rank})",
-                    "Every rank must run the same number of synchronised backward passes.",
-                )  # fmt: skip
+                raise self.out_of_step(f"step {header >> 1} (rank {rank})")
         return [bool(header & 1) for header in headers]
+
+    def out_of_step(self, theirs: str) -> ExchangeMismatch:
+        return ExchangeMismatch(
+            "the steps of the ranks", f"step {self.step} (rank {self.own})", theirs,
+            "Every rank must run the same number of synchronised backward passes.",
+        )  # fmt: skip
 
 
 @final
@@ -188,8 +195,11 @@ class RingBucket(Bucket):
         live, first, poisoned = self.coding, True, False
         while live:
             device = live[0][0].out.device
-            flag = [torch.full((1,), math.nan if self.bad else 0.0, device=device)] if first else []
-            kinds: dict[torch.dtype, list[Tensor]] = {torch.float32: flag} if first else {}
+            number = float(self.step % STEPS)
+            head = [math.nan if self.bad else 0.0, number, number * number]
+            kinds: dict[torch.dtype, list[Tensor]] = (
+                {torch.float32: [torch.tensor(head, device=device)]} if first else {}
+            )
             for item, _, part in live:
                 assert part is not None
                 kinds.setdefault(part.dtype, []).append(part.reshape(-1))
@@ -199,11 +209,14 @@ class RingBucket(Bucket):
                 flats[dtype] = torch.cat(parts)
                 flats[dtype].mul_(1 / self.ranks)
                 yield dist.all_reduce(flats[dtype], group=self.group, async_op=True)
-            if first:
-                poisoned = bool(flats[torch.float32][0].isnan())
             places = dict.fromkeys(flats, 0)
             if first:
-                places[torch.float32] = 1
+                flag, mean_step, square = flats[torch.float32][:3].tolist()
+                poisoned, places[torch.float32] = math.isnan(flag), 3
+                if (
+                    square - mean_step**2 > 0.5 * (self.ranks - 1) / self.ranks**2
+                ):  # one rank that is one off: twice as much
+                    raise self.out_of_step("another one (steps vary over the ranks)")
             following = []
             for item, talk, part in live:
                 assert part is not None
@@ -259,7 +272,8 @@ class CombiningBucket(Bucket):
     def run(self) -> Iterator[dist.Work]:
         exchange = self.exchange
         yield from self.up()
-        self.poisoned = any(self.broken) and exchange.trusting
+        # a robust rule goes on without the broken ones, as long as anybody is left
+        self.poisoned = any(self.broken) if exchange.trusting else bool(self.broken) and all(self.broken)
         if self.bad and not exchange.trusting:  # the others go on without us
             exchange.take_back(self)
         if exchange.combine.needs != "gram":
@@ -275,7 +289,10 @@ class CombiningBucket(Bucket):
                 exchange.add_gram(exchange.gram_of_pieces, True)
             yield from self.add_groups()
             for bucket in exchange.held:
+                bucket.poisoned = exchange.nobody_left
                 yield from bucket.down()
+                if bucket.poisoned:
+                    bucket.void()
         yield from self.finish(self.poisoned)
 
     def add_groups(self) -> Iterator[dist.Work]:
@@ -369,7 +386,9 @@ class PackedBucket(CombiningBucket):
                 sent, where = item.codec.sent(views, item.spec, item.setting)
                 self.take_note(item, sent, where)
             exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
-            exchange.count(item.spec.name, item.codec.nbytes(item.spec, item.setting))
+            nbytes = item.codec.nbytes(item.spec, item.setting)
+            exchange.count(item.spec.name, nbytes, item.spec if item.coded else None)
+        self.bad |= overflowed(self.combined, self.views)
         self.send[:HEADER].view(torch.int64)[0] = self.step << 1 | self.bad
 
 
@@ -421,11 +440,12 @@ class StarBucket(PackedBucket):
         _, row, views = exchange.wired.row((*self.key, "down"), lambda: legs, self.device)
         header = row[:HEADER].view(torch.int64)
         if self.serves:
-            header[0] = self.step << 1 | self.poisoned
             memory = star.memory or NoMemory()
             for number, ((codec, spec, setting), places) in enumerate(zip(legs, views, strict=True)):
                 if not self.poisoned:
                     exchange.recode(self.step, spec, self.mix(number), codec, setting, memory, places, "server")
+            self.poisoned |= not self.poisoned and overflowed(legs, views)
+            header[0] = self.step << 1 | self.poisoned
         yield dist.broadcast(row, self.root, group=self.group, async_op=True)
         self.poisoned = self.check(header.tolist())[0]
         yield from self.reduce_whole(self.reduced)
@@ -434,6 +454,14 @@ class StarBucket(PackedBucket):
         for (codec, spec, setting), message, item in zip(legs, views, self.packed, strict=True):
             result = item.deliver(codec.decode(message, spec, setting), exchange.memory)
             exchange.look(result, self.step)
+
+
+def overflowed(parts: Sequence[tuple[Codec, Spec, Setting]], messages: Sequence[tuple[Tensor, ...]]) -> bool:
+    """Whether a code has made numbers that are not finite (float16 ends at 65,504) of finite ones."""
+    return any(
+        codec is not PLAIN and any(part.is_floating_point() and not finite(part) for part in message)
+        for (codec, _, _), message in zip(parts, messages, strict=True)
+    )
 
 
 def finite(x: Tensor) -> bool:

@@ -26,8 +26,8 @@ from weft.comm.codec import Codec, Setting, Spec
 from weft.comm.codecs.plain import Cast
 from weft.comm.memory import Memory, NoMemory
 from weft.comm.packing import HEADER, Packing
-from weft.comm.routes import PLAIN, CombiningBucket, Item, finite
-from weft.comm.topology import Ring, ScatterGather
+from weft.comm.routes import PLAIN, CombiningBucket, Item, overflowed
+from weft.comm.topology import ScatterGather
 
 __all__ = ["Cut", "ScatterBucket", "ShardBucket"]
 
@@ -175,7 +175,7 @@ class SegmentBucket(CombiningBucket):
                     self.take_note(item, cut.joined(values), None)
             exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
             self.count(item, nbytes)
-        self.bad |= self.overflowed(views)
+        self.bad |= any(overflowed(*pair) for pair in zip(self.pieces, views, strict=True))
         for row in rows:
             row[:HEADER].view(torch.int64)[0] = self.step << 1 | self.bad
         self.rows = [packings[self.own].views(row) for row in self.found]
@@ -183,9 +183,6 @@ class SegmentBucket(CombiningBucket):
     def count(self, item: Item, nbytes: int) -> None:
         """Add to the report; `nbytes` go from here to the owners."""
         raise NotImplementedError
-
-    def overflowed(self, views: list[list[tuple[Tensor, ...]]]) -> bool:
-        return False
 
     def up(self) -> Iterator[dist.Work]:
         own = [self.sizes[self.own]] * self.ranks
@@ -201,7 +198,8 @@ class ScatterBucket(SegmentBucket):
         return Cut.flat(item.spec.numel, self.ranks)
 
     def count(self, item: Item, nbytes: int) -> None:
-        self.exchange.count(item.spec.name, item.codec.nbytes(item.spec, item.setting))
+        whole = item.codec.nbytes(item.spec, item.setting)
+        self.exchange.count(item.spec.name, whole, item.spec if item.coded else None)
 
     def down(self) -> Iterator[dist.Work]:
         exchange, topology, n = self.exchange, self.exchange.topology, self.ranks
@@ -212,14 +210,15 @@ class ScatterBucket(SegmentBucket):
         send = exchange.wired.buffer((*self.key, "owned"), width, self.device)
         found = exchange.wired.buffer((*self.key, "gathered"), n * width, self.device)
         views = packings[self.own].views(send[: packings[self.own].nbytes])
-        send[:HEADER].view(torch.int64)[0] = self.step << 1 | self.poisoned
         memory: Memory = topology.memory or NoMemory()
         for number, (down, spec, leg) in enumerate(legs[self.own]):
             if not self.poisoned:
                 exchange.recode(self.step, spec, self.mix(number), down, leg, memory, views[number], "owner")
+        self.poisoned |= not self.poisoned and overflowed(legs[self.own], views)
+        send[:HEADER].view(torch.int64)[0] = self.step << 1 | self.poisoned
         yield dist.all_gather_single(found, send, group=self.group, async_op=True)
         gathered = [found.view(n, -1)[r][: packing.nbytes] for r, packing in enumerate(packings)]
-        self.check([int(row[:HEADER].view(torch.int64)[0]) for row in gathered])
+        self.poisoned |= any(self.check([int(row[:HEADER].view(torch.int64)[0]) for row in gathered]))
         if self.poisoned:
             return
         messages = [packing.views(row) for row, packing in zip(gathered, packings, strict=True)]
@@ -261,11 +260,6 @@ class ShardBucket(SegmentBucket):
 
     def count(self, item: Item, nbytes: int) -> None:
         self.exchange.tally(item.spec.name).nbytes += nbytes
-
-    def overflowed(self, views: list[list[tuple[Tensor, ...]]]) -> bool:
-        """Where a ring would deliver what is not finite (float16), its sender says so."""
-        ring = isinstance(self.exchange.topology, Ring)
-        return ring and not all(finite(view) for row in views for message in row for view in message)
 
     def down(self) -> Iterator[dist.Work]:
         yield from self.reduce_whole(self.reduced)

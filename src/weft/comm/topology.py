@@ -2,8 +2,8 @@
 
     Ring            all-reduce of one sum: linear codecs          2(n-1) alpha + 2(n-1)/n D/beta
     AllGather       everybody gets every message                  (n-1) alpha + (n-1) m/beta
-    ScatterGather   each rank owns a segment, combines, encodes it again and all-gathers   2(n-1) alpha + 2(n-1)/n m/beta
-    Star            to one server and back down                   2 alpha + (n-1)(m + down)/beta at the root's link
+    ScatterGather   each rank owns a segment, combines, encodes it again and all-gathers   2(n-1) alpha + (n-1)/n (m + back)/beta
+    Star            to one server and back                        2 alpha + (n-1)(m + back)/beta at the root's link
     Gossip          with neighbours only, by a doubly stochastic matrix; ranks differ afterwards
     Peer            like AllGather, but each rank combines for itself (its own message is special); ranks differ afterwards
 
@@ -18,7 +18,8 @@ import abc
 from dataclasses import dataclass
 from typing import final
 
-from weft.comm.codec import Codec, LinearCodec
+from weft.comm.codec import Codec, LinearCodec, Spec
+from weft.comm.codecs.plain import Identity
 from weft.comm.combine import Combine
 from weft.comm.memory import Memory
 from weft.comm.rules.mean import Mean
@@ -29,17 +30,29 @@ __all__ = ["AllGather", "Gossip", "Peer", "Ring", "ScatterGather", "Star", "Topo
 class Topology(abc.ABC):
     """A way for messages to travel. Frozen options, no state."""
 
-    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
-        """Seconds for messages of `nbytes` bytes from each of n ranks, over links of alpha seconds and beta bytes a second."""
-        return self.hops(ranks) * alpha + self.wire(nbytes, ranks) / beta
+    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float, back: float | None = None) -> float:
+        """Seconds for messages of `nbytes` bytes from each of n ranks, over links of alpha seconds and beta bytes a second.
+
+        `back`: see `wire`.
+        """
+        return self.hops(ranks) * alpha + self.wire(nbytes, ranks, back) / beta
 
     @abc.abstractmethod
     def hops(self, ranks: int) -> int:
         """Latencies one after the other."""
 
     @abc.abstractmethod
-    def wire(self, nbytes: float, ranks: int) -> float:
-        """Bytes that the busiest rank sends."""
+    def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
+        """Bytes over the busiest rank's link.
+
+        Args:
+            nbytes: of a rank's messages.
+            back: of the combined result's, where that is a leg of its own; None for as many.
+        """
+
+    def back(self, spec: Spec, nbytes: float) -> float:
+        """Bytes of the combined result of one coded tensor, whose message has `nbytes`."""
+        return nbytes
 
 
 @final
@@ -54,7 +67,7 @@ class Ring(Topology):
     def hops(self, ranks: int) -> int:
         return 2 * (ranks - 1)
 
-    def wire(self, nbytes: float, ranks: int) -> float:
+    def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
         return 2 * (ranks - 1) / ranks * nbytes
 
 
@@ -66,7 +79,7 @@ class AllGather(Topology):
     def hops(self, ranks: int) -> int:
         return ranks - 1
 
-    def wire(self, nbytes: float, ranks: int) -> float:
+    def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
         return (ranks - 1) * nbytes
 
     @staticmethod
@@ -97,8 +110,11 @@ class ScatterGather(Topology):
     def hops(self, ranks: int) -> int:
         return 2 * (ranks - 1)
 
-    def wire(self, nbytes: float, ranks: int) -> float:
-        return 2 * (ranks - 1) / ranks * nbytes
+    def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
+        return (ranks - 1) / ranks * (nbytes + (nbytes if back is None else back))
+
+    def back(self, spec: Spec, nbytes: float) -> float:
+        return nbytes if self.down is None else self.down.nbytes(spec, self.down.default(spec))
 
 
 @final
@@ -123,8 +139,12 @@ class Star(Topology):
     def hops(self, ranks: int) -> int:
         return 2
 
-    def wire(self, nbytes: float, ranks: int) -> float:
-        return 2 * (ranks - 1) * nbytes  # up and down over the root's link, with a down codec like the one up
+    def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
+        return (ranks - 1) * (nbytes + (nbytes if back is None else back))
+
+    def back(self, spec: Spec, nbytes: float) -> float:
+        down = self.down or Identity()
+        return down.nbytes(spec, down.default(spec))
 
 
 @final
@@ -160,7 +180,7 @@ class Gossip(Topology):
     def hops(self, ranks: int) -> int:
         return self.degree
 
-    def wire(self, nbytes: float, ranks: int) -> float:
+    def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
         return self.degree * nbytes
 
 
@@ -172,7 +192,7 @@ class Peer(Topology):
     def hops(self, ranks: int) -> int:
         return ranks - 1
 
-    def wire(self, nbytes: float, ranks: int) -> float:
+    def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
         return (ranks - 1) * nbytes
 
 

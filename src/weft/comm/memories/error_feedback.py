@@ -2,6 +2,8 @@
 
     y = x + e,   sent = C(y),   e <- y - sent          so that   sum of sent + e = sum of x   at every step
 
+(`Cast` on a ring rounds the sum once more on the wire, which nobody owes: choose AllGather where that matters.)
+
 With any contraction C it makes SGD converge as fast as without compression, up to higher-order terms. At the owner of a segment
 (ScatterGather) the same memory stands over the mean that goes back down, with a state of its own.
 Source: Seide et al., 1-bit SGD, Interspeech 2014; Karimireddy et al., arXiv:1901.09847; at both ends: Tang et al., DoubleSqueeze,
