@@ -27,7 +27,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 
@@ -41,13 +41,10 @@ from weft.comm.automatic import Auto, Trial, measure_link
 from weft.comm.codec import Spec
 from weft.comm.core import LOOK_EVERY
 from weft.comm.exchange import Exchange
-from weft.comm.memories.momentum_correction import carry_decay
-from weft.comm.memory import Memory
+from weft.comm.moved_momentum import MovedMomentum, groups
 from weft.errors import PeerLost
 
 __all__ = ["Handle", "attach"]
-
-DECAY = "decay"  # entry of a tensor's state: the momentum of its weight decay, float32 (numel,)
 
 
 class _Switch:
@@ -195,21 +192,21 @@ class Handle:
             for optimizer in optimizers
             for register, hook in (
                 (optimizer.register_step_pre_hook, self._before_step),
-                (optimizer.register_state_dict_post_hook, self._as_given),
-                (optimizer.register_load_state_dict_post_hook, self._take_again),
+                (optimizer.register_state_dict_post_hook, lambda *args: self._momentum.saved(*args)),
+                (optimizer.register_load_state_dict_post_hook, lambda given: self._momentum.loaded(given)),
             )
         ]
 
     def _open(self, exchange: Exchange) -> None:
         """Begin with an exchange: its group, its momentum."""
-        moved = _check_momentum(exchange, self.optimizers, self._parameters)
+        momentum = MovedMomentum(exchange, self.optimizers, self._parameters)
         given, exchange.group = exchange.group, exchange.group or self.ddp.process_group
         try:
             exchange.open(_specs(self.ddp))
         finally:
             exchange.group = given  # the group is the model's, and another model may have another
-        self.exchange, self.step, self._moved = exchange, exchange.core.step + 1, moved
-        self._take_momentum()
+        self.exchange, self.step, self._momentum = exchange, exchange.core.step + 1, momentum
+        momentum.take()
         self._listen_no_more()
         if exchange.core.keeps and self.optimizers:
             self._listening = [p.register_hook(partial(self._arrives, p)) for p in _trained(self.ddp).values()]
@@ -346,7 +343,7 @@ class Handle:
         memory = self.exchange.memory
         name = type(memory).__name__
         if memory.velocity and not self._all_held:
-            _check_all_held(memory, self.optimizers, _trained(self.ddp))
+            self._momentum.check_all_held(_trained(self.ddp))
             self._all_held = True
         if self._piled and memory.velocity:
             raise ValueError(
@@ -378,7 +375,7 @@ class Handle:
 
     def _drop(self) -> None:
         """Take a skipped step's gradients from parameters that no optimizer given holds: theirs would step with NaN."""
-        held = {id(parameter) for _, group in _groups(self.optimizers) for parameter in group["params"]}
+        held = {id(parameter) for _, group in groups(self.optimizers) for parameter in group["params"]}
         for parameter in self.ddp.module.parameters():
             if id(parameter) not in held:
                 parameter.grad = None
@@ -409,7 +406,7 @@ class Handle:
         self._choice = None
         if not shorter:
             self.chosen = "plain"
-            self._give_momentum_back()
+            self._momentum.give_back()
             self._replace(Exchange())
 
     def _replace(self, exchange: Exchange) -> None:
@@ -453,24 +450,7 @@ class Handle:
             return
         if (self.step - 1) % LOOK_EVERY == 1 and not self._warned:
             self._look_for_clipping()
-        self._carry_decay(optimizer)
-
-    def _carry_decay(self, optimizer: Any) -> None:
-        """Weight decay has a momentum of its own, see `carry_decay`."""
-        memory, core = self.exchange.memory, self.exchange.core
-        scale = float(getattr(optimizer, "grad_scale", None) or 1.0)  # a fused optimizer divides gradients by it
-        for group in optimizer.param_groups:
-            decay, sign = group["weight_decay"], -scale if group.get("maximize") else scale
-            for parameter in group["params"]:
-                name = self._parameters.get(id(parameter))
-                if name is None or parameter.grad is None:
-                    continue
-                last = core.states.get(name, {}).get(DECAY)
-                if last is None and not decay:
-                    continue
-                now = torch.zeros(parameter.numel(), device=parameter.device) if last is None else last.clone()
-                carry_decay(memory, parameter.grad, parameter.detach(), _shaped(now, parameter), decay, sign)
-                core.state(name)[DECAY] = now
+        self._momentum.decay(optimizer)
 
     def _look_for_clipping(self) -> None:
         """Warn where velocities are made shorter between the exchange and the optimizer: their norm is not a gradient's."""
@@ -488,57 +468,6 @@ class Handle:
             stacklevel=4,
         )
 
-    # ---- momentum of velocity memories
-
-    def _take_momentum(self) -> None:
-        memory, core = self.exchange.memory, self.exchange.core
-        if not memory.velocity:
-            return
-        for optimizer, group in _groups(self.optimizers):
-            group["momentum"], group["nesterov"] = 0.0, False
-            for parameter in group["params"]:
-                buffer = optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
-                name = self._parameters.get(id(parameter))
-                if buffer is not None and name is not None and memory.buffer not in core.state(name):
-                    held = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
-                    _shaped(held, parameter).copy_(buffer)
-                    core.state(name)[memory.buffer] = held.mul_(_unit(memory, group))
-
-    def _as_given(self, optimizer: Any, state: dict[str, Any]) -> None:
-        """What is saved of an optimizer whose momentum the memory has: that it has it, as before `attach`."""
-        memory = self.exchange.memory
-        for group in state["param_groups"] if self._moved else ():
-            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov  # type: ignore[attr-defined]
-
-    def _take_again(self, optimizer: Any) -> None:
-        """A loaded optimizer has its momentum again."""
-        self._moved |= _check_momentum(self.exchange, (optimizer,), self._parameters)
-        self._take_momentum()
-
-    def _give_momentum_back(self) -> None:
-        memory, core = self.exchange.memory, self.exchange.core
-        if not self._moved:
-            return
-        means = []
-        for optimizer, group in _groups(self.optimizers):
-            for parameter in group["params"]:
-                state = core.states.get(self._parameters.get(id(parameter), ""), {})
-                held, decayed = state.get(memory.buffer), state.get(DECAY)
-                if held is None:
-                    continue
-                share = core.wired.ranks * _unit(memory, group)
-                mean = held / share  # ranks hold their own; equal ones again keep the ranks bit-identical
-                dist.all_reduce(mean, group=core.wired.group)
-                if decayed is not None:
-                    mean.add_(decayed)
-                means.append((optimizer, parameter, state, mean))
-        for optimizer, parameter, state, mean in means:  # only now: a rank that is gone leaves the memory as it was
-            optimizer.state[parameter]["momentum_buffer"] = _shaped(mean, parameter).to(parameter.dtype)
-            del state[memory.buffer]
-            state.pop(DECAY, None)
-        for _, group in _groups(self.optimizers):
-            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov  # type: ignore[attr-defined]
-
     def remove(self) -> None:
         """Restore plain DDP and the optimizer's momentum; every rank calls this at the same time, between steps.
 
@@ -551,89 +480,10 @@ class Handle:
         if self._switch is None or self._switch.handle is not self:
             return
         try:
-            self._give_momentum_back()
+            self._momentum.give_back()
         finally:
             for hook in self._hooks:
                 hook.remove()
             self._listen_no_more()
             self._switch.handle = None
             self.exchange.close()
-
-
-def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
-    """A state (numel,) seen with the parameter's shape.
-
-    States have the order of DDP's buckets: that of the parameter in memory (channels last, say) where it lies there without
-    gaps, else that of its indices.
-    """
-    width = 1
-    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
-        if size > 1 and stride != width:
-            return flat.view(parameter.shape)
-        width *= size
-    return flat.as_strided(parameter.shape, parameter.stride())
-
-
-def _unit(memory: Memory, group: dict[str, Any]) -> float:
-    """A velocity memory's u over the optimizer's momentum buffer: Nesterov's u <- m (u + g) is ahead of it by the factor m."""
-    ahead = float(memory.momentum) if memory.nesterov else 1.0  # type: ignore[attr-defined]
-    return -ahead if group.get("maximize") else ahead
-
-
-def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any]]]:
-    return ((optimizer, group) for optimizer in optimizers for group in optimizer.param_groups)
-
-
-def _check_all_held(memory: Memory, optimizers: Sequence[torch.optim.Optimizer], trained: Mapping[str, Tensor]) -> None:
-    held = {id(parameter) for _, group in _groups(optimizers) for parameter in group["params"]}
-    for name, parameter in trained.items():
-        if id(parameter) not in held:
-            raise ValueError(
-                f"attach: optimizer must hold all trained parameters with {type(memory).__name__}, {name} is in none: a velocity "
-                "arrives there, too. Give attach all optimizers, as a list, or freeze it before the model is wrapped"
-            )
-
-
-def _check_momentum(
-    exchange: Exchange, optimizers: Sequence[torch.optim.Optimizer], parameters: Mapping[int, str]
-) -> bool:
-    """Whether momentum moves from the optimizers into the memory, to be given back."""
-    memory = exchange.memory
-    if not memory.velocity:
-        return False
-    name = type(memory).__name__
-    if not optimizers:
-        raise ValueError(
-            f"attach: optimizer must be given with {name}, which exchanges velocities: momentum moves out of the optimizer"
-        )
-    own, nesterov = float(getattr(memory, "momentum", 0.0)), bool(getattr(memory, "nesterov", False))
-    found = set()
-    for optimizer, group in _groups(optimizers):
-        if not isinstance(optimizer, torch.optim.SGD):
-            raise ValueError(
-                f"attach: optimizer must be torch.optim.SGD with {name}, got {type(optimizer).__name__}: what arrives is a "
-                "velocity, not a gradient; use ErrorFeedback() with other optimizers"
-            )
-        if group["momentum"] and group["momentum"] != own:
-            raise ValueError(
-                f"attach: momentum must be in one place, got {group['momentum']} in the optimizer and {own} in {name}; give both "
-                "the same number (attach moves it), or 0 to the optimizer"
-            )
-        if group["momentum"] and bool(group["nesterov"]) != nesterov:
-            raise ValueError(
-                f"attach: nesterov must be the same in the optimizer ({group['nesterov']}) and {name} ({nesterov})"
-            )
-        if group["dampening"]:
-            raise ValueError(f"attach: dampening must be 0 with {name}, got {group['dampening']}")
-        for parameter in group["params"]:
-            if parameter.requires_grad and id(parameter) not in parameters:
-                raise ValueError(
-                    f"attach: optimizer must hold parameters of ddp alone with {name}, got another one of shape "
-                    f"{tuple(parameter.shape)}, which would lose its momentum; give it an optimizer of its own"
-                )
-        found.add(float(group["momentum"]))
-    if len(found) > 1:
-        raise ValueError(
-            f"attach: momentum must be the same in all parameter groups with {name}, which has one for all, got {sorted(found)}"
-        )
-    return found == {own} and own > 0
