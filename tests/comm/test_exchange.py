@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from weft.comm.agree import mix
 from weft.comm.codec import Spec
+from weft.comm.codecs.low_rank import LowRank
 from weft.comm.codecs.plain import Cast, Identity
 from weft.comm.codecs.quantise import Quantise
 from weft.comm.codecs.top_k import TopK
@@ -406,3 +408,45 @@ def too_few(rule):
 @pytest.mark.parametrize("rule", [TrimmedMean(f=2), Krum(f=1)])
 def test_a_rule_that_ranks_are_too_few_for_is_refused_on_each_before_anything_is_sent(pool, rule):
     assert pool(RANKS).run(too_few, rule) == [True] * RANKS
+
+
+def one_by_one(exchange, step, broken=""):
+    """A step of three buckets, one tensor each; `broken` is not finite on rank 1."""
+    named = data(step, dist.get_rank())
+    if broken and dist.get_rank() == 1:
+        named[broken].view(-1)[0] = float("nan")
+    over = [threading.Event() for _ in named]
+    for number, ((name, x), event) in enumerate(zip(named.items(), over, strict=True)):
+        pair = Spec(name, tuple(x.shape), x.dtype), x.flatten()
+        exchange.submit([pair], step, number == 2, lambda error, event=event: event.set())
+    assert all(event.wait(20) for event in over)
+    return copy.deepcopy(exchange.state_dict()["states"])
+
+
+def undone(topology):
+    """What codes and memories keep is as before a step that is not finite."""
+    exchange = Exchange(LowRank(1), ErrorFeedback(), topology=topology, select=everything, timeout=20)
+    before = one_by_one(exchange, 0)
+    after = one_by_one(exchange, 1, "c")
+    skipped = exchange.skipped
+    exchange.close()
+    return skipped == 1 and str(before) == str(after) and "'q'" in str(before)
+
+
+@pytest.mark.parametrize("topology", [Ring(), AllGather()])
+def test_a_step_that_is_not_finite_is_undone_in_every_state(pool, topology):
+    assert pool(RANKS).run(undone, topology) == [True] * RANKS
+
+
+def left_out():
+    """Of a rank that a rule goes on without in one bucket, that bucket alone has not been sent."""
+    exchange = Exchange(TopK(0.5), ErrorFeedback(), Median(), AllGather(), select=everything, timeout=20)
+    before = one_by_one(exchange, 0)
+    after = one_by_one(exchange, 1, "b")
+    exchange.close()
+    return [torch.equal(before[name]["error"], after[name]["error"]) for name in SHAPES]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_left_out_of_a_step_is_one_bucket(pool):
+    assert pool(RANKS).run(left_out) == [[False] * 3, [False, True, False], [False] * 3]
