@@ -283,14 +283,14 @@ class ParameterReleased(WeftError, RuntimeError):
     """A parameter that lives on a lower tier was used between steps, where its elements are not on the device."""
 
     def __init__(self, name: str, shape: tuple[int, ...]):
-        super().__init__(name, shape)
+        super().__init__(  # the sentence, since `load_state_dict` shows people the args
+            f"parameter {name} of shape {shape} lives on a lower tier; its elements are on the device only while the model runs. "
+            "Read them with Tiered.read(name), change them with Tiered.write(name, tensor): on every process."
+        )
         self.name, self.shape = name, shape
 
-    def __str__(self) -> str:
-        return (
-            f"parameter {self.name} of shape {self.shape} lives on a lower tier; its elements are on the device only while the "
-            "model runs. Read them with Tiered.read(name), change them with Tiered.write(name, tensor): on every process."
-        )
+    def __reduce__(self) -> tuple[type[ParameterReleased], tuple[str, tuple[int, ...]]]:
+        return type(self), (self.name, self.shape)
 
 
 def _mib(nbytes: float) -> str:

@@ -8,7 +8,7 @@
     QuickMode    a dispatch mode without dynamo's wrapper; `direct` calls an operator below it
     compiling    torch's ahead-of-time autograd: `Compiling`, and `inductor`, loaded when first asked for
     references   how many have a tensor
-    tracing      `sequence_number`, `backward_node`, `in_backward`: which autograd node a call belongs to
+    tracing      `sequence_number`, `backward_node`, `in_backward`, `accumulates`: which autograd node a call belongs to
     fakes        `FakeTensorMode`, and `unlogged`, without what torch logs of calls that fakes may not do
 
 What was measured on torch 2.13: `UntypedStorage` objects are kept alive by their StorageImpl, with their `__dict__` and weak
@@ -52,6 +52,7 @@ __all__ = [
     "Inductor",
     "QuickMode",
     "Tie",
+    "accumulates",
     "alone",
     "at_end_of_backward",
     "backward_node",
@@ -63,6 +64,7 @@ __all__ = [
     "fill",
     "hide_from_compiler",
     "hollow",
+    "hooks_on_saving",
     "impl_of",
     "in_backward",
     "inductor",
@@ -75,7 +77,6 @@ __all__ = [
     "problem",
     "references",
     "require",
-    "saving_is_hooked",
     "sequence_number",
     "shaped",
     "storage_of",
@@ -289,6 +290,7 @@ try:
     _next_sequence_number = torch._C._autograd._get_sequence_nr
     _current_node = torch._C._current_autograd_node
     _current_task = torch._C._current_graph_task_id
+    _executes = torch._C._will_engine_execute_node
     _hooks_on_saving = torch._C._autograd._top_saved_tensors_default_hooks
 except (AttributeError, ImportError) as error:
     raise ImportError(
@@ -318,9 +320,9 @@ def in_backward() -> bool:
     return _current_task() != -1
 
 
-def saving_is_hooked() -> bool:
-    """Whether hooks get what autograd saves from now on (`saved_tensors_hooks`, as checkpoints set when they run again)."""
-    return _hooks_on_saving(False) is not None
+def hooks_on_saving() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The hooks that get what autograd saves from now on (`saved_tensors_hooks`, as checkpoints set when they run again)."""
+    return _hooks_on_saving(False)
 
 
 def backward_node() -> int:
@@ -334,6 +336,14 @@ def wanted_by() -> tuple[str, int]:
     """Name of the autograd node whose backward is running, and how many gradients it may be asked for; ("", 0) if none runs."""
     node = _current_node()
     return ("", 0) if node is None else (node.name(), sum(edge[0] is not None for edge in node.next_functions))
+
+
+def accumulates() -> bool:
+    """Whether the gradient that a hook of a parameter sees will be added to `p.grad`; `torch.autograd.grad` only returns it."""
+    try:
+        return _executes(_current_node())
+    except RuntimeError:  # what torch answers for a parameter whose gradient is returned
+        return False
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> bool:

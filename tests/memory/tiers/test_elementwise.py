@@ -75,9 +75,33 @@ class Ledger(torch.optim.SGD):
                 self.state[p]["history"] = [1, 2]
 
 
+class Counting(torch.optim.SGD):
+    """Counts its steps in the group, as many optimizers outside torch do, and is slower at each."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["turn"] = group.get("turn", 0) + 1
+            for p in group["params"]:
+                p.sub_(p.grad * group["lr"] / group["turn"])
+
+
+class CountingItself(torch.optim.SGD):
+    turn = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.turn += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad * group["lr"] / self.turn)
+
+
 @pytest.mark.parametrize(
     ("kind", "match"),
     [
+        (Counting, "Counting changes 'turn' at each step"),
+        (CountingItself, "CountingItself changes 'turn' at each step"),
         (Trust, "not elementwise"),
         (Ledger, "neither a tensor"),
         (torch.optim.Adafactor, "not elementwise"),

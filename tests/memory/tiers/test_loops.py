@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.memory.tiers.training import ADAMW, SMALL, differing, gpt, tokens
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 from weft.memory.tiers import DiskOptimizer, Tiered, Tiers
@@ -203,6 +204,70 @@ def test_a_schedule_goes_on_where_it_was(tmp_path, kind):
             steps(ours, front, turns, after=advance)
             found = named(run) if kind == "tiered" else named(ours)
     assert not differing(found, named(model))
+
+
+SCHEDULES = {
+    "multi-step": lambda o: lr_scheduler.MultiStepLR(o, [2, 4, 6], 0.1),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=8),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, 0.3, total_iters=5),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "step": lambda o: lr_scheduler.StepLR(o, 2),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, 7)], [2]
+    ),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=3, cycle_momentum=False),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 9, 2.0),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_go_on_as_the_docs_say(tmp_path, name):
+    """Resumed after every step, as docs/make-it-fit.md shows it: the learning rates of a run without a break."""
+    momentum = {"lr": 0.05, "momentum": 0.9}
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], **momentum)
+    schedule, expected = SCHEDULES[name](optimizer), []
+    for _ in range(8):
+        weight.grad = torch.ones(3)
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    ours, found = torch.ones(3, requires_grad=True), []
+    for turn in range(8):
+        with DiskOptimizer([ours], torch.optim.SGD, tmp_path, resume=turn > 0, **momentum) as streamed:
+            schedule = SCHEDULES[name](streamed)
+            if turn:
+                schedule.load_state_dict(streamed.notes["schedule"])
+                for group, rate in zip(streamed.param_groups, schedule.get_last_lr(), strict=True):
+                    group["lr"] = rate
+                schedule.step()
+            ours.grad = torch.ones(3)
+            found.append(streamed.param_groups[0]["lr"])
+            streamed.notes["schedule"] = schedule.state_dict()
+            streamed.step()
+    assert found == expected and torch.equal(ours, weight)
+
+
+def test_options_that_are_tensors(tmp_path):
+    options = {"lr": torch.tensor(0.1), "betas": (torch.tensor(0.9), torch.tensor(0.99)), "foreach": False}
+    weight, ours = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.AdamW([weight], **options)
+    for resume in (False, True):
+        with DiskOptimizer([ours], torch.optim.AdamW, tmp_path, resume=resume, **options) as streamed:
+            weight.grad, ours.grad = torch.arange(3.0), torch.arange(3.0)
+            optimizer.step()
+            streamed.step()
+            assert all(isinstance(beta, torch.Tensor) for beta in streamed.param_groups[0]["betas"])
+    assert torch.equal(ours, weight)
 
 
 def test_a_state_dict_has_no_released_parameter(tmp_path):

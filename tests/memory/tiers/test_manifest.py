@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+
 import pytest
 import torch
 
@@ -13,10 +16,12 @@ from weft.memory.tiers.manifest import (
     Manifest,
     checksum,
     decode_small,
+    encode_notes,
     encode_small,
     newest,
     read_extra,
     survey,
+    withdraw,
 )
 
 
@@ -153,3 +158,76 @@ def test_a_lock_is_for_one(tmp_path):
     lock.close()
     Lock(tmp_path, 0).close()
     other.close()
+
+
+@pytest.mark.parametrize("how", ["closed", "gone"])
+def test_a_forked_child_does_not_hold_the_lock(tmp_path, monkeypatch, how):
+    """As a loader's workers, which outlive what they were forked in."""
+    lock = Lock(tmp_path, 0)
+    if how == "closed":
+        monkeypatch.setattr("weft.memory.tiers.manifest._HELD", set())  # a fork that Python is not told of
+    ready, done = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(ready[1], b".")
+        os.read(done[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        if how == "closed":
+            lock.close()
+        else:
+            lock._file.close()  # what the end of a process does
+        Lock(tmp_path, 0).close()
+    finally:
+        os.write(done[1], b".")
+        os.waitpid(pid, 0)
+
+
+def test_a_step_that_is_withdrawn(tmp_path):
+    write(tmp_path, 0, 3, 4, 5)
+    own = tmp_path / "0" / "rank0"
+    before = (own / "manifest.0").read_bytes()
+    withdraw(own, 5)
+    assert found(tmp_path) == (0, 4, 1)
+    withdraw(own, 5)
+    manifest(4).write(own, {"more": torch.zeros(3)})
+    for _ in range(2):
+        withdraw(own, 4, before)
+        assert (own / "manifest.0").read_bytes() == before
+    withdraw(own, 6)  # it is of another step, and stays
+    assert found(tmp_path) == (0, 4, 1)
+    withdraw(tmp_path / "gone", 5)
+
+
+NOTES = {
+    "epoch": 3,
+    "none": None,
+    "milestones": Counter({2: 1, 6: 2}),
+    "betas": (0.9, (0.99, [1, (2,)])),
+    5: {"a": {1: (True, float("inf"))}, (1, "x"): []},
+    "odd": {"weft:tuple": [1]},
+}
+
+
+def test_notes_come_back_as_they_were(tmp_path):
+    made = manifest(4)
+    made.notes = NOTES
+    made.write(tmp_path)
+    back = Manifest.read(tmp_path / "manifest.0").notes
+    assert back == NOTES and repr(back) == repr(NOTES)
+    plain = {"epoch": 1, "list": [{"a": 1.5}]}
+    assert encode_notes(plain) == plain  # as earlier versions wrote them
+
+
+def test_a_note_that_cannot_be_written_is_named(tmp_path):
+    for notes, where in (
+        ({"loss": torch.tensor(1.0)}, r"notes\['loss'\] is a Tensor"),
+        ({"a": [1, {"b": {1, 2}}]}, r"notes\['a'\]\[1\]\['b'\] is a set"),
+        ({"a": {b"x": 1}}, r"a key of notes\['a'\] is a bytes"),
+    ):
+        made = manifest(4)
+        made.notes = notes
+        with pytest.raises(ValueError, match=where):
+            made.write(tmp_path)
+    assert not list(tmp_path.iterdir())

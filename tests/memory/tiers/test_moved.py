@@ -73,6 +73,31 @@ def looked_at(model, optimizer, turn):
     return found, torch.stack([copy.deepcopy(g).abs().max() for g in grads]).tolist(), [g.shape for g in grads]
 
 
+def weighed(model, optimizer, turn):
+    """A weight from norms of gradients that are only returned, as GradNorm and VQGAN have it; what was accumulated stays."""
+    weight = model.blocks[0].expand.weight
+    norms = [torch.autograd.grad(model(*tokens(turn + k)), weight)[0].norm() for k in range(2)]
+    (model(*tokens(turn)) * norms[0] / norms[1]).backward(inputs=[weight])
+    return norms[0].item(), norms[1].item()
+
+
+class Dead(torch.autograd.Function):
+    """Gives nothing back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def without_a_gradient(model, optimizer, turn):
+    """A backward that comes to parameters with nothing."""
+    sum(Dead.apply(p).sum() for p in model.parameters()).backward()
+
+
 def loop(model, optimizer, change, turns=4):
     """Two backward passes a step, the second with a graph that is used twice."""
     said = []
@@ -94,7 +119,18 @@ def loop(model, optimizer, change, turns=4):
 @pytest.mark.parametrize("tiers", LOWER, ids=str)
 @pytest.mark.parametrize(
     "change",
-    [clip, clip_to_infinity_norm, clip_by_value, by_numbers, with_tensors, by_views, dropped_and_replaced, looked_at],
+    [
+        clip,
+        clip_to_infinity_norm,
+        clip_by_value,
+        by_numbers,
+        with_tensors,
+        by_views,
+        dropped_and_replaced,
+        looked_at,
+        weighed,
+        without_a_gradient,
+    ],
 )
 def test_what_is_done_with_gradients(tmp_path, tiers, change):
     reference, model = gpt(), gpt()

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import io
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
 from tests.memory.tiers.training import ADAMW, SMALL, Branching, Normed, differing, gpt, in_memory, tokens, train_tiered
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import weft
 from weft.errors import DiskFull, FolderInUse, ParameterChanged, ParameterReleased
+from weft.memory import private
+from weft.memory.tiers.files import DiskFile
+from weft.memory.tiers.manifest import Manifest
 from weft.memory.tiers.moved import MovedGradient
 from weft.memory.tiers.prefetch import Mode
 from weft.memory.tiers.store import TIERS, Tiers
@@ -115,6 +121,12 @@ def test_a_released_parameter_takes_no_memory_and_is_not_used_between_steps(tmp_
             with pytest.raises(ParameterReleased, match=r"expand\.weight.*Tiered\.read\(name\)"), torch.no_grad():
                 use()
         assert not any(tiered.read(name).isnan().any() for name in whole)
+        with pytest.raises(RuntimeError, match=r"exception occurred : .*expand\.weight.*Tiered\.write\(name, tensor\)"):
+            model.load_state_dict(tiered.state_dict())
+        with pytest.raises(ParameterReleased) as error:
+            weight.norm()
+        there = pickle.loads(pickle.dumps(error.value))
+        assert (there.name, there.shape, str(there)) == ("blocks.0.expand.weight", weight.shape, str(error.value))
 
 
 class Kept(nn.Module):
@@ -327,6 +339,70 @@ def test_checkpointed_blocks(tmp_path, reentrant):
     compare(tmp_path, Checkpointed, steps, tiers=DISK)
 
 
+class Scaled(nn.Module):
+    """A frozen factor beside a trained layer, as adapters have them: backward reads the factor, the very object."""
+
+    def __init__(self, frozen: bool):
+        super().__init__()
+        self.factor, self.layer = nn.Parameter(torch.rand(8) + 1, requires_grad=not frozen), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.tanh(self.factor * x))
+
+    def again(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.forward, x, use_reentrant=False)
+
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        with saved_tensors_hooks(lambda t: t, lambda t: t):
+            return self(x)
+
+    def kept_within(self, x: torch.Tensor) -> torch.Tensor:
+        with saved_tensors_hooks(lambda t: t, lambda t: t):
+            return self.forward(x)
+
+
+HOW = {
+    "checkpoint": lambda block, x: checkpoint(block, x, use_reentrant=False),
+    "of two": lambda block, x: checkpoint(nn.Sequential(block, block), x, use_reentrant=False),
+    "in another": lambda block, x: checkpoint(HOW["checkpoint"], block, x, use_reentrant=False),
+    "of a method": Scaled.again,
+    "hooks": Scaled.kept,
+    "hooks within": Scaled.kept_within,
+}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("how", HOW)
+def test_parameters_that_other_hooks_keep(tmp_path, how, frozen):
+    """Hooks of others on what autograd saves may keep a parameter itself, which is released before backward reads it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.blocks = nn.Linear(8, 8), nn.ModuleList(Scaled(frozen) for _ in range(2))
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = HOW[how](block, x)
+            return x.square().mean()
+
+    def steps(model, begin, end):
+        losses = []
+        for turn in range(3):
+            begin()
+            loss = model(torch.randn(4, 8, generator=torch.Generator().manual_seed(turn)))
+            losses.append(loss.item())
+            loss.backward()
+            end()
+        return losses
+
+    for tiers in (Tiers("host"), DISK):
+        compare(tmp_path / tiers.parameters, Net, steps, tiers=tiers, ahead=1)
+    tiered = compare(tmp_path / "backward", Net, steps, tiers=DISK, ahead=1, update="backward")
+    assert not tiered.presence.held and private.hooks_on_saving() is None
+
+
 def test_layers_that_hold_their_weights_themselves(tmp_path):
     """LSTM keeps a list of its parameters, MultiheadAttention uses the weight of a module it never calls."""
 
@@ -522,6 +598,54 @@ def test_values_that_do_not_fit(tmp_path, how):
 # ---- what goes wrong
 
 
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("when", ["values", "manifest"])
+def test_a_model_is_what_it_was_when_it_cannot_be_put_on_tiers(tmp_path, monkeypatch, when, tier):
+    model, before = gpt(), gpt().state_dict()
+
+    def values():
+        yield from list(before.items())[:3]
+        raise OSError("the download broke")
+
+    def full(*args):
+        raise DiskFull("manifest.0", 1, 0, "writing")
+
+    if when == "manifest":
+        monkeypatch.setattr(Manifest, "write", full)
+    given = values() if when == "values" else None
+    with pytest.raises(OSError, match="download broke" if when == "values" else "manifest.0"):
+        Tiered(model, ADAMW, Tiers(tier, "host", "disk"), tmp_path, values=given, **SMALL)
+    assert not differing(model.state_dict(), before)
+    monkeypatch.undo()
+    Tiered(model, ADAMW, Tiers(tier, "host", "disk"), tmp_path, **SMALL).close()
+
+
+def test_activations_that_cannot_be_written(tmp_path, reference, monkeypatch):
+    """The pass that needs them fails; steps after it have nothing to do with them. And closing twice is closing once."""
+    losses, final = reference
+    model, real = gpt(), DiskFile.write_now
+
+    def faulty(self, view, offset):
+        if self.path.name == "activations.bin":
+            raise OSError(errno.EIO, "the disk has a fault")
+        real(self, view, offset)
+
+    tiered = Tiered(model, ADAMW, Tiers("host", "host", "disk", "disk"), tmp_path, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskFile, "write_now", faulty)
+        torch.manual_seed(0)
+        loss = model(*tokens(0))
+        for _ in range(2):
+            with pytest.raises(OSError, match="fault"):
+                loss.backward(retain_graph=True)
+    del loss
+    tiered.zero_grad()
+    assert train_tiered(model, tiered, range(len(losses))) == losses
+    assert not differing(tiered.state_dict(), final)
+    tiered.close()
+    tiered.close()
+
+
 def test_an_exception_in_forward_or_backward(tmp_path, reference):
     class Fault(Exception):
         pass
@@ -623,10 +747,45 @@ def test_written_values_are_kept_and_resumed(tmp_path, parameters):
         assert tiered.steps == 1 and not differing(tiered.state_dict(), other.state_dict())
 
 
+@pytest.mark.parametrize("ahead", [1, "1 MB"])
+@pytest.mark.parametrize("parameters", TIERS)
+def test_values_written_after_a_pass_without_a_step(tmp_path, parameters, ahead):
+    """What the pass has left on the device, some of it held until the step, is not what is used next."""
+    model, other = gpt(), gpt().requires_grad_(False)
+    for p in other.parameters():
+        p.mul_(1.5)
+    with Tiered(model, ADAMW, Tiers(parameters, "host", "disk"), tmp_path, **{**SMALL, "ahead": ahead}) as tiered:
+        train_tiered(model, tiered, range(2))
+        model(*tokens(0))
+        model.blocks[0].expand.weight.norm()
+        for name, p in other.named_parameters():
+            tiered.write(name, p)
+        assert not differing(tiered.state_dict(), other.state_dict())
+        assert model.eval()(*tokens(1)).item() == other.eval()(*tokens(1)).item()
+        assert model.blocks[0].expand.weight.norm().item() == other.blocks[0].expand.weight.norm().item()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_parameter_on_the_device_changed_in_place_is_resumed(tmp_path, frozen):
+    """It has no gradient, so only its version tells."""
+    model, stays = gpt(), Tiers(optimizer="disk")
+    model.blocks[0].expand.requires_grad_(not frozen)
+    with Tiered(model, ADAMW, stays, tmp_path, **SMALL) as tiered:
+        train_tiered(model, tiered, range(1))
+        with torch.no_grad():
+            model.blocks[0].expand.requires_grad_(False).weight.zero_()
+        train_tiered(model, tiered, range(2))
+        expected = tiered.state_dict()
+    assert expected["blocks.0.expand.weight"].count_nonzero() == 0
+    model = gpt()
+    model.blocks[0].expand.requires_grad_(not frozen)
+    with Tiered(model, ADAMW, stays, tmp_path, resume=True, **SMALL) as tiered:
+        assert not differing(tiered.state_dict(), expected)
+
+
 @pytest.mark.parametrize("update", ["step", "backward"])
 @pytest.mark.parametrize("parameters", TIERS)
 def test_a_full_disk_undoes_the_step(tmp_path, reference, monkeypatch, parameters, update):
-    import errno
     import os
 
     losses, final = reference
@@ -655,7 +814,6 @@ def test_a_full_disk_undoes_the_step(tmp_path, reference, monkeypatch, parameter
 
 
 def test_states_in_memory_cannot_be_undone_and_say_so(tmp_path, monkeypatch):
-    import errno
     import os
 
     model = gpt()

@@ -50,6 +50,14 @@ def test_every_split_of_seven_by_five(bias):
         assert torch.equal(weight, linear.weight.grad) and (not bias or torch.equal(bias_, linear.bias.grad))
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_tiles_are_frozen_as_the_layer_is(frozen):
+    linear = nn.Linear(7, 5)
+    getattr(linear, frozen).requires_grad_(False)
+    for name, parameter in tile(linear, 2, 3).named_parameters():
+        assert parameter.requires_grad == (frozen not in name)
+
+
 def test_parts_are_near_equal():
     for size, count in itertools.product(range(1, 20), range(1, 8)):
         if count <= size:

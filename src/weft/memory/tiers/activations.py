@@ -9,7 +9,6 @@ On a device that is the CPU, the host tier is where activations are anyway, and 
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ class Kept:
     offset: int = -1  # in the file
     host: Tensor | None = None
     writing: Transfer | None = None
+    failed: Exception | None = None  # why its bytes did not come there
     buffer: Tensor | None = None  # being written from, or read into
     reading: Transfer | None = None
     earlier: weakref.ref[Kept] | None = None  # saved before this one
@@ -122,16 +122,19 @@ class Activations:
         kept.buffer = aligned(nbytes, pin=self.device.type == "cuda")
         kept.buffer[:nbytes].view(flat.dtype).copy_(flat)
         kept.offset = self._room(kept.buffer.numel())
-        weakref.finalize(kept, self._give_back, kept.buffer.numel(), kept.offset)
         kept.writing = self.disk.write(self._file, kept.buffer, kept.offset)
         self._writing.append((kept.writing, kept))
+        # Last, so that an interrupt before loses the place, and does not give it away while it is being written.
+        weakref.finalize(kept, self._give_back, kept.buffer.numel(), kept.offset)
         return kept
 
     def _written(self) -> None:
-        transfer, kept = self._writing.popleft()
-        transfer.wait()
-        if kept.writing is transfer:
-            kept.writing, kept.buffer = None, None
+        """Wait for the oldest writing. If it failed, that is for whoever loads it: later passes have nothing to do with it."""
+        _, kept = self._writing[0]
+        if kept.writing is not None:
+            _settle(kept)
+            kept.buffer = None
+        self._writing.popleft()
 
     def _room(self, nbytes: int) -> int:
         """An offset with room for an aligned number of bytes; grows the file.
@@ -164,11 +167,11 @@ class Activations:
     def _arrive(self, kept: Kept) -> Tensor:
         if kept.host is not None:
             return kept.host.to(self.device, non_blocking=True)
+        _settle(kept)
+        if kept.failed is not None:
+            raise kept.failed  # also if its bytes are still here: an error must not go unseen
         if kept.buffer is None:
             self._read(kept)
-        if kept.writing is not None:
-            kept.writing.wait()  # its bytes are still here, but an error must not go unseen
-            kept.writing = None
         if kept.reading is not None:
             kept.reading.wait()
             kept.reading = None
@@ -184,7 +187,7 @@ class Activations:
     def _read_ahead(self, kept: Kept) -> None:
         room, earlier = self.ahead, kept.earlier
         while earlier is not None and (kept := earlier()) is not None and (room := room - kept.nbytes) >= 0:
-            if kept.buffer is None and kept.writing is None and kept.host is None:
+            if kept.buffer is None and kept.writing is None and kept.host is None and kept.failed is None:
                 self._read(kept)
             earlier = kept.earlier
 
@@ -199,4 +202,14 @@ class Activations:
         self.clear()
         if self._file is not None:
             self._file.close()
-            os.unlink(self._file.path)
+            self._file.path.unlink(missing_ok=True)  # closing a second time finds no folder
+
+
+def _settle(kept: Kept) -> None:
+    """Return when its bytes are written, or are known not to be."""
+    if kept.writing is not None:
+        try:
+            kept.writing.wait()
+        except Exception as error:
+            kept.failed = error
+        kept.writing = None

@@ -2,6 +2,7 @@
 
 what autograd saves of a parameter is replaced by a note of which one and how it was looked at; when the node runs, the
 note fetches it, and it dies with the node; other tensors go to the tier of activations            `_pack`, `_unpack`
+what hooks of others get, which come before ours, is left to them                                  `foreign`
 a finished gradient leaves `p.grad` at once: summed to its owners, kept on its tier; what stands
 there says where it is (`moved`)                                                                   `_finished`
 where updates are done in backward, a parameter stays until its update, which needs its elements   `present`
@@ -20,7 +21,7 @@ from weft.memory.tiers.activations import Activations, Saved
 from weft.memory.tiers.fetch import Fetcher, Slot
 from weft.memory.tiers.gradients import Gradients
 from weft.memory.tiers.layout import Segment
-from weft.memory.tiers.moved import Moved
+from weft.memory.tiers.moved import Moved, MovedGradient
 from weft.memory.tiers.presence import Presence
 from weft.memory.tiers.standins import View
 from weft.memory.tiers.updates import Updates
@@ -77,6 +78,13 @@ class Backward:
         saving.__exit__(None, None, None)
         return True
 
+    def foreign(self) -> Any:
+        """The hooks of others, if they are the ones that get what autograd saves, and get parameters themselves."""
+        hooks = private.hooks_on_saving() if torch.is_grad_enabled() else None
+        if hooks is None or hooks[0] == self._pack or getattr(hooks[0], "ours", None) == self.presence.of:
+            return None
+        return hooks
+
     def _pack(self, tensor: Tensor) -> Any:
         view = self.presence.look(tensor)
         if view is not None:
@@ -120,7 +128,7 @@ class Backward:
             return
         for slot in self.slots:
             if slot.parameter.requires_grad and slot.index not in self._handles:
-                before = lambda gradient, slot=slot: moved.arriving(slot)
+                before = lambda gradient, slot=slot: moved.arriving(slot, gradient)
                 after = lambda parameter, slot=slot: self._finished(slot, parameter)
                 self._handles[slot.index] = (
                     slot.parameter.register_hook(before), slot.parameter.register_post_accumulate_grad_hook(after)
@@ -129,7 +137,7 @@ class Backward:
     def _finished(self, slot: Slot, parameter: nn.Parameter) -> None:
         """A gradient is finished."""
         gradient = parameter.grad
-        if gradient is None:
+        if gradient is None or isinstance(gradient, MovedGradient):  # nothing came
             return
         assert self.moved is not None
         parameter.grad = None

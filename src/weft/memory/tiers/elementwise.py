@@ -98,6 +98,7 @@ class Elementwise:
         parts = [numbers[0].clone().view(shape)] if len(shape) > 1 else list(numbers[0].clone().split(cuts))
         try:
             worker = self._make(parts, options)
+            before = _beside(worker)
             for turn in range(1, 4):
                 rows = [numbers[turn].view(shape)] if len(shape) > 1 else list(numbers[turn].split(cuts))
                 for part, row in zip(parts, rows, strict=True):
@@ -107,6 +108,13 @@ class Elementwise:
             raise ValueError(
                 f"{self.kind.__name__} cannot be run on flat pieces of parameters ({error}); {ELSEWHERE}"
             ) from error
+        counted = sorted(key for key, value in _beside(worker).items() if key not in before or before[key] != value)
+        if counted:
+            raise ValueError(
+                f"{self.kind.__name__} changes {counted[0]!r} at each step in its group or in itself, where no piece finds it "
+                "again: tiers keep only what an optimizer keeps for a parameter (Optimizer.state); train with it in memory, or "
+                "with an optimizer that counts in its state, as torch.optim's do"
+            )
         return torch.cat([part.flatten() for part in parts]), dict(worker.state[parts[-1]])
 
     def _make(self, values: Sequence[Tensor], options: Mapping[str, Any]) -> torch.optim.Optimizer:
@@ -143,6 +151,16 @@ class Elementwise:
         for piece in pieces:
             piece.value.grad = None
             piece.state = dict(worker.state[piece.value])
+
+
+def _beside(worker: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer holds besides its state, as far as it can be compared: plain options, and public attributes."""
+    found = {key: value for key, value in vars(worker).items() if not key.startswith("_")} | worker.param_groups[0]
+    return {
+        key: value.item() if isinstance(value, Tensor) and not value.is_meta else value
+        for key, value in found.items()
+        if is_small(value)
+    }
 
 
 def _step(worker: torch.optim.Optimizer) -> None:

@@ -182,7 +182,8 @@ class Disk:
             raise ValueError(f"Disk: threads must be >= 1 and block a multiple of {ALIGN}, got {threads} and {block}")
         self.block = block
         self.bytes_read = self.bytes_written = 0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weft-disk")
+        self.threads = threads
+        self._pool = self._new_pool()
         self._urgent = ThreadPoolExecutor(max(threads // 2, 1), thread_name_prefix="weft-disk-urgent")
         self._count = threading.Lock()
 
@@ -209,6 +210,14 @@ class Disk:
     ) -> list[Future[Any]]:
         steps = range(0, len(view), self.block)
         return [pool.submit(_move, move, view[at : at + self.block], offset + at) for at in steps]
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="weft-disk")
+
+    def settle(self) -> None:
+        """Return when nothing is under way that is not urgent, also what an interrupt kept its caller from knowing."""
+        before, self._pool = self._pool, self._new_pool()
+        before.shutdown(wait=True)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

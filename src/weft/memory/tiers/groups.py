@@ -26,13 +26,21 @@ def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def described(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group's options as far as JSON can say them."""
-    found = {}
-    for key, value in plain_options(group).items():
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, (bool, int, float, str, type(None), list, tuple)):
-            found[key] = value
-    return found
+    plain = {key: _plain(value) for key, value in plain_options(group).items()}
+    return {key: value for key, value in plain.items() if _sayable(value)}
+
+
+def _plain(value: Any) -> Any:
+    """With numbers in place of tensors that hold one."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _sayable(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_sayable(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def restore(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
@@ -41,11 +49,18 @@ def restore(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]
         return  # cut into groups anew: whoever did that says what holds for each
     for group, options in zip(groups, saved, strict=True):
         for key, value in options.items():
-            now = group.get(key)
-            if isinstance(now, Tensor):
-                now.fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(value, list) and not isinstance(now, list) else value
+            group[key] = _put_back(group.get(key), value)
+
+
+def _put_back(now: Any, value: Any) -> Any:
+    """What `_plain` made a number or list of, in the form of what is there now."""
+    if isinstance(now, Tensor):
+        return now.fill_(value)
+    if not isinstance(value, list):
+        return value
+    if isinstance(now, (list, tuple)) and len(now) == len(value):
+        value = [_put_back(*pair) for pair in zip(now, value, strict=True)]
+    return value if isinstance(now, list) else tuple(value)
 
 
 def refuse_more(optimizer: torch.optim.Optimizer) -> None:

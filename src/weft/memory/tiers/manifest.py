@@ -9,6 +9,8 @@ A step writes every changed chunk into the place that the last complete step doe
 (beside the target, flushed, renamed). Manifests of even and odd steps are two files, and the ranks wait for each other after
 writing theirs. So whatever is killed, when and where: the newest step for which *every* rank has a manifest is complete, and
 its chunks have not been touched.                                                          `newest`
+A step that is undone after a rank has written its manifest, or resumed before, is to be done again, in the same places: its
+manifest is withdrawn first.                                                               `withdraw`
 
 A manifest's first line is the CRC-32 of the second, which is JSON and holds that of the rest. A chunk's checksums are sums of
 64-bit words per page of 4 KiB, and the CRC-32 of those sums: as fast as memory, and blind to nothing that a disk does to
@@ -23,7 +25,9 @@ import io
 import json
 import os
 import shutil
+import weakref
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +40,8 @@ from weft.errors import CheckpointDamaged, FolderInUse
 from weft.memory.tiers.files import ALIGN, named
 
 __all__ = [
-    "ChunkEntry", "Lock", "Manifest", "checksum", "decode_small", "encode_small", "layouts", "newest", "read_extra",
-    "remove_layouts", "survey",
+    "ChunkEntry", "Lock", "Manifest", "checksum", "decode_small", "encode_small", "layouts", "manifest_path",
+    "newest", "read_extra", "remove_layouts", "survey", "withdraw",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -87,15 +91,20 @@ class Manifest:
     extra: tuple[int, int] = (0, 0)  # size and CRC-32 of what comes after the manifest
 
     def write(self, folder: Path, extra: Mapping[str, Tensor] | None = None) -> None:
-        """Put it, and some more tensors, in place of the manifest of two steps ago, whole or not at all."""
+        """Put it, and some more tensors, in place of the manifest of two steps ago, whole or not at all.
+
+        Raises:
+            ValueError: a note is nothing that JSON can say.
+        """
         buffer = io.BytesIO()
         if extra:
             torch.save({name: tensor.detach().cpu() for name, tensor in extra.items()}, buffer)
         content = buffer.getvalue()
         self.extra = len(content), zlib.crc32(content)
-        plain = {"format": FORMAT, **vars(self), "chunks": [vars(chunk) for chunk in self.chunks]}
+        chunks, notes = [vars(chunk) for chunk in self.chunks], encode_notes(self.notes)
+        plain = {"format": FORMAT, **vars(self), "chunks": chunks, "notes": notes}
         text = json.dumps(plain, separators=(",", ":")).encode()
-        _replace(folder / f"manifest.{self.step % 2}", b"%08x\n%s\n%s" % (zlib.crc32(text), text, content))
+        _replace(manifest_path(folder, self.step), b"%08x\n%s\n%s" % (zlib.crc32(text), text, content))
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -124,6 +133,7 @@ class Manifest:
                 for c in data["chunks"]
             ]
             data["extra"] = tuple(data["extra"])
+            data["notes"] = decode_notes(data["notes"])
             data["parameters"] = {name: (shape, dtype) for name, (shape, dtype) in data["parameters"].items()}
             return cls(**data)
         except (TypeError, KeyError, ValueError) as error:
@@ -203,9 +213,82 @@ def decode_small(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+# ---- notes
+
+TAG = "weft:"  # begins the key of a JSON object that stands for what JSON has not
+
+
+def encode_notes(value: Any, where: str = "notes") -> Any:
+    """Notes as JSON values; tuples, counters and keys that are no strings (as schedules have them) come back as they were.
+
+    Raises:
+        ValueError: one of them is something else.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        items = [encode_notes(item, f"{where}[{place}]") for place, item in enumerate(value)]
+        return {TAG + "tuple": items} if isinstance(value, tuple) else items
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{where} is a {type(value).__name__}, which cannot be written with a step; notes take numbers, strings, None, and "
+            "lists, tuples and dicts of them (of a tensor: .item() or .tolist())"
+        )
+    found = {key: encode_notes(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith(TAG) for key in found):
+        return found
+    kind = "Counter" if isinstance(value, Counter) else "dict"
+    return {TAG + kind: [[encode_notes(key, f"a key of {where}"), item] for key, item in found.items()]}
+
+
+def decode_notes(value: Any) -> Any:
+    """The inverse."""
+    if isinstance(value, list):
+        return [decode_notes(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    for kind, made in (("dict", dict), ("Counter", Counter)):
+        if TAG + kind in value:
+            return made({decode_notes(key): decode_notes(item) for key, item in value[TAG + kind]})
+    if TAG + "tuple" in value:
+        return tuple(decode_notes(value[TAG + "tuple"]))
+    return {key: decode_notes(item) for key, item in value.items()}
+
+
+# ---- places
+
+
+def manifest_path(folder: Path, step: int) -> Path:
+    """Where the manifest of a step is."""
+    return folder / f"manifest.{step % 2}"
+
+
+def withdraw(folder: Path, step: int, replaced: bytes | None = None) -> None:
+    """The step does not count after all: its manifest goes, if it is there, before its places are written again.
+
+    Args:
+        replaced: what is to be there instead.
+    """
+    path = manifest_path(folder, step)
+    if not _tells_of(path, step):
+        return
+    if replaced is None:
+        path.unlink()
+        flush_folder(folder)
+    elif path.read_bytes() != replaced:
+        _replace(path, replaced)
+
+
+def _tells_of(path: Path, step: int) -> bool:
+    try:
+        return Manifest.read(path).step == step
+    except CheckpointDamaged:  # none, or half of one, which counts for nothing
+        return False
+
+
 def read_extra(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """The tensors that were written with a manifest."""
-    content = (folder / f"manifest.{manifest.step % 2}").read_bytes().split(b"\n", 2)[2]
+    content = manifest_path(folder, manifest.step).read_bytes().split(b"\n", 2)[2]
     found: dict[str, Tensor] = torch.load(io.BytesIO(content), weights_only=True) if content else {}
     return found
 
@@ -261,7 +344,28 @@ class Lock:
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} (rank {rank})")
         self._file.flush()
+        _HELD.add(self)
 
     def close(self) -> None:
+        _HELD.discard(self)
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # closing is not enough while somebody else has the descriptor
+        self._drop()
+
+    def _drop(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """A forked child (a loader's worker) shares the lock, and would hold it when this process is gone: it lets go."""
+    for lock in list(_HELD):
+        lock._drop()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_forked)

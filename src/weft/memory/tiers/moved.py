@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from weft.errors import GradientMoved
+from weft.memory import private
 from weft.memory.tiers.fetch import Slot
 from weft.memory.tiers.gradients import Gradients
 
@@ -112,9 +113,12 @@ class Moved:
         note = self._notes.setdefault(slot.index, Note(slot))
         slot.parameter.grad = MovedGradient(self, note)
 
-    def arriving(self, slot: Slot) -> None:
-        """A gradient is about to be put under a parameter: torch adds it to what is there, which must be a tensor or nothing."""
-        if self.holds(slot):
+    def arriving(self, slot: Slot, gradient: Tensor | None) -> None:
+        """A gradient may be about to be put under a parameter: torch adds it to what is there, which must be a tensor or nothing.
+
+        If none will be, as in `torch.autograd.grad`, what stands there goes on standing.
+        """
+        if gradient is not None and private.accumulates() and self.holds(slot):
             slot.parameter.grad = None
 
     def holds(self, slot: Slot) -> bool:

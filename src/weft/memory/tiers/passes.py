@@ -5,23 +5,35 @@ a pass                from the moment at which somebody outside calls the model,
                       what is computed a second time within backward is none                        `_begins`
 an access             to a parameter from elsewhere (tied weights, `self.other.weight`) holds it while the module that
                       reached for it runs; from outside the model, until the step ends              `_seen`
+hooks of others       on what autograd saves get aliases of parameters while a module runs; a parameter that is reached for
+                      where they get it itself is held until the step ends                          `_share`, `_seen`
 a use                 of one that is not there, which somebody has kept, is an access; between steps, an error   `_reached`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, final
 
+import torch
 from torch import nn
 
 from weft.errors import ParameterReleased
 from weft.memory import private
 from weft.memory.tiers.fetch import Slot
 from weft.memory.tiers.presence import Presence
-from weft.memory.tiers.standins import Released, Watched
+from weft.memory.tiers.standins import Aliased, Released, Watched
 
 __all__ = ["Passes"]
+
+
+@dataclass(eq=False)
+class Frame:
+    """A module that runs: what it holds, and the hooks that stand before those of others."""
+
+    held: list[Slot] = field(default_factory=list)
+    sharing: Any = None
 
 
 @final
@@ -32,6 +44,7 @@ class Passes:
         model: whose modules get hooks.
         presence: of its parameters.
         begin, end: called with `again` when a pass begins, and when it is over, well or not.
+        foreign: the hooks of others that autograd gives parameters themselves to save, if there are some.
 
     Attributes:
         in_step: some pass with gradients has begun since the last step.
@@ -39,13 +52,18 @@ class Passes:
     """
 
     def __init__(
-        self, model: nn.Module, presence: Presence, begin: Callable[[bool], None], end: Callable[[bool], None]
+        self,
+        model: nn.Module,
+        presence: Presence,
+        begin: Callable[[bool], None],
+        end: Callable[[bool], None],
+        foreign: Callable[[], Any],
     ):
-        self.model, self.presence, self._begin, self._end = model, presence, begin, end
+        self.model, self.presence, self._begin, self._end, self._foreign = model, presence, begin, end, foreign
         self._root = id(model)  # dynamo, which looks into hooks, must not meet the model a second time
         self.in_step = self._running = self._again = False
         self.saving = 0
-        self._frames: list[list[Slot]] = []  # what each running module holds
+        self._frames: list[Frame] = []  # of the running modules
         self._outside: list[Slot] = []
         presence.reached = self._reached
         self._handles: list[Any] = []
@@ -64,16 +82,28 @@ class Passes:
                 self._forget_frames()
             self._running, self.saving = True, 0
             self._begin(self._again)
-        frame: list[Slot] = []
+        frame = Frame(sharing=self._share())
         self._frames.append(frame)
         for parameter in module._parameters.values():
             slot = self.presence.of(parameter)
-            if slot is not None and slot not in frame:
-                frame.append(slot)
+            if slot is not None and slot not in frame.held:
+                frame.held.append(slot)
                 self.presence.hold(slot)
 
+    def _share(self) -> Any:
+        """Where hooks of others get parameters themselves, have them get aliases; the context, entered, in which they do."""
+        hooks = self._foreign()
+        if hooks is None:
+            return None
+        sharing = torch.autograd.graph.saved_tensors_hooks(Aliased(hooks[0], self.presence.of), hooks[1])
+        sharing.__enter__()
+        return sharing
+
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.presence.let_go(self._frames.pop())
+        frame = self._frames.pop()
+        if frame.sharing is not None:
+            frame.sharing.__exit__(None, None, None)
+        self.presence.let_go(frame.held)
         self.presence.trim()
         if self._running and not self._frames:
             self._running = False
@@ -81,18 +111,23 @@ class Passes:
 
     def _forget_frames(self) -> None:
         """What a pass holds that was interrupted from outside."""
-        for frame in self._frames:
-            for slot in frame:
+        for frame in reversed(self._frames):
+            if frame.sharing is not None:
+                frame.sharing.__exit__(None, None, None)
+            for slot in frame.held:
                 slot.users = 0
         self._frames.clear()
 
     def _seen(self, parameter: nn.Parameter) -> None:
         """A parameter is reached for."""
         slot = self.presence.of(parameter)
-        if slot is None or (slot.users and not isinstance(parameter, Released)):
+        if slot is None:
             return
-        if self._frames:
-            self._frames[-1].append(slot)
+        kept = self._foreign() is not None
+        if slot.users and not isinstance(parameter, Released) and not kept:
+            return
+        if self._frames and not kept:
+            self._frames[-1].held.append(slot)
         elif self.in_step:
             self._outside.append(slot)
         else:

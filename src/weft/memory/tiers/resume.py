@@ -28,6 +28,7 @@ from weft.memory.tiers.manifest import (
     read_extra,
     remove_layouts,
     survey,
+    withdraw,
 )
 from weft.memory.tiers.states import States
 
@@ -111,6 +112,7 @@ def _adopt(states: States, old: Path, theirs: Manifest) -> dict[str, Tensor]:
     states.adopt(theirs.chunks)
     states.verify()
     states.step = theirs.step
+    withdraw(states.folder, theirs.step + 1)  # to which other ranks had not come
     return read_extra(states.folder, theirs)
 
 

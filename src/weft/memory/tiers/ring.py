@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from typing import final
 
@@ -29,13 +28,15 @@ class Ring:
         if number < 1:
             raise ValueError(f"buffers must be at least 1, got {number}; 3 let reading, updating and writing overlap")
         self.number, self.nbytes, self.taken = number, nbytes, 0
+        self._all: list[Tensor] = []
         self._free: list[Tensor] | None = None
         self._writing: deque[tuple[Transfer, Tensor]] = deque()
 
     def _buffers(self) -> list[Tensor]:
         if self._free is None:
             # Zeros: padding goes to disk, and what another job left in memory should not.
-            self._free = [aligned(self.nbytes).zero_() for _ in range(self.number)]
+            self._all = [aligned(self.nbytes).zero_() for _ in range(self.number)]
+            self._free = list(self._all)
         return self._free
 
     def has_free(self) -> bool:
@@ -82,12 +83,13 @@ class Ring:
         while self._writing:
             self._written()
 
-    def settle(self) -> None:
-        """Return when nothing is being written any more, well or not: the step is being undone."""
-        while self._writing:
-            with contextlib.suppress(Exception):  # perhaps the very error because of which it is undone
-                self._written()
+    def reset(self) -> None:
+        """All buffers are free, wherever an interrupt left them: the step is undone, and nothing is under way any more."""
+        self._writing.clear()
+        self.taken = 0
+        if self._free is not None:
+            self._free = list(self._all)
 
     def close(self) -> None:
-        self.settle()
-        self._free = None
+        self._writing.clear()
+        self._free, self._all = None, []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weft.memory.private import hide_from_compiler
 
-__all__ = ["Released", "View", "Watched", "present", "release"]
+__all__ = ["Aliased", "Released", "View", "Watched", "present", "release"]
 
 # Of a released parameter: the fields that show elements (others do not), and the functions that need none (others do).
 _WITH_ELEMENTS = frozenset(("data", "T", "mT", "H", "mH", "real", "imag", "__cuda_array_interface__"))
@@ -35,6 +35,21 @@ class View:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+
+
+@dataclass(frozen=True)
+class Aliased:
+    """What others do with what autograd saves: parameters that come and go (`ours`) are given to them as aliases.
+
+    A hook may keep what it gets, as a checkpoint that runs again does. An alias keeps its elements when the parameter, the very
+    object, is released.
+    """
+
+    pack: Callable[[Tensor], Any]
+    ours: Callable[[Any], Any]
+
+    def __call__(self, tensor: Tensor) -> Any:
+        return self.pack(tensor if self.ours(tensor) is None else tensor.detach())
 
 
 class Watched(dict):
@@ -114,4 +129,4 @@ def _released(value: Any) -> Iterator[Released]:
         yield from _released(list(value.values()))
 
 
-hide_from_compiler(Watched.__getitem__)
+hide_from_compiler(Aliased.__call__, Watched.__getitem__)

@@ -16,7 +16,6 @@ along with them whatever their home, so that the folder alone is enough to resum
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,7 +30,7 @@ from weft.memory.tiers.elementwise import Elementwise, Piece, is_small
 from weft.memory.tiers.files import Disk, Transfer, aligned, round_up
 from weft.memory.tiers.gradients import Gradients
 from weft.memory.tiers.layout import Chunk, Record, Segment, Shard, cut, parts_of
-from weft.memory.tiers.manifest import ChunkEntry, Manifest, decode_small, encode_small
+from weft.memory.tiers.manifest import ChunkEntry, Manifest, decode_small, encode_small, manifest_path, withdraw
 from weft.memory.tiers.peers import Peers
 from weft.memory.tiers.ring import Ring
 from weft.memory.tiers.statefile import StateFile, Sums
@@ -51,12 +50,25 @@ class Work:
 
 
 @dataclass
+class Before:
+    """What is to hold again if a step is undone whose manifest may be in the folder already."""
+
+    step: int
+    held: list[Held]
+    places: list[int]
+    sums: list[Sums]
+    written: int  # the step that the manifest tells of
+    replaced: bytes | None  # the manifest that it replaces, if that is the one of the last complete step
+
+
+@dataclass
 class Changes:
     """What a step has changed so far: becomes true with `commit`."""
 
     held: dict[int, Held] = field(default_factory=dict)
     sums: dict[int, Future[Sums]] = field(default_factory=dict)
     touched: list[int] = field(default_factory=list)
+    before: Before | None = None
 
 
 class States:
@@ -178,7 +190,7 @@ class States:
 
     def close(self) -> None:
         self.broken = "the files of the optimizer's state are closed; make a new one with resume=True to go on"
-        self._works.clear()
+        self._settle()
         self.ring.close()
         self.file.close()
 
@@ -337,15 +349,15 @@ class States:
             extra: more tensors to keep with the step.
             step: count it as one.
         """
-        written = self.peers.agree(lambda: self._write_down(about, extra or {}))
-        self.step = self.step + step if written is None else written
+        written = self.peers.agree(lambda: self._write_down(about, extra or {}, step))
         for c, counting in self._changes.sums.items():
             self.file.turn(c, counting.result())
         for c, held in self._changes.held.items():
             self.held[c] = held
-        self._changes = Changes()
+        self.step = self.step + step if written is None else written
+        self._changes = Changes()  # until here an interrupt has it undone, all of it
 
-    def _write_down(self, about: Callable[[], Manifest], extra: Mapping[str, Tensor]) -> int | None:
+    def _write_down(self, about: Callable[[], Manifest], extra: Mapping[str, Tensor], step: bool) -> int | None:
         """Finish all writing; returns the step that the manifest tells of, None without one."""
         self.ring.drain()
         if not self.streamed:
@@ -354,6 +366,10 @@ class States:
         manifest.chunks = self.entries(after=True)
         self.file.sync()
         assert self.folder is not None
+        path = manifest_path(self.folder, manifest.step)
+        replaced = None if step else path.read_bytes()
+        held, places, sums = list(self.held), list(self.file.places), list(self.file.sums)
+        self._changes.before = Before(self.step, held, places, sums, manifest.step, replaced)
         manifest.write(self.folder, extra)
         return manifest.step
 
@@ -382,14 +398,9 @@ class States:
 
     def rollback(self) -> None:
         """Throw away what the step has changed; parameters in memory are read back from the file."""
-        self.ring.settle()
-        for work in self._works.values():
-            if work.reading is not None:
-                with contextlib.suppress(Exception):  # perhaps the very error because of which the step is undone
-                    work.reading.wait()
-            if work.buffer is not None:
-                self.ring.give_back(work.buffer)
-        self._works.clear()
+        self._settle()
+        if self._changes.before is not None:
+            self._take_back(self._changes.before)
         touched, self._changes = set(self._changes.touched), Changes()
         if touched and not self.streamed:
             # Undoing an update in memory would take a second copy of the states, which are in memory for their speed.
@@ -399,3 +410,24 @@ class States:
             )
             return
         self.load_values([c for c in self.in_memory() if c in touched])
+
+    def _settle(self) -> None:
+        """Nothing is under way any more, and all buffers are free, well or not, whatever was interrupted."""
+        if self.disk is not None:
+            self.disk.settle()
+        self._works.clear()
+        self.ring.reset()
+
+    def _take_back(self, before: Before) -> None:
+        """Undo a commit that did not come to its end."""
+        assert self.folder is not None
+        try:
+            withdraw(self.folder, before.written, before.replaced)
+        except OSError as error:
+            # Doing the step again would write to the places that this manifest tells of.
+            self.broken = (
+                f"a step was undone, but its manifest could not be taken out of {self.folder} ({error}); make a new one with "
+                "resume=True to go on"
+            )
+        self.step, self.held = before.step, before.held
+        self.file.places, self.file.sums = before.places, before.sums

@@ -45,6 +45,7 @@ class Steps:
         self.store, self.states, self.slots, self.peers = store, store.states, store.slots, store.peers
         self.gradients, self.fetcher, self.updates, self.moved, self._over = gradients, fetcher, updates, moved, over
         self._clip: Tensor | None = None
+        self._versions = self._now()
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -52,17 +53,27 @@ class Steps:
         if self.states.broken:
             raise RuntimeError(self.states.broken)
         self.fetcher.settle()
+        before = self.states.step
         try:
             self.peers.agree(self._update)
             self.states.commit(lambda: self.store.about(self.states.step + 1), self.store.extra())
-        except BaseException:
+            self._end()
+        except BaseException as error:
+            if self.states.step > before:
+                if self.peers.world == 1 and not isinstance(error, Exception):
+                    self._end()  # an interrupt came when the step counted already
+                raise
             self._undo()
             if self.updates is not None:
                 self._drop_gradients()
             raise
+
+    def _end(self) -> None:
+        """The step counts."""
         if self.updates is not None:
             self.updates.finish()
         self.share_whole()
+        self._versions = self._now()
         self._drop_gradients()
         self._over()
 
@@ -73,13 +84,20 @@ class Steps:
             if self.updates.failed is not None:
                 raise self.updates.failed
             done = self.updates.done
-        shards = [slot.index for slot in self.slots if slot.index in self.gradients]
+        versions = self._now()
+        changed = {index for index in versions if versions[index] != self._versions[index]}
+        shards = [slot.index for slot in self.slots if slot.index in self.gradients or slot.index in changed]
         due = {c for index in shards for c, _ in self.states.of_shard[index]} - done
         prepared = [c for c in self.states.prepared() if c in due]
         for c in set(self.states.prepared()) - due:
             self.states.forget(c)
         # Backward made gradients from the last parameter to the first; memory holds nothing of that order, so any will do.
         self.states.update([*prepared, *sorted(due - set(prepared))], self.gradients, self._clip)
+
+    def _now(self) -> dict[int, int]:
+        """Versions of the parameters that the user may change in place, where the files must tell of it."""
+        there = [slot for slot in self.slots if slot.tier == "device"] if self.states.streamed else []
+        return {slot.index: slot.parameter._version for slot in there}
 
     def _collect(self) -> None:
         """Gradients that stayed under their parameters, or were put there by somebody.

@@ -96,6 +96,7 @@ class Store:
         strides = {name: torch.empty_like(p, device="meta").stride() for name, p in model.named_parameters()}
         swapped = _leave_meta(model, device)
         self._hollow = set(swapped)  # parameters that have no values yet
+        self._released: list[tuple[Slot, Tensor]] = []  # and what gives them back, while opening, which may fail
         self.front = Front(
             [
                 {**plain_options(g), "params": [swapped.get(n, p) for n, p in parameters.items()]}
@@ -139,6 +140,16 @@ class Store:
         Returns:
             Random states of the step that was resumed, if one was.
         """
+        try:
+            return self._open(values, resume)
+        except BaseException:
+            for slot, data in self._released:
+                slot.parameter.data = data
+            raise
+        finally:
+            self._released.clear()
+
+    def _open(self, values: Iterable[tuple[str, Tensor]] | None, resume: bool) -> dict[str, Tensor]:
         for slot in self.slots:
             if slot.tier == "host":
                 slot.home = torch.zeros(slot.each, dtype=slot.dtype, pin_memory=self.device.type == "cuda")
@@ -216,7 +227,15 @@ class Store:
             return
         if slot.home is not None:
             slot.home[: slot.stop - slot.start].copy_(self.part(slot, tensor))
+        if slot.name not in self._hollow:
+            self._released.append((slot, self._again(slot, tensor)))
         slot.parameter.data = self.placeholder(slot)
+
+    def _again(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """What gives a parameter its data back; its home, where that has all of it, so that it is not in memory twice."""
+        data = slot.parameter.data
+        own = data.data_ptr() == tensor.data_ptr() and data.device.type == "cpu"
+        return slot.shaped(slot.home) if slot.home is not None and own and self.peers.world == 1 else data
 
     def part(self, slot: Slot, tensor: Tensor) -> Tensor:
         """This process's elements of a whole value, in memory order."""

@@ -158,7 +158,7 @@ class Tiered:
         self._steps = Steps(self.store, self.gradients, self.fetcher, updates, moved, self._end_of_step)
         self.optimizer.run = self._steps
         self._updates = updates
-        self._passes = Passes(self.model, self.presence, self._begin, self._end)
+        self._passes = Passes(self.model, self.presence, self._begin, self._end, self._backward.foreign)
         self.model.__dict__["zero_grad"] = self._zero_grad_of_model
         self._saving_all = False
         self._handles = [
@@ -183,7 +183,7 @@ class Tiered:
         """A pass begins, or in backward a part of one is computed `again`."""
         if again:
             # A checkpoint without hooks of its own would save parameters themselves, to read them when they are released.
-            if torch.is_grad_enabled() and not private.saving_is_hooked():
+            if torch.is_grad_enabled() and private.hooks_on_saving() is None:
                 self._backward.save()
             return
         self._backward.unsave()
@@ -283,6 +283,8 @@ class Tiered:
             slot.parameter.copy_(value)
         elif slot.home is not None:
             slot.home[: slot.stop - slot.start].copy_(self.store.part(slot, value))
+        if slot.whole is not None:  # still there, since a pass got no step
+            slot.whole[: slot.numel].copy_(slot.flat(value))
         assign(self.states, slot.index, self.store.part(slot, value))
         self.states.commit(lambda: self.store.about(self.states.step), self.store.extra(), step=False)
 

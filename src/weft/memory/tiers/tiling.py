@@ -124,6 +124,8 @@ def tile(linear: nn.Linear, inputs: int = 1, outputs: int = 1) -> TiledLinear:
         linear.in_features, linear.out_features, inputs, outputs, linear.bias is not None, weight.device, weight.dtype
     )
     made.load(weight.detach(), None if linear.bias is None else linear.bias.detach())
-    for parameter in made.parameters():
-        parameter.requires_grad_(weight.requires_grad)
+    for _, _, tile_ in made._tiles():
+        tile_.weight.requires_grad_(weight.requires_grad)
+        if tile_.bias is not None:
+            tile_.bias.requires_grad_(linear.bias.requires_grad)
     return made.train(linear.training)

@@ -47,8 +47,18 @@ class Updates:
                 self._waiting[c].discard(shard)
                 if not self._waiting[c]:
                     self._update(c)
-        except Exception as error:
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep an error for the step, which is undone; an interrupt goes on besides, perhaps from the midst of an update."""
+        if isinstance(error, Exception):
             self.failed = error
+            return
+        self.failed = RuntimeError(
+            "backward was interrupted while it updated parameters; the step is undone, run it again"
+        )
+        raise error
 
     def _update(self, c: int) -> None:
         states = self.states
@@ -74,8 +84,8 @@ class Updates:
                 if not self.states.ring.has_free():
                     break
                 self.states.prepare(expected)
-        except Exception as error:
-            self.failed = error
+        except BaseException as error:
+            self._fail(error)
 
     def awaits(self, shard: int) -> bool:
         """Whether some chunk is still to be updated that has a part of a shard."""
