@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import FlopCounterMode
 
 from weft.memory.counting import LABELS, CudaCounter, DispatchCounter, NativeCounter, Tally, storages_of
 from weft.memory.native import problem
@@ -145,6 +148,30 @@ def test_watching_counts_results_once_and_views_never():
         counter.count(view, "thing")
     counter.close()
     assert not counter.exact and "workspace) is not seen" in counter.note
+
+
+def test_a_forgotten_counter_takes_nobody_elses_mode_off():
+    before = _get_current_dispatch_mode()
+    counter = DispatchCounter()
+    with FlopCounterMode(display=False) as flops:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        counter.close()
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    assert flops.get_total_flops() == 2 * (2 * 8**3)
+    assert _get_current_dispatch_mode() is before
+
+
+def test_a_counter_that_is_closed_on_another_thread_is_silent():
+    counter = DispatchCounter()
+    mode = counter._mode
+    thread = threading.Thread(target=counter.close)
+    thread.start()
+    thread.join()
+    kept = torch.ones(8) * 2
+    assert counter.live == 0 and kept.sum() == 16
+    assert _get_current_dispatch_mode() is mode  # nobody else can take it off
+    mode.leave()
+    assert _get_current_dispatch_mode() is not mode
 
 
 @native

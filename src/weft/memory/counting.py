@@ -270,7 +270,7 @@ class _Watch(QuickMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if faking() is not None:
+        if self.left or faking() is not None:
             return result
         see = self._tally.see_again if _aliases(func) else self._tally.see
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
@@ -282,7 +282,8 @@ class _Watch(QuickMode):
 
 @final
 class DispatchCounter(Counter):
-    """What operators return on the CPU, on the creating thread and the backward passes it runs. Close them in reverse order."""
+    """What operators return on the CPU, on the creating thread and the backward passes it runs. May be closed in any order and on
+    any thread, as those are that nobody refers to any more."""
 
     def __init__(self) -> None:
         self.exact = False
@@ -321,7 +322,7 @@ class DispatchCounter(Counter):
 
     def close(self) -> None:
         if self._mode:
-            self._mode.__exit__(None, None, None)
+            self._mode.leave()
             self._mode = None
             self._tally.close()
 

@@ -6,6 +6,7 @@
     swap         exchange the bytes of two storages; tensors, their views and autograd's saved copies follow
     shaped       a tensor over a storage, from its geometry
     QuickMode    a dispatch mode without dynamo's wrapper; `direct` calls an operator below it
+    weak         `WeakIdKeyDictionary`: what is known of tensors while they live; `==` of two tensors is an operator
     compiling    torch's ahead-of-time autograd: `Compiling`, and `inductor`, loaded when first asked for
     references   how many have a tensor
     tracing      `sequence_number`, `backward_node`, `in_backward`, `accumulates`: which autograd node a call belongs to
@@ -40,8 +41,10 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
     _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
     is_traceable_wrapper_subclass,
 )
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "HOLLOW_VIEWS",
@@ -52,10 +55,13 @@ __all__ = [
     "Inductor",
     "QuickMode",
     "Tie",
+    "WeakIdKeyDictionary",
     "accumulates",
     "alone",
     "at_end_of_backward",
     "backward_node",
+    "below",
+    "bytes_of",
     "compiling",
     "direct",
     "disable_modes",
@@ -68,6 +74,8 @@ __all__ = [
     "impl_of",
     "in_backward",
     "inductor",
+    "is_composite",
+    "is_entered",
     "is_innermost",
     "is_wrapper",
     "marked",
@@ -77,11 +85,13 @@ __all__ = [
     "problem",
     "references",
     "require",
+    "resize",
     "sequence_number",
     "shaped",
     "storage_of",
     "swap",
     "tie_of",
+    "uncast",
     "unlogged",
     "wanted_by",
 ]
@@ -227,11 +237,30 @@ def marked(tensor: Tensor, conjugate: bool, negative: bool) -> Tensor:
 
 
 class QuickMode(TorchDispatchMode):
-    """A dispatch mode whose handler is called as it is: dynamo does not trace through it, and does not wrap it either."""
+    """A dispatch mode whose handler is called as it is: dynamo does not trace through it, and does not wrap it either.
+
+    Attributes:
+        left: by `leave`. Operators may come all the same, and the handler is to let them pass by.
+    """
+
+    left = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+    def leave(self) -> None:
+        """For good, at any time and on any thread: to exit takes the innermost mode of this thread off, whosever that is. Those
+        entered later stay as they are; on another thread this one stays, too, and is silent."""
+        self.left = True
+        if is_entered(self):
+            entered = _get_current_dispatch_mode_stack()
+            later = entered[entered.index(self) + 1 :]
+            for mode in reversed(later):
+                TorchDispatchMode.__exit__(mode, None, None, None)  # a class's own may do more, such as print
+            self.__exit__(None, None, None)
+            for mode in later:
+                TorchDispatchMode.__enter__(mode)
 
 
 _get_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
@@ -246,6 +275,12 @@ def faking() -> Any:
 def is_innermost(mode: TorchDispatchMode) -> bool:
     """Whether a dispatch mode is the one that operators meet first, so that it can be left and entered again."""
     return _get_current_dispatch_mode() is mode
+
+
+def is_entered(mode: TorchDispatchMode) -> bool:
+    """Whether operators of this thread meet a dispatch mode: it has entered it, or is one of autograd's, which take over the
+    modes of the thread that asked for the backward pass."""
+    return any(entered is mode for entered in _get_current_dispatch_mode_stack())
 
 
 def hide_from_compiler(*functions: FunctionType) -> None:

@@ -167,7 +167,6 @@ def test_online_decides_as_the_simulator(policy, moves):
     """Under one cost table: the same drops, repetitions, moves and addresses, in the same order."""
     for trace in (transformer(5, 1 << 14), chain(40, 1 << 10), *(scramble(seed, 30) for seed in range(15))):
         budget = int((trace.peak - trace.fixed) * 0.62) if len(trace.ops) > 35 else trace.peak - trace.fixed
-        outside = {value.storage for value in trace.values if value.born < 0}
         try:
             paper = simulate(trace, trace.fixed + budget, policy, moves=moves, small=0)
         except BudgetError:
@@ -188,15 +187,13 @@ def test_online_decides_as_the_simulator(policy, moves):
                 wanted.append(("drop", action.index))
         # a schedule also drops what a repetition brought back for nobody; the live machine never saw it come
         drops = {number for number, event in enumerate(wanted) if event[0] == "drop"}
-        got = iter(enumerate(events))
         position = 0
         for number, event in enumerate(wanted):
             if position < len(events) and events[position] == event:
                 position += 1
             else:
                 assert number in drops, f"{event} on paper, {events[position : position + 1]} live"
-        assert position == len(events) and got
-        assert any(v.storage in outside for v in trace.values) or True
+        assert position == len(events)
 
 
 def test_leaf_that_is_overwritten_rescues_what_needs_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests.memory.execute.loops import assert_same, kept_and_peak_of, peak_of, train
@@ -284,10 +285,10 @@ def test_bad_budgets(budget):
 def test_bad_backend_and_policy():
     with pytest.raises(ValueError, match="backend must be one of"):
         limit("1 GiB", backend="magic")
-    with pytest.raises(ValueError, match="coop"), limit("1 GiB", policy="koop"):
-        pass
-    with limit("1 GiB"):  # the failed one is not active
-        pass
+    with pytest.raises(ValueError, match="coop"):
+        limit("1 GiB", policy="koop")
+    with pytest.raises(ValueError, match="tier must be a"):
+        limit("1 GiB", tier="/tmp")
 
 
 def test_limits_do_not_nest():
@@ -297,6 +298,52 @@ def test_limits_do_not_nest():
         assert torch.ones(3).sum() == 3  # the outer one goes on
     with limit("1 GiB"):
         pass
+
+
+def test_resting_and_waking_twice_is_once():
+    limited = limit("1 GiB")
+    for call in (limited.rest, limited.wake):
+        with pytest.raises(RuntimeError, match="not entered"):
+            call()
+    with limited:
+        limited.wake()
+        limited.rest()
+        limited.rest()
+        assert limited.resting
+        with limit("1 GiB"), pytest.raises(RuntimeError, match="another"):
+            limited.wake()
+        for _ in range(2):
+            limited.wake()
+            assert not limited.resting
+        x = torch.ones(3) * 2
+        assert limited._executor.hold_of(x) is not None
+    assert not limited.resting
+
+
+def test_by_hand_no_optimizer_ends_a_step():
+    """Two of them a step."""
+    net, x = nn.Linear(4, 4), torch.ones(2, 4)
+    opts = [torch.optim.SGD([parameter], lr=0.1) for parameter in net.parameters()]
+    with limit("1 GiB", model=net, by_hand=True, replay=False) as limited:
+        for done in range(3):
+            assert limited.steps == done
+            net(x).sum().backward()
+            for opt in opts:
+                opt.step()
+            net(x)
+            limited.step()
+
+
+def test_hooks_of_leaves_that_are_gone_go_with_them():
+    """Each step has a leaf of its own, whose gradient is told as such though it may lie where an earlier one lay."""
+    net = nn.Linear(16, 16)
+    with limit("1 GiB", model=net, replay=False) as limited:
+        for _ in range(20):
+            leaf = torch.from_numpy(np.ones((4, 16), np.float32)).requires_grad_()
+            net(leaf).sum().backward()
+            assert limited._executor.hold_of(leaf.grad).kind == "gradient"
+            assert len(limited._hooks) == 3
+    assert not leaf._post_accumulate_grad_hooks and not net.weight._post_accumulate_grad_hooks
 
 
 def test_other_modes_and_hooks_work_inside():

@@ -52,17 +52,9 @@ class Away:
 
 @final
 class Sender:
-    """Decides for the core of an `Online` what goes to a tier, and sends it.
-
-    Raises:
-        ValueError: that is no tier.
-    """
+    """Decides for the core of an `Online` what goes to a tier, and sends it."""
 
     def __init__(self, online: Online, tier: Tier):
-        if not isinstance(tier, Tier):
-            raise ValueError(
-                f"limit: tier must be a weft.memory.Tier, got {tier!r}; weft.memory.tiers.measured(folder) makes one of a folder"
-            )
         self.online, self.tier, self.shelf = online, tier, Shelf(online.device, tier.folder)
 
     def blocks(self) -> list[Block]:

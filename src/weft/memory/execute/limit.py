@@ -24,7 +24,7 @@ from weft.cluster.device import Tier
 from weft.cluster.units import quantity
 from weft.errors import BudgetError
 from weft.memory import native
-from weft.memory.core import Block
+from weft.memory.core import POLICIES, Block
 from weft.memory.execute.actions import Deviation
 from weft.memory.execute.away import Sender
 from weft.memory.execute.backends import Backend, Count, Owner, check_backend, make_backend
@@ -38,10 +38,11 @@ from weft.memory.execute.sizes import Sizes
 from weft.memory.execute.takeover import take_over
 from weft.memory.execute.tape import Tape
 from weft.memory.planning.memory_plan import MemoryPlan
-from weft.memory.private import below, bytes_of, hide_from_compiler, plain_parts, require
+from weft.memory.private import WeakIdKeyDictionary, below, bytes_of, hide_from_compiler, plain_parts, require
 from weft.memory.record import Trace
 from weft.memory.tracing.lone import count_references
 from weft.memory.tracing.state import state_to_come
+from weft.names import pick
 
 __all__ = ["Limit", "limit"]
 
@@ -86,7 +87,7 @@ def limit(
         tier: where activations may wait that are not made again: pinned memory of an accelerator's host, a temporary file of a
             CPU's process. Its figures decide what is cheaper. By default that of the plan, if a plan is given.
     Raises:
-        ValueError: the budget is not a positive number of bytes, or there is no such backend or policy.
+        ValueError: the budget is not a positive number of bytes, there is no such backend or policy, or the tier is none.
         BudgetError: (with `trace`) no plan fits; `least` is what would do.
     """
     if device is None:
@@ -113,9 +114,11 @@ class Limit:
         require()
         plan = budget if isinstance(budget, MemoryPlan) else None
         self.model, self.device = model, device
-        self.tier = tier or (plan and plan.tier)  # a step that is not the planned one may use it, too
         self.budget = _nbytes(budget)
         check_backend(backend)
+        _check_policy(policy)
+        _check_tier(tier)
+        self.tier = tier or (plan and plan.tier)  # a step that is not the planned one may use it, too
         self._backend_name, self._policy, self._by_hand = backend, policy, by_hand
         addresses = backend in ("copy", "native")
         if plan is None and trace is not None:
@@ -127,8 +130,7 @@ class Limit:
         self._owner = Owner()
         self._executor: Online | Replay | None = None
         self._listening: Listening | None = None
-        self._hooks: list[Any] = []  # of leaves
-        self._watched: set[int] = set()
+        self._hooks = WeakIdKeyDictionary()  # of leaves
         self._gauge = native.ledger() if device.type == "cpu" and native.problem() is None else None
         self._sizes = Sizes()  # what operators have taken so far
         self._reserved: Block | None = None  # for the state that the optimizer is to make
@@ -156,7 +158,7 @@ class Limit:
 
     def _begin(self) -> None:
         count_references(Tensor)
-        self._ended, self._leaving, self._watched, self._owner = False, False, set(), Owner()
+        self._ended, self._leaving, self._owner = False, False, Owner()
         self._executor = self._first_executor()
         self._adopt_model()
         self._reserve()
@@ -194,20 +196,36 @@ class Limit:
 
     def rest(self) -> None:
         """After `step()`: other work is none of ours until `wake`. Everything that is alive is there. Work in between may change
-        tensors that we manage, and must not keep any that it makes across the next step without counting them itself."""
-        self._executor.rest()
-        self._stop_listening()
-        _ACTIVE.remove(self)
-
-    def wake(self) -> None:
-        """Go on after `rest`.
+        tensors that we manage, and must not keep any that it makes across the next step without counting them itself. Nothing
+        happens if it rests already.
 
         Raises:
-            RuntimeError: another limit is active.
+            RuntimeError: it was not entered.
+            BudgetError: what is alive does not fit at once.
         """
-        self._only_one()
-        _ACTIVE.append(self)
-        self._listen()
+        self._check_entered()
+        if not self.resting:
+            self._executor.rest()
+            self._stop_listening()
+            _ACTIVE.remove(self)
+
+    def wake(self) -> None:
+        """Go on after `rest`, on the thread that calls this. Nothing happens if it does not rest.
+
+        Raises:
+            RuntimeError: it was not entered, or another limit is active.
+        """
+        self._check_entered()
+        if self.resting:
+            self._only_one()
+            _ACTIVE.append(self)
+            self._listen()
+
+    def _check_entered(self) -> None:
+        if self._executor is None:
+            raise RuntimeError(
+                "limit: this weft.memory.limit cannot rest or wake, since it is not entered (`with limit(...)`)"
+            )
 
     def count(self, *tensors: Tensor) -> None:
         """Take note of tensors that are there but that no operator has read yet, such as the labels of a batch.
@@ -243,9 +261,7 @@ class Limit:
         if self in _ACTIVE:
             _ACTIVE.remove(self)
         self._stop_listening()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._unwatch()
         executor, self._executor = self._executor, None
         if isinstance(executor, Replay):
             executor = self._to_online(executor, sys.maxsize)
@@ -254,6 +270,7 @@ class Limit:
     def _stay_behind(self) -> None:
         """We are in a process that was forked: it has its own memory, and a copy of ours that nobody manages."""
         self._stop_listening()
+        self._unwatch()
         self._owner.holds.clear()
         self._executor = None
 
@@ -412,9 +429,13 @@ class Limit:
             self._at(lambda executor: executor.lend(whole, nbytes))
 
     def _watch(self, leaf: Tensor) -> None:
-        if id(leaf) not in self._watched:
-            self._watched.add(id(leaf))
-            self._hooks.append(leaf.register_post_accumulate_grad_hook(self._finished))
+        if leaf not in self._hooks:
+            self._hooks[leaf] = leaf.register_post_accumulate_grad_hook(self._finished)
+
+    def _unwatch(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
 
     def _finished(self, parameter: Tensor) -> None:
         if parameter.grad is not None and not self.resting:
@@ -455,6 +476,18 @@ def _nbytes(budget: Any) -> int:
     if not 0 < nbytes < float("inf"):
         raise ValueError(f"limit: the budget must be a positive number of bytes, got {budget!r}")
     return int(nbytes)
+
+
+def _check_policy(policy: str | None) -> None:
+    if policy is not None:
+        pick(policy, POLICIES, "policy")
+
+
+def _check_tier(tier: Any) -> None:
+    if tier is not None and not isinstance(tier, Tier):
+        raise ValueError(
+            f"limit: tier must be a weft.memory.Tier, got {tier!r}; weft.memory.tiers.measured(folder) makes one of a folder"
+        )
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:

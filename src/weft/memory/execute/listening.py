@@ -1,11 +1,13 @@
 """Where a limit hears what the program does: operators, optimizers' steps, and ways to the bytes of tensors.
 
-Operators come by a dispatch mode, on the thread that entered it and on those of its backward passes; views pass by. While an
-optimizer runs of which nothing is to be decided, the mode is left (`pause`): its operators then cost what they cost without us.
+Operators come by a dispatch mode, on the thread that entered it and on those of its backward passes; views pass by. Torch calls
+the hooks of optimizers and modules on every thread: what others do is none of ours. While an optimizer runs of which nothing is
+to be decided, the mode is left (`pause`): its operators then cost what they cost without us.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -16,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from weft.memory.execute.facts import Facts, facts_of
 from weft.memory.execute.guards import Guards
-from weft.memory.private import QuickMode, faking, hide_from_compiler, is_innermost
+from weft.memory.private import QuickMode, faking, hide_from_compiler, is_entered, is_innermost
 
 __all__ = ["Listening"]
 
@@ -25,13 +27,13 @@ _PLAIN: set[Any] = {torch.Tensor, nn.Parameter}  # classes that do not handle op
 
 @final
 class Listening:
-    """Listens from when it is made until `stop`.
+    """Listens to the thread that makes it, and to those of its backward passes, until `stop`.
 
     Args:
         call: runs an operator, (facts, args, kwargs) -> result.
-        expose: called with each tensor whose address somebody is about to know.
+        expose: called with each tensor whose address somebody, on any thread, is about to know.
         count: called with each tensor that was made without an operator, where we know.
-        resize: called with each storage that is about to have another number of bytes, and this.
+        resize: called with each storage that is about to have another number of bytes, and this, on any thread.
         before, after: called with the optimizer and its arguments at both ends of its step.
     """
 
@@ -44,25 +46,45 @@ class Listening:
         before: Callable[[Any, Any, Any], None],
         after: Callable[[Any, Any, Any], None],
     ):
-        self._paused: Any = None  # the hook that ends a pause
-        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        self._guards = Guards(expose, count, resize)
-        self._guards.start()
+        self._thread = threading.get_ident()
         self._mode = _Mode(call)
+        self._paused: Any = None  # the hook that ends a pause
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._if_heard(before)),
+            register_optimizer_step_post_hook(self._if_heard(after)),
+        ]
+        self._guards = Guards(expose, self._if_heard(count), resize)
+        self._guards.start()
         self._mode.__enter__()
 
+    def _here(self) -> bool:
+        """Whether this is the thread that made us: a mode can only be left and entered where it was."""
+        return threading.get_ident() == self._thread
+
+    def _if_heard(self, told: Callable[..., None]) -> Callable[..., None]:
+        """`told`, called only on threads whose operators we hear."""
+
+        def call(*args: Any) -> None:
+            if self._here() or is_entered(self._mode):
+                told(*args)
+
+        hide_from_compiler(call)
+        return call
+
     def stop(self) -> None:
-        if self._paused is not None:
-            self._paused.remove()
-        else:
-            self._mode.__exit__(None, None, None)
-        self._guards.stop()
-        for hook in self._hooks:
-            hook.remove()
+        """On any thread; a child process may have been forked by one that we do not know."""
+        try:
+            self._guards.stop()
+            for hook in self._hooks:
+                hook.remove()
+            if self._paused is not None:
+                self._paused.remove()
+        finally:
+            self._mode.leave()
 
     def can_pause(self) -> bool:
-        """Whether nobody else listens more closely, who would be left with us."""
-        return is_innermost(self._mode)
+        """Whether nobody else listens more closely, who would be left with us; and no thread of autograd's asks."""
+        return self._here() and is_innermost(self._mode)
 
     def pause(self) -> None:
         """Operators pass by until `resume`, or until a module runs: an optimizer that raises does not call its hook."""
@@ -70,7 +92,7 @@ class Listening:
         self._paused = register_module_forward_pre_hook(lambda module, args: self.resume())
 
     def resume(self) -> None:
-        if self._paused is not None:
+        if self._paused is not None and self._here():
             self._paused.remove()
             self._paused = None
             self._mode.__enter__()
@@ -93,7 +115,7 @@ class _Mode(QuickMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if faking() is not None:
+        if self.left or faking() is not None:
             return func(*args, **kwargs) if kwargs else func(*args)
         facts = facts_of(func)
         if types and not _PLAIN.issuperset(types) and not _all_plain(types):
