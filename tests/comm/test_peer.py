@@ -89,21 +89,21 @@ def test_what_was_sent_arrives_though_its_sender_closes(pool):
     assert pool(2).run(last_words) == [True, True]
 
 
-def one_round_ahead():
-    """Rank 1 sends rounds 1 and 2 before rank 0, which has had round 0, asks for round 1."""
+def rounds_ahead(last):
+    """Rank 1 sends rounds 1 to `last` before rank 0, which has had round 0, asks for round 1."""
     post, rank = Post(1), dist.get_rank()
     post.send(0, bytes([10]))
     found = [post.collect(0, 1, 20)]
-    dist.barrier()  # else rank 1 may be two rounds ahead
-    if rank == 1:
-        post.send(1, bytes([11]))
-        while post._links[0].connection.busy:
+    dist.barrier()  # else rank 1 may be a round more ahead
+    for t in range(1, last + 1):
+        if rank == 1:
+            post.send(t, bytes([10 + t]))
+            while post._links[0].connection.busy:
+                time.sleep(0.001)
+    if rank == 0:
+        while post._arrivals < 1 + last:
             time.sleep(0.001)
-        post.send(2, bytes([12]))
-    else:
-        while post._arrivals < 3:
-            time.sleep(0.001)
-        found += [post.collect(t, 1, 20) for t in (1, 2)]
+        found += [post.collect(t, 1, 20) for t in range(1, last + 1)]
     dist.barrier()
     assert post.late == 0
     post.close()
@@ -111,8 +111,14 @@ def one_round_ahead():
 
 
 def test_a_peer_one_round_ahead_replaces_nothing(pool):
-    ahead, _ = pool(2).run(one_round_ahead)
+    ahead, _ = pool(2).run(rounds_ahead, 2)
     assert ahead == [{1: bytes([10])}, {1: bytes([11])}, {1: bytes([12])}]
+
+
+def test_of_a_peer_far_ahead_the_oldest_and_the_newest_are_there(pool):
+    """The oldest is what is asked for next; those between are replaced."""
+    ahead, _ = pool(2).run(rounds_ahead, 4)
+    assert ahead == [{1: bytes([sent])} for sent in (10, 11, 14, 14, 14)]
 
 
 def with_strangers():
@@ -214,6 +220,29 @@ def test_nobody_waits_for_the_late_and_the_dead(pool, dies):
     assert dies or found[3][1].rounds == 6
 
 
+def half_are_gone():
+    rank, model = dist.get_rank(), line()
+    peer = MoNNA(model, torch.optim.SGD(model.parameters(), 0.1), f=1, beta=0.5, timeout=10)
+    if rank >= 2:
+        peer.remove()
+    else:
+        while len(peer.post.alive()) > 1:
+            time.sleep(0.001)
+        train(model, peer.optimizer, 3, rank)
+    report = peer.report()
+    dist.barrier()
+    peer.remove()
+    return report
+
+
+def test_of_few_vectors_fewer_are_kept(pool):
+    """Two of four are there, and one of them may lie: n - 2f would be both."""
+    found = pool(4).run(half_are_gone)
+    for rank, report in enumerate(found[:2]):
+        assert report.short == 3
+        assert report.kept == {rank: 3} and report.dropped == {1 - rank: 3}
+
+
 def alone():
     model = line()
     peer = MoNNA(model, torch.optim.SGD(model.parameters(), 0.1), f=0, beta=0.5, timeout=0.2)
@@ -279,6 +308,32 @@ def test_buffers_skips_period_and_state(pool):
     first, second = pool(2).run(odds_and_ends)
     assert abs(float(first.mean()) - 0.9**4 * 0.5e6) < 10  # 10^6 and 0, averaged; each forward pass keeps 0.9 of it
     torch.testing.assert_close(first, second)
+
+
+def a_step_that_raises(again):
+    model = line()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5)
+    peer = attach_peer(model, optimizer, f=0, beta=0.0)
+
+    def fail(*_):
+        handle.remove()
+        raise RuntimeError("out of memory")
+
+    handle = optimizer.register_step_pre_hook(fail)
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    if again:
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+        torch.testing.assert_close(model.weight.detach(), before * (1 - 0.1 * 0.5))
+    peer.remove()
+    return optimizer.param_groups[0]["weight_decay"]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_weight_decay_survives_a_step_that_raises(pool, again):
+    assert pool(2).run(a_step_that_raises, again) == [0.5, 0.5]
 
 
 def turned(maximize):

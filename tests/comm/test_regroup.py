@@ -10,15 +10,16 @@ from weft.comm.regroup import regrouped
 from weft.errors import ExchangeMismatch
 
 
-def saved(*errors, of_owner=None):
+def saved(*errors, of_owner=None, dtype=torch.float32):
     """What ranks with these errors of one tensor saved; the last one serves, with or without a memory."""
-    states = [{"w": {"seed": 1, "error": torch.tensor(error), "w[0:1]": {"seed": 2}}} for error in errors]
+    states = [{"w": {"seed": 1, "error": torch.tensor(error, dtype=dtype), "w[0:1]": {"seed": 2}}} for error in errors]
     states[-1]["server of w"] = {"seed": 3, **(of_owner or {})}
-    return [{"tensors": {"w": ((2,), "torch.float32")}, "states": own, "rank": r} for r, own in enumerate(states)]
+    return [{"tensors": {"w": ((2,), str(dtype))}, "states": own, "rank": r} for r, own in enumerate(states)]
 
 
-def test_the_mean_is_conserved_and_a_server_without_memory_is_no_hindrance():
-    ranks = saved([1.0, -2.0], [3.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_is_conserved_and_a_server_without_memory_is_no_hindrance(dtype):
+    ranks = saved([1.0, -2.0], [3.0, 5.0], dtype=dtype)
     found = [regrouped(ranks, ErrorFeedback(), Mean(), 0, own, 3) for own in range(3)]
     for own, state in enumerate(found):
         assert state["states"]["w"]["error"].tolist() == [2.0, 1.5] and (state["rank"], state["ranks"]) == (own, 3)

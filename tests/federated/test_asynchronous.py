@@ -297,6 +297,15 @@ def test_changes_that_are_not_finite_are_rejected(bad):
         setting(Any(), people=only, work=lambda start, client, job: start * bad, limit=9.0).simulate(50)
 
 
+def test_a_clock_that_is_asked_late_keeps_its_beat():
+    """By a little; whole beats that were missed are not made up for."""
+    server, second = setting(Clock(1.0)).server(), 10**9
+    server.begin(0)
+    for now, due in ((second, 2.0), (int(2.4 * second), 3.0), (int(3.9 * second), 4.0), (int(6.5 * second), 7.5)):
+        assert server.tick(now).aggregation is not None
+        assert server.due() == due * second
+
+
 def test_who_is_too_late_for_the_first_is_left_out():
     _, trace = setting(First(4), "equal", work=still).simulate(20)
     assert {client for done in trace.aggregations for client in done.who} == {0, 1, 2, 3}

@@ -133,6 +133,12 @@ def test_synchronous_rounds_name_the_client_that_died():
     assert found.value.here == 2
 
 
+def test_a_run_in_which_nothing_came_is_no_training():
+    """As `simulate` says it: the model would be the untrained one."""
+    with pytest.raises(NothingCame, match=r"2 of 3 clients have returned .* slowest is client 2"):
+        with_threads(setting(All(), Tired(0.2, (0.0, 0.0, 0.0))), clients=(0, 1), join_seconds=0.3, seconds=0.5)
+
+
 def test_all_clients_gone():
     with pytest.raises(PeerLost, match="all 3 clients have gone"):
         with_threads(setting(Any(), Dying(0.2, (0.01, 0.01, 0.01))), clients=(1,), join_seconds=0.3, aggregations=30)
@@ -180,9 +186,9 @@ def raw_client(answer):
     return run
 
 
-def says(payload: bytes, length: int | None = None):
+def says(payload: bytes, length: int | None = None, times: int = 1):
     text = b'{"kind": "result", "job": 1}'
-    return lambda sock: sock.sendall(struct.pack(">IQ", len(text), length or len(payload)) + text + payload)
+    return lambda sock: sock.sendall((struct.pack(">IQ", len(text), length or len(payload)) + text + payload) * times)
 
 
 def test_a_message_of_a_wrong_size_is_rejected():
@@ -195,27 +201,47 @@ def test_a_message_of_a_wrong_size_is_rejected():
     assert torch.isfinite(model.theta).all()
 
 
+def guesses(token: str):
+    """A stranger that says this token."""
+    return lambda address, _: raw_client(says(bytes(16)))(address, token)
+
+
 @pytest.mark.parametrize(
-    "answer",
-    [says(bytes(999)), says(b"", length=1 << 40), lambda sock: sock.sendall(b"x" * 50), says(bytes(3), length=16)],
-    ids=["too long", "a terabyte", "noise", "half a message"],
+    "rogue",
+    [
+        raw_client(says(bytes(999))),
+        raw_client(says(b"", length=1 << 40)),
+        raw_client(lambda sock: sock.sendall(b"x" * 50)),
+        raw_client(says(bytes(3), length=16)),
+        raw_client(lambda sock: sock.sendall(struct.pack(">IQ", 4000, 0) + b"[" * 4000)),
+        guesses("\ud800"),
+    ],
+    ids=["too long", "a terabyte", "noise", "half a message", "a deep header", "a token that is no text"],
 )
-def test_a_client_that_lies_or_stalls_is_left_out(answer):
+def test_a_client_that_lies_or_stalls_is_left_out(rogue):
     _, trace = with_threads(
         setting(Clock(0.05), Tired(0.2, (0.01, 0.01, 0.01))),
         clients=(1, 2),
-        before=[raw_client(answer)],
+        before=[rogue],
         aggregations=10,
     )
     assert {client for done in trace.aggregations for client in done.who} == {1, 2}
 
 
-def test_a_stranger_is_not_let_in():
-    def stranger(address, token):
-        raw_client(says(bytes(16)))(address, "guess")
+def test_a_second_result_for_one_model_is_rejected():
+    twice = raw_client(says(bytes(16), times=2))
+    _, trace = with_threads(
+        setting(Clock(0.2), Tired(0.2, (0.0, 0.01, 0.01))), clients=(1, 2), before=[twice], aggregations=4
+    )
+    assert trace.rejected == {0: 1}
+    assert sum(0 in done.who for done in trace.aggregations) == 1
 
+
+def test_a_stranger_is_not_let_in():
     with pytest.raises(PeerLost, match="no client has joined"):
-        with_threads(setting(Any(), Pull(0.1, 3)), clients=(), before=[stranger], join_seconds=0.5, aggregations=1)
+        with_threads(
+            setting(Any(), Pull(0.1, 3)), clients=(), before=[guesses("guess")], join_seconds=0.5, aggregations=1
+        )
 
 
 def test_no_server_to_join():

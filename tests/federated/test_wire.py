@@ -22,7 +22,7 @@ def test_lengths_have_limits(header, payload):
         framing(3).take(bytearray(struct.pack(">IQ", header, payload)))
 
 
-@pytest.mark.parametrize("header", [b"not json", b"[1]", b"\xff\xfe", b""])
+@pytest.mark.parametrize("header", [b"not json", b"[1]", b"\xff\xfe", b"", b"[" * 4000])
 def test_a_header_that_is_none(header):
     with pytest.raises(Broken, match="header that is no JSON"):
         unpack(((len(header), 0), header))

@@ -111,7 +111,7 @@ class MoNNA:
         self._moving = sum(p.numel() for p in self._parameters)
         self._steps = 0
         self._momentum: list[Tensor] = [torch.zeros_like(p) for p in self._parameters]
-        self._decay: list[float] = []
+        self._decay: list[float] = []  # of the groups, while a step runs
         self._report = PeerReport()
         wide = any(t.dtype == torch.float64 for t in self._tensors())
         self._dtype = torch.float64 if wide else torch.float32
@@ -139,6 +139,7 @@ class MoNNA:
         """Give the optimizer back as it was and close the connections."""
         for handle in self._handles:
             handle.remove()
+        self._give_decay_back()
         self.post.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,6 +168,7 @@ class MoNNA:
             raise TypeError(
                 "MoNNA: step(closure) computes gradients after this peer's momentum; call step() without one"
             )
+        self._give_decay_back()  # what groups say is 0 if the last step has raised
         self._decay = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
         decay = [
             -d if group.get("maximize") else d  # the optimizer turns gradients round, and not its own decay
@@ -191,11 +193,15 @@ class MoNNA:
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for group, decay in zip(optimizer.param_groups, self._decay, strict=True):
-            group["weight_decay"] = decay
+        self._give_decay_back()
         self._steps += 1
         if self._steps % self.period == 0:
             self._round()
+
+    def _give_decay_back(self) -> None:
+        for group, decay in zip(self.optimizer.param_groups, self._decay, strict=False):  # nothing outside of a step
+            group["weight_decay"] = decay
+        self._decay = []
 
     def _round(self) -> None:
         own = torch.cat([t.detach().reshape(-1).to("cpu", self._dtype) for t in self._tensors()])

@@ -76,7 +76,7 @@ def _keeps(state: Mapping[str, Any]) -> bool:
 def _mean(values: Sequence[Tensor]) -> Tensor:
     if all(torch.equal(value, values[0]) for value in values[1:]):
         return values[0]  # also so that it stays the same to the bit
-    total = values[0].double()
+    total = values[0].to(torch.float64, copy=True)
     for value in values[1:]:
         total += value
     return (total / len(values)).to(values[0].dtype)

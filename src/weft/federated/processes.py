@@ -9,7 +9,9 @@
 
 `serve` feeds a `Server` (the state machine that the simulator runs too) with what comes, and calls `tick` when its clock says so.
 Every wait has an end: for clients to join, for an aggregation (`limit`), for a stopped reader. A client whose connection ends is
-left out from then on and may come back; results of a wrong size or number are rejected and counted; no pickle is ever read.
+left out from then on and may come back; results of a wrong size, or beyond one per model, are rejected and counted; no pickle is
+ever read. Without a client that has left, `Any` and `Clock` go on; `All` waits for it until `limit` ends the run, as `Count` and
+`First` do once fewer than they count are left.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def serve(
         seconds, aggregations: at least one of them; the run ends with whichever is first.
         join_seconds: the start waits so long for all clients, then goes on with those that came; others may come later.
     Raises:
-        NothingCame: no aggregation for `limit` seconds; names the slowest client.
+        NothingCame: no aggregation for `limit` seconds, or none at all; names the slowest client.
         PeerLost: no client joined, or all have gone.
     """
     if not seconds > 0 or (seconds == math.inf and aggregations is None):
@@ -179,6 +181,8 @@ class _Serving:
             self.act(self.server.begin(0))
             while not self.over():
                 self.once()
+            if not self.done:
+                raise self.server.nothing(self.now())
             return self.setting.trained(self.server)
         finally:
             self.stop()
@@ -202,7 +206,11 @@ class _Serving:
         moments = [moment for moment in (self.server.due(), self.end) if moment is not None]
         wait = (min(moments) - self.now()) / 1e9 if moments else 1.0
         for client, job, change in sorted(self.poll(wait), key=lambda found: found[0]):
-            if client in self.links and job == self.jobs[client]:  # not gone, nor gone and back, since
+            if client not in self.links or job != self.jobs[client]:
+                continue  # it is gone, or gone and back, since
+            if client in self.server.here:
+                self.server.reject(client)  # a second result for one model
+            else:
                 self.act(self.server.returned(client, change, self.now()))
         due = self.server.due()
         if due is not None and self.now() >= due and not self.over():
@@ -259,7 +267,9 @@ class _Serving:
     def welcome(self, link: Connection, header: dict[str, Any]) -> None:
         """Let a client in, in place of an earlier connection of its own if there is one."""
         client, token = header.get("client"), header.get("token")
-        known = isinstance(token, str) and hmac.compare_digest(token.encode(), self.token.encode())
+        known = isinstance(token, str) and hmac.compare_digest(
+            *(said.encode("utf-8", "surrogatepass") for said in (token, self.token))
+        )
         if not known or not isinstance(client, int) or not 0 <= client < len(self.jobs):
             raise Broken("a stranger")
         if client in self.links:

@@ -74,7 +74,7 @@ class Aggregation:
 
 @dataclass
 class Trace:
-    """What happened: the aggregations in order, and per client how many results were not finite, or too late to count."""
+    """What happened: the aggregations in order, and per client how many results could not be used, or came too late to count."""
 
     aggregations: list[Aggregation] = field(default_factory=list)
     rejected: dict[int, int] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class Server:
         version, when = self.sent[client]
         self.books.measured(client, (now - when) / 1e9)
         if change is None or change.shape != self.model.shape or not bool(torch.isfinite(change).all()):
-            self.trace.rejected[client] = self.trace.rejected.get(client, 0) + 1
+            self.reject(client)
             return self._sends((client,), now)
         if version < self.void.get(client, 0):
             self.trace.late[client] = self.trace.late.get(client, 0) + 1
@@ -174,6 +174,10 @@ class Server:
         if ticks is not None and now >= ticks:
             return Step()  # others may return at this very moment: `tick` asks when they all have
         return self._ask(now)
+
+    def reject(self, client: int) -> None:
+        """Count a result that cannot be used."""
+        self.trace.rejected[client] = self.trace.rejected.get(client, 0) + 1
 
     def tick(self, now: int) -> Step:
         """The moment `due` has come.

@@ -32,7 +32,7 @@ def unpack(frame: Parts) -> tuple[dict[str, Any], bytes]:
     (size, _), body = frame
     try:
         header = json.loads(body[:size])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Broken(f"a header that is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise Broken("a header that is no JSON object")

@@ -159,6 +159,17 @@ def test_draws_depend_on_seed_and_step_alone(name, codec, setting):
             assert not torch.equal(codec.decode(message, spec, setting), codec.decode(first, spec, setting))
 
 
+@cases([case for case in CASES if case[0] == "quantise"])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_grids_of_tiny_and_huge_tensors_are_the_same(name, codec, setting, scale):
+    """About 1e-30 and 1e30, whose squares float32 has not: a power of two changes no bit of what it multiplies."""
+    spec = Spec("w", (30, 20))
+    x = torch.randn(600, generator=torch.Generator().manual_seed(2))
+    packed, scales = codec.encode(x, spec, state(), setting, 0)
+    others, further = codec.encode(scale * x, spec, state(), setting, 0)
+    assert torch.equal(packed, others) and torch.equal(scale * scales, further)
+
+
 @cases()
 @pytest.mark.parametrize("shape", [(1,), (3,), (1, 1), (65,), (9, 7)])
 def test_zeros_stay_zeros(name, codec, setting, shape):

@@ -91,6 +91,15 @@ def test_a_threshold_too_high_is_lowered_and_in_the_end_given_up():
     assert selected.exact and len(selected.index) == 500
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_sample_sees_every_column(seed):
+    """All that is large lies in odd columns: a step of 50 would see nothing else, or nothing of it."""
+    x = normal(100_000).view(-1, 100)
+    x[:, ::2] *= 1e-3
+    found = sample_select(x.view(-1), 2000, 0.02, seed, sample=0.02).found
+    assert 0.8 * 2000 <= found <= 1.6 * 2000
+
+
 def test_the_sample_moves_from_step_to_step():
     x = heavy(40_000)
     seen = {tuple(sorted(TopK().select(x, 0.01, seed).index.tolist())) for seed in range(40)}

@@ -106,6 +106,7 @@ def test_a_worker_that_is_stopped_and_comes_back(scheme, crew):
             os.kill(crew.pids[2], signal.SIGCONT)
     assert_equal(nets, centralised(40, 4)[0])
     assert log.late[:, 2].any()  # it was late, its round was lost, and nobody noticed
+    assert log.outdated > 0  # what it sent for closed rounds
 
 
 def test_a_dead_worker_is_late_for_ever():
@@ -122,6 +123,9 @@ def test_a_dead_worker_is_late_for_ever():
                 TooManyLate, match=r"workers \[0, 1\] do not come back; the scheme copes with any 1 of 2"
             ):
                 farm.run(4)
+            given_up = crew.members[0].process
+            given_up.join(5.0)
+            assert given_up.exitcode == -signal.SIGKILL  # though SIGSTOP held it
         pids = crew.pids
     assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 

@@ -47,6 +47,16 @@ def test_a_step_of_two():
     assert unpack_records(sends[0][1].payload) == [Record(0, 0.5, ((0, b"\x10"), (1, b"\x20")))]  # by order of joining
 
 
+@pytest.mark.parametrize(
+    ("passport", "chain"),
+    [(dataclasses.replace(PASSPORT, wire="no-such-wire"), None), (dataclasses.replace(PASSPORT, run=7), b"nonsense")],
+)
+def test_who_is_refused_defines_no_run(passport, chain):
+    hub = Hub()
+    assert kinds(hub.hello(1, passport, "stranger", 0, chain or Log(passport).chain(0))) == [(1, "REFUSED")]
+    assert kinds(hello(hub, 2)) == [(2, "RECORDS")] and hub.log.passport == PASSPORT
+
+
 def test_the_late_are_dropped_and_come_back():
     hub = Hub(late_seconds=5.0, start_with=3)
     admitted(hub, 1, 2, 3)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.comm.zeroth.log import Log, OtherRun, Passport, Record, pack_records, unpack_records
-from weft.errors import CheckpointDamaged, FolderInUse
+from weft.errors import CheckpointDamaged, DiskFull, FolderInUse
 
 PASSPORT = Passport(3, "byte", "rademacher", "mean", 0.0, 1.0, "aa", "bb")
 
@@ -90,6 +91,22 @@ def test_cut_short_anywhere(tmp_path):
         reopened.append(Record(len(whole), 9.0, ()))
         reopened.close()
         assert Log.load(path).records == [*whole.records, Record(len(whole), 9.0, ())]
+
+
+def test_a_full_disk_leaves_no_part_of_a_record(tmp_path, monkeypatch):
+    """There is room for a part only; later there is room again."""
+    log, path, write = Log.open(tmp_path / "run.log", PASSPORT), tmp_path / "run.log", os.write
+    first, second, third = filled(3)
+    log.append(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[: len(data) // 2]))
+        with pytest.raises(DiskFull, match="log of scalars"):
+            log.append(second)
+    assert Log.load(path).records == log.records == [first]
+    log.append(second)
+    log.append(third)
+    log.close()
+    assert Log.load(path).records == [first, second, third]
 
 
 def test_altered_anywhere(tmp_path):

@@ -221,6 +221,17 @@ def test_two_jobs_in_one_folder(tmp_path):
     run(tmp_path, resume=True)  # free again
 
 
+def test_what_cannot_be_closed_leaves_the_folder_free(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    streamed = DiskOptimizer(net().parameters(), torch.optim.AdamW, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(streamed.states.file, "close", failing)
+        streamed.close()
+    run(tmp_path, resume=True)
+
+
 def test_a_folder_with_state_is_not_overwritten(tmp_path):
     run(tmp_path)
     with pytest.raises(ValueError, match="resume=True"):
@@ -276,9 +287,10 @@ def test_damaged_state_is_found(tmp_path, damage, chunk):
             )  # fmt: skip
         state.write_bytes(content)
     model = net(seed=5)
-    before = copy.deepcopy(model.state_dict())
+    before, open_files = copy.deepcopy(model.state_dict()), len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointDamaged):
         DiskOptimizer(model.parameters(), torch.optim.AdamW, tmp_path, resume=True, chunk=chunk)
+    assert len(os.listdir("/proc/self/fd")) <= open_files
     assert not differing(before, model.state_dict())
 
 

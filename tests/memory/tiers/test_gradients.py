@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -52,3 +53,56 @@ def test_sums_and_segments(tmp_path, monkeypatch, on_disk):
     kept.close()
     disk.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def three_shards(tmp_path, disk):
+    shards = [Shard(name, (4096,), torch.float32, 0, 4096, 0, False) for name in "abc"]
+    return Gradients(shards, disk=disk, folder=tmp_path)
+
+
+def test_the_later_of_two_writes_to_one_place_stays(tmp_path, monkeypatch):
+    pwritev, calls = os.pwritev, []
+
+    def first_slow(fd, views, offset):
+        calls.append(offset)
+        if len(calls) == 1:
+            time.sleep(0.3)  # long enough for the second to overtake it
+        return pwritev(fd, views, offset)
+
+    monkeypatch.setattr(os, "pwritev", first_slow)
+    disk = Disk()
+    kept = three_shards(tmp_path, disk)
+    kept.add(0, torch.ones(4096))
+    kept.replace(0, torch.full((4096,), 2.0))
+    assert kept.get(Segment(0, 0, 4096)).eq(2).all()
+    kept.close()
+    disk.close()
+
+
+def test_gradients_that_a_failing_disk_has_lost(tmp_path, monkeypatch):
+    """Whoever asks for one gets the error, however often; dropping them and closing need no disk that works."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    disk = Disk()
+    kept = three_shards(tmp_path, disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", fail)
+        kept.add(0, torch.ones(4096))
+        kept.add(1, torch.ones(4096))
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output"):
+                kept.add(2, torch.ones(4096))  # waits for the first
+            for index in range(2):
+                with pytest.raises(OSError, match="Input/output"):
+                    kept.get(Segment(index, 0, 4096))
+        kept.clear()
+        assert 0 not in kept and 1 not in kept
+    kept.add(0, torch.ones(4096))  # to nothing
+    assert kept.get(Segment(0, 0, 4096)).eq(1).all()
+    monkeypatch.setattr(os, "pwritev", fail)
+    kept.add(1, torch.ones(4096))
+    kept.close()
+    assert kept.file.fd == -1 and list(tmp_path.iterdir()) == []
+    disk.close()

@@ -8,6 +8,7 @@ import gc
 import io
 import itertools
 import math
+import os
 import pickle
 
 import pytest
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import weft
-from weft.errors import DiskFull, FolderInUse, ParameterChanged, ParameterReleased
+from weft.errors import CheckpointDamaged, DiskFull, FolderInUse, ParameterChanged, ParameterReleased
 from weft.memory import private
 from weft.memory.tiers.files import DiskFile
 from weft.memory.tiers.manifest import Manifest
@@ -474,6 +475,9 @@ def test_a_second_backward_is_refused_where_updates_are_done(tmp_path):
         assert not differing(before, tiered.state_dict()) and tiered.steps == 0
 
 
+LIMITS = [[0.1], [], [0.3, 0.2, 1e9]]  # clipped once, not at all, and by what the first has left
+
+
 def test_clipping(tmp_path):
     def in_place(model, optimizer):
         norms = []
@@ -481,7 +485,8 @@ def test_clipping(tmp_path):
             torch.manual_seed(turn)
             optimizer.zero_grad()
             model(*tokens(turn)).backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1).item())
+            for most in LIMITS[turn]:
+                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), most).item())
             optimizer.step()
         return norms
 
@@ -492,11 +497,13 @@ def test_clipping(tmp_path):
         with Tiered(
             model, ADAMW, Tiers("disk", name, "disk"), tmp_path / name, **{**SMALL, "chunk": "1 MiB"}
         ) as tiered:
+            found = []
             for turn in range(3):
                 torch.manual_seed(turn)
                 model(*tokens(turn)).backward()
-                assert tiered.clip_grad_norm_(0.1).item() == norms[turn]
+                found += [tiered.clip_grad_norm_(most).item() for most in LIMITS[turn]]
                 tiered.step()
+            assert found == norms
             assert not differing(tiered.state_dict(), reference.state_dict())
     with Tiered(gpt(), ADAMW, Tiers("host"), update="backward") as tiered, pytest.raises(ValueError, match="clipped"):
         tiered.clip_grad_norm_(1.0)
@@ -718,7 +725,9 @@ def test_clipping_gradients_of_several_dtypes(tmp_path, tiers):
             x = torch.randn(5, 40, generator=torch.Generator().manual_seed(turn))
             for each in (model, ours):
                 each(x).backward()
-            assert torch.equal(tiered.clip_grad_norm_(0.1), torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+            for most in (0.1, 0.07):
+                wanted = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+                assert torch.equal(tiered.clip_grad_norm_(most), wanted)
             tiered.step()
             optimizer.step()
             optimizer.zero_grad()
@@ -786,8 +795,6 @@ def test_a_parameter_on_the_device_changed_in_place_is_resumed(tmp_path, frozen)
 @pytest.mark.parametrize("update", ["step", "backward"])
 @pytest.mark.parametrize("parameters", TIERS)
 def test_a_full_disk_undoes_the_step(tmp_path, reference, monkeypatch, parameters, update):
-    import os
-
     losses, final = reference
     model = gpt()
     with Tiered(model, ADAMW, Tiers(parameters, "host", "disk"), tmp_path, update=update, **SMALL) as tiered:
@@ -814,8 +821,6 @@ def test_a_full_disk_undoes_the_step(tmp_path, reference, monkeypatch, parameter
 
 
 def test_states_in_memory_cannot_be_undone_and_say_so(tmp_path, monkeypatch):
-    import os
-
     model = gpt()
     with Tiered(model, ADAMW, Tiers("disk", "host", "host"), tmp_path, **SMALL) as tiered:
         train_tiered(model, tiered, range(1))
@@ -862,6 +867,41 @@ def test_bad_tiers():
 def test_two_jobs_in_one_folder(tmp_path):
     with Tiered(gpt(), ADAMW, DISK, tmp_path), pytest.raises(FolderInUse):
         Tiered(gpt(), ADAMW, DISK, tmp_path, resume=True)
+
+
+def failing(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("tiers", [Tiers(gradients="disk"), Tiers(activations="disk"), Tiers("disk")], ids=str)
+@pytest.mark.parametrize("call", ["pwritev", "preadv"])
+def test_a_failing_disk_leaves_the_folder_free(tmp_path, monkeypatch, tiers, call):
+    model, before = gpt(), len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        with Tiered(model, ADAMW, tiers, tmp_path, **SMALL) as tiered:
+            patch.setattr(os, call, failing)
+            train_tiered(model, tiered, range(2))
+    assert "zero_grad" not in vars(model) and len(os.listdir("/proc/self/fd")) <= before
+    Tiered(gpt(), ADAMW, tiers, tmp_path, **SMALL).close()
+
+
+def test_what_cannot_be_closed_leaves_the_folder_free(tmp_path, monkeypatch):
+    tiered = Tiered(gpt(), ADAMW, DISK, tmp_path, **SMALL)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(tiered.store, "close", failing)
+        patch.setattr(tiered.states.file, "close", failing)
+        tiered.close()
+    Tiered(gpt(), ADAMW, DISK, tmp_path, resume=True, **SMALL).close()
+
+
+def test_a_refused_resume_leaves_no_file_open(tmp_path):
+    Tiered(gpt(), ADAMW, DISK, tmp_path, **SMALL).close()
+    (state,) = tmp_path.glob("*/rank0/state.bin")
+    state.write_bytes(bytes(state.stat().st_size))
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CheckpointDamaged):
+        Tiered(gpt(), ADAMW, DISK, tmp_path, resume=True, **SMALL)
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_closing_leaves_the_model_as_it_was(tmp_path):

@@ -130,19 +130,19 @@ class Hub:
             return self._refuse(conn, "a connection must say hello once")
         if any(peer.name == name for peer in self.peers.values()):
             return self._refuse(conn, f"a member called {name!r} is here already; names must differ")
-        if self.log is None:
-            if step:
-                return self._refuse(conn, f"its log has {step} steps and this rendezvous has none; give it that log")
-            self.log = Log(passport)
+        if self.log is None and step:
+            return self._refuse(conn, f"its log has {step} steps and this rendezvous has none; give it that log")
+        log = Log(passport) if self.log is None else self.log
         try:
             pick(passport.wire, WIRES, "wire")
-            self.log.passport.check(passport)
+            log.passport.check(passport)
         except ValueError as error:
             return self._refuse(conn, str(error))
-        if step > self.step or self.log.chain(step) != chain:
+        if step > len(log) or log.chain(step) != chain:
             return self._refuse(conn, f"its log of {step} steps is not the group's; join with an empty log")
+        self.log = log  # only now: who is refused defines no run
         self.peers[conn] = _Peer(name, at=step)
-        return [(conn, Frame(Kind.RECORDS, b"".join(pack_records(self.log[step:])), self.step))]
+        return [(conn, Frame(Kind.RECORDS, b"".join(pack_records(log[step:])), self.step))]
 
     def ready(self, conn: Hashable, step: int) -> Sends:
         """`conn` has applied the first `step` records."""

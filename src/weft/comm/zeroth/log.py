@@ -164,6 +164,7 @@ class Log(Sequence[Record]):
 
         Raises:
             ValueError: it is of another step.
+            DiskFull: there is no room for it; log and file are as before.
         """
         if record.step != len(self):
             raise ValueError(f"Log: the next record must be of step {len(self)}, got {record.step}")
@@ -182,6 +183,7 @@ class Log(Sequence[Record]):
 
     def _write(self, data: bytes) -> None:
         assert self.file is not None
+        before = os.fstat(self.file).st_size
         try:
             written = os.write(self.file, data)
         except OSError as error:
@@ -189,6 +191,7 @@ class Log(Sequence[Record]):
                 raise
             written = 0
         if written < len(data):
+            os.ftruncate(self.file, before)  # nothing that is appended behind half a record can be read
             raise DiskFull("the log of scalars", len(data), written, "appending a step")
 
     def _keep(self, record: Record, body: bytes) -> None:

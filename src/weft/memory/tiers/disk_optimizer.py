@@ -16,6 +16,7 @@ that torch does not split among them (32,768 elements); with several threads tor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,10 @@ class DiskOptimizer(torch.optim.Optimizer):
         self.kind, self.notes = kind, {}
         self._parameters: list[nn.Parameter] = [p for group in self.param_groups for p in group["params"]]
         shards = self._shards()
-        self.place = Workplace(folder, threads=threads)
         self._folder = Path(folder)
-        try:
+        with ExitStack() as opened:
+            self.place = Workplace(folder, threads=threads)
+            opened.callback(self.place.close)
             self.states = States(
                 shards,
                 [Elementwise(kind, defaults) for _ in self.param_groups],
@@ -99,11 +101,11 @@ class DiskOptimizer(torch.optim.Optimizer):
                 chunk=nbytes_of(chunk, "chunk"),
                 buffers=buffers,
             )
+            opened.callback(self.states.close)
             self._gradients = Gradients(shards)
+            opened.callback(self._gradients.close)
             self._extra = self._open(resume)
-        except BaseException:
-            self.place.close()
-            raise
+            self._opened = opened.pop_all()
         self._versions = [parameter._version for parameter in self._parameters]
         self.laid_out = True
 
@@ -234,9 +236,7 @@ class DiskOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Close the files and give the folder free; training cannot go on with this object."""
-        self.states.close()
-        self._gradients.close()
-        self.place.close()
+        self._opened.close()
 
     def __enter__(self) -> DiskOptimizer:
         return self

@@ -65,9 +65,9 @@ class Transfer:
     def wait(self) -> None:
         # All parts, even if one failed: the caller may free or reuse the buffer afterwards.
         failed = [error for error in [part.exception() for part in self._parts] if error is not None]
-        self._parts = []
         if failed:
-            raise failed[0]
+            raise failed[0]  # also to whoever waits once more: the bytes are still not there
+        self._parts = []
         if self._finish is not None:
             finish, self._finish = self._finish, None
             finish()
@@ -239,7 +239,12 @@ def _open(path: Path, flags: int, direct: bool | None) -> tuple[int, bool]:
             if error.errno != errno.EINVAL:
                 raise
         else:
-            if _takes_direct(fd):
+            try:
+                takes = _takes_direct(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+            if takes:
                 return fd, True
             os.close(fd)
     if direct is True:

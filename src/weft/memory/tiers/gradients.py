@@ -9,6 +9,7 @@ The file holds one area per shard, which nobody reads after the step: no checksu
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +105,8 @@ class Gradients:
         """Start writing a shard's gradient."""
         self._settle(index)
         while len(self._writing) >= IN_FLIGHT:
-            self._writing.popleft()[1].wait()
+            self._writing[0][1].wait()  # one that failed stays, so that its gradient is not read as if it were there
+            self._writing.popleft()
         self._writing.append((index, self.disk.write(self.file, buffer, self._offsets[index]), buffer))
         self.stored.add(index)
 
@@ -151,13 +153,15 @@ class Gradients:
         self.stored.discard(index)
 
     def clear(self) -> None:
-        for transfer, _ in self._read.values():
-            transfer.wait()
-        self._read.clear()
+        """Drop all gradients; returns when nothing is under way any more, well or not."""
+        under_way = [transfer for transfer, _ in self._read.values()]
         if self.file is not None:
-            for _, transfer, _ in self._writing:
-                transfer.wait()
+            under_way += [transfer for _, transfer, _ in self._writing]
             self._writing.clear()
+        for transfer in under_way:
+            with contextlib.suppress(Exception):  # nobody wants these gradients any more
+                transfer.wait()
+        self._read.clear()
         self.kept.clear()
         self.stored.clear()
 

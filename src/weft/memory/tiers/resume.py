@@ -158,8 +158,15 @@ class _Source:
         self.layout, self.disk = layout, disk
         self.files: dict[int, DiskFile] = {}
         self.parts: dict[str, list[tuple[int, int, int, ChunkEntry, Record, int]]] = {}
+        try:
+            self._survey(step, world)
+        except BaseException:
+            self.close()
+            raise
+
+    def _survey(self, step: int, world: int) -> None:
         for rank in range(world):
-            manifest = Manifest.read(layout / f"rank{rank}" / f"manifest.{step % 2}")
+            manifest = Manifest.read(self.layout / f"rank{rank}" / f"manifest.{step % 2}")
             expected = 0
             for entry in manifest.chunks:
                 lengths = tuple(stop - start for _, start, stop in entry.segments)
@@ -168,7 +175,7 @@ class _Source:
                 for k, (name, start, stop) in enumerate(entry.segments):
                     self.parts.setdefault(name, []).append((start, stop, rank, entry, record, k))
             if expected:  # of few elements a rank may have none, and no file
-                self._open(rank, layout / f"rank{rank}" / "state.bin", expected)
+                self._open(rank, self.layout / f"rank{rank}" / "state.bin", expected)
 
     def _open(self, rank: int, path: Path, expected: int) -> None:
         if not path.exists():

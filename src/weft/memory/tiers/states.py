@@ -35,7 +35,7 @@ from weft.memory.tiers.peers import Peers
 from weft.memory.tiers.ring import Ring
 from weft.memory.tiers.statefile import StateFile, Sums
 
-__all__ = ["Held", "States"]
+__all__ = ["Held", "States", "scaled"]
 
 Held = list[dict[str, Any] | None]
 """What memory has of the states of a chunk's segments: plain numbers if arrays are on disk, else all; None: never updated."""
@@ -69,6 +69,13 @@ class Changes:
     sums: dict[int, Future[Sums]] = field(default_factory=dict)
     touched: list[int] = field(default_factory=list)
     before: Before | None = None
+
+
+def scaled(gradient: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """A gradient times numbers, rounded after each; itself if there are none."""
+    for factor in factors:
+        gradient = gradient * factor.to(gradient.device)
+    return gradient
 
 
 class States:
@@ -196,19 +203,19 @@ class States:
 
     # ---- updating
 
-    def update(self, order: Sequence[int], gradients: Gradients, scale: Tensor | None = None) -> None:
+    def update(self, order: Sequence[int], gradients: Gradients, factors: Sequence[Tensor] = ()) -> None:
         """Update chunks, in this order, reading ahead and writing behind.
 
         Args:
             order: indices of chunks.
             gradients: of this process's shards; a segment without one is left as it is.
-            scale: a factor for the gradients (clipping).
+            factors: for the gradients, one after the other (clipping).
         """
         todo, under_way = deque(c for c in order if c not in self._works), deque(c for c in order if c in self._works)
         while len(under_way) < max(self.ring.number - 1, 1) and todo:
             under_way.append(self.prepare(todo.popleft(), gradients))
         while under_way:
-            self.finish(under_way.popleft(), gradients, scale)
+            self.finish(under_way.popleft(), gradients, factors)
             if todo:
                 under_way.append(self.prepare(todo.popleft(), gradients))
 
@@ -248,7 +255,7 @@ class States:
         if work.buffer is not None:
             self.ring.give_back(work.buffer)
 
-    def finish(self, c: int, gradients: Gradients, scale: Tensor | None = None) -> None:
+    def finish(self, c: int, gradients: Gradients, factors: Sequence[Tensor] = ()) -> None:
         """Update a prepared chunk and start writing it."""
         chunk, record, buffer = self.chunks[c], self.records[c], self.claim(c)
         held = list(self.held[c])
@@ -258,9 +265,7 @@ class States:
             if gradient is None:
                 continue
             home = record.view(buffer, 0, k) if chunk.on_disk else self.value(segment)
-            gradient = gradient.to(self.device)
-            if scale is not None:
-                gradient = gradient * scale.to(self.device)
+            gradient = scaled(gradient.to(self.device), factors)
             pieces.append((k, home, Piece(home.to(self.device), gradient, self._state(c, k, buffer))))
         if pieces:
             self.rules[chunk.group].update([piece for _, _, piece in pieces], self.options(chunk.group))

@@ -16,6 +16,7 @@ from weft.memory.tiers.fetch import Fetcher, Slot
 from weft.memory.tiers.gradients import Gradients
 from weft.memory.tiers.moved import Moved
 from weft.memory.tiers.peers import together
+from weft.memory.tiers.states import scaled
 from weft.memory.tiers.store import Store
 from weft.memory.tiers.updates import Updates
 from weft.memory.tiers.whole import Layout, packed, replace, unpacked
@@ -44,7 +45,7 @@ class Steps:
     ):
         self.store, self.states, self.slots, self.peers = store, store.states, store.slots, store.peers
         self.gradients, self.fetcher, self.updates, self.moved, self._over = gradients, fetcher, updates, moved, over
-        self._clip: Tensor | None = None
+        self._clips: list[Tensor] = []  # factors of the gradients, one after the other: torch rounds after each
         self._versions = self._now()
 
     @torch.no_grad()
@@ -92,7 +93,7 @@ class Steps:
         for c in set(self.states.prepared()) - due:
             self.states.forget(c)
         # Backward made gradients from the last parameter to the first; memory holds nothing of that order, so any will do.
-        self.states.update([*prepared, *sorted(due - set(prepared))], self.gradients, self._clip)
+        self.states.update([*prepared, *sorted(due - set(prepared))], self.gradients, self._clips)
 
     def _now(self) -> dict[int, int]:
         """Versions of the parameters that the user may change in place, where the files must tell of it."""
@@ -151,7 +152,7 @@ class Steps:
         self.gradients.clear()
         if self.moved is not None:
             self.moved.clear()
-        self._clip = None
+        self._clips = []
         for slot in self.slots:
             slot.parameter.grad = None
 
@@ -174,14 +175,14 @@ class Steps:
         total = torch.nn.utils.get_total_norm(norms)
         if self.peers.world > 1:
             total = torch.linalg.vector_norm(torch.stack(self.peers.gather(total)))
-        self._clip = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        self._clips.append(torch.clamp(max_norm / (total + 1e-6), max=1.0))
         return total
 
     def _norm(self, slot: Slot) -> Tensor:
-        """Of this process's part of a gradient; of a whole one in its shape, as torch does, for the same bits."""
+        """Of this process's part of a gradient, as clipped; of a whole one in its shape, as torch does, for the same bits."""
         parts = [self.gradients.get(self.states.chunks[c].segments[k]) for c, k in self.states.of_shard[slot.index]]
         there = [part for part in parts if part is not None] or [torch.zeros(0, dtype=slot.dtype)]
-        flat = there[0] if len(there) == 1 else torch.cat(there)
+        flat = scaled(there[0] if len(there) == 1 else torch.cat(there), self._clips)
         return torch.linalg.vector_norm(flat.view(slot.shape) if flat.numel() == slot.numel and slot.shape else flat)
 
     # ---- the optimizer's state

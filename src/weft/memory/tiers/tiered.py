@@ -27,6 +27,7 @@ Source: Rajbhandari et al., ZeRO-Infinity, arXiv:2104.07857, sections 5 to 7.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -108,21 +109,21 @@ class Tiered:
         control = control_group(group)
         self.peers = Peers(control)
         self._place: Workplace | None = None
-        if tiers.uses_disk and folder is not None:
-            self._place = self.peers.agree(lambda: Workplace(folder, self.peers.rank, threads=threads))
-        try:
+        with ExitStack() as opened:
+            if tiers.uses_disk and folder is not None:
+                self._place = self.peers.agree(lambda: Workplace(folder, self.peers.rank, threads=threads))
+                opened.callback(self._place.close)
             self.store = self.peers.agree(
                 lambda: Store(
                     model, optimizer, tiers, groups, self.peers, self.device, self._place,
                     chunk=nbytes["chunk"], buffers=buffers, keep_below=nbytes["keep_below"],
                 )
             )  # fmt: skip
+            opened.callback(self.store.close)
             self.gradients = self.peers.agree(self._make_gradients)
+            opened.callback(self.gradients.close)
             self._extra = self.store.open(values, resume=resume)
-        except BaseException:
-            if self._place is not None:
-                self._place.close()
-            raise
+            self._opened = opened.pop_all()
         self.slots, self.states, self.optimizer = self.store.slots, self.store.states, self.store.front
         self._connect(update, group, control, nbytes["ahead"], nbytes["floor"])
         if resume:
@@ -145,6 +146,9 @@ class Tiered:
         self.fetcher = Fetcher(self.slots, self.states.read, self._reduced, self.device, group, control, ahead)
         self.presence = Presence(self.slots, self.fetcher, self.store.placeholder)
         self.activations = self._make_activations(floor)
+        if self.activations is not None:
+            self._opened.callback(self.activations.close)
+        self._opened.callback(self.fetcher.finish)
         updates = Updates(self.states, self.gradients) if update == "backward" else None
         alone = self.peers.world == 1
         moving = not alone or self.tiers.gradients != "device" or updates is not None
@@ -336,18 +340,12 @@ class Tiered:
     def close(self) -> None:
         """Take the hooks off and close the files. Parameters that are not on the device stay released."""
         self._closed = True
-        self.model.__dict__.pop("zero_grad", None)
-        for handle in self._handles:
-            handle.remove()
-        self._passes.close()
-        self._backward.close()
-        self.gradients.close()
-        self.fetcher.finish()
-        if self.activations is not None:
-            self.activations.close()
-        self.store.close()
-        if self._place is not None:
-            self._place.close()
+        with self._opened:  # what fails to close must not keep the rest open: the folder would stay locked
+            self.model.__dict__.pop("zero_grad", None)
+            for handle in self._handles:
+                handle.remove()
+            self._passes.close()
+            self._backward.close()
 
     def __enter__(self) -> Tiered:
         return self
