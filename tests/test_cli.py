@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from weft import paths
 from weft.cli import main, parser, reference
 
 ROOT = Path(__file__).parents[1]
@@ -92,13 +94,22 @@ def test_bad_usage_is_2(words, capsys):
         (["train", "--task", "language-model", "--plan", "not-there.json"], "not-there.json"),
         (["train", "--task", "language-model", "--plan", "plan.json", "--mesh", "2"], "is for the search of a plan"),
         (["train", "--task", "language-model", "--checkpoint-every", "5"], "needs --checkpoint DIR"),
+        (
+            ["train", "--task", "language-model", "--checkpoint", "/dev/null/x"],
+            "--checkpoint /dev/null/x: /dev/null is a file",
+        ),
+        (["train", "--task", "language-model", "--log-dir", "/dev/null"], "--log-dir /dev/null: that is a file"),
+        (["train", "--task", "language-model", "--resume", "no-folder"], "no checkpoint at no-folder"),
+        (["plan", "--task", "language-model", "--page", "no/folder/plan.html"], "--page no/folder/plan.html"),
         (["profile", "--processes", "0"], "--processes must be at least 1"),
         (["export", "not-there", "x.safetensors"], "no checkpoint"),
         (["systems", "perpetuum-mobile"], "no system is about"),
         (["bench"], "say which systems"),
         (["bench", "oneflw"], "did you mean oneflow"),
         (["bench", "oneflow", "--seeds", "0"], "--seeds must be at least 1"),
+        (["bench", "oneflow", "--record", "--folder", "/dev/null/x"], "--folder /dev/null/x: /dev/null is a file"),
         (["cite", "zeroo-sharding"], "did you mean zero-sharding"),
+        (["cite", "."], ".: not a plan but a folder"),
     ],
 )
 def test_bad_input_is_2_and_one_message(words, says, capsys, monkeypatch, tmp_path):
@@ -185,6 +196,49 @@ def test_cite_a_system(capsys):
     assert "arXiv:1910.02054" in text
     assert main(["cite", "oneflow", "--bibtex"]) == 0
     assert "@article{oneflow," in capsys.readouterr().out
+
+
+def test_every_system_is_cited_by_its_authors_and_year():
+    from weft.bench import every_system
+    from weft.cli import cite
+
+    for system in every_system():
+        (paper,) = cite._papers(system.name)
+        assert re.fullmatch(r"[A-Z][^\d]+", paper.authors) and 2015 <= paper.year <= 2026, paper
+        entry = cite.bibtex(paper)
+        assert "author = {" in entry and not re.search(r"author = \{[^}]*(,|\d|et al)", entry), entry
+    (paper,) = cite._papers("fedfix-async")
+    assert (paper.authors, paper.journal, paper.year) == ("Fraboni, Vidal, Kameni, Lorenzi", "JMLR 24 (110)", 2023)
+    assert cite._papers("coop")[0].authors == "Zhang et al."
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where not even root can write")
+@pytest.mark.parametrize(
+    ("check", "beside"), [(paths.to_file, False), (paths.to_folder, False), (paths.to_folder, True)]
+)
+def test_where_nothing_can_be_written(check, beside, tmp_path):
+    options = {"beside": True} if beside else {}
+    with pytest.raises(ValueError, match="--out /proc/x: nothing can be written in /proc"):
+        check("--out", "/proc/x", **options)
+    check("--out", tmp_path / "new", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [([8.0, 0.1, 0.2], "in 3 steps and 9.0 s; a step takes 200 ms"), ([8.0], "in 1 step and 9.0 s; a step is")],
+)
+def test_the_first_step_is_not_the_usual_one_and_losses_are_as_they_were(seconds, says, tmp_path, capsys):
+    from weft.cli import train
+
+    losses = [2.0, 1.5, 1.0][: len(seconds)]
+    plan = SimpleNamespace(prediction=SimpleNamespace(seconds=0.1), mesh=SimpleNamespace(size=2))
+    arguments = SimpleNamespace(curve=str(tmp_path / "loss.svg"), task="any", target=None, json=False)
+    train.report(arguments, plan, losses, seconds, 9.0, 100)
+    told = capsys.readouterr().out
+    assert says in told and f"loss 2.0000 -> {losses[-1]:.4f}" in told
+    assert ("tokens/s" in told) == (len(seconds) > 1)
+    assert f"loss 2.000 to {losses[-1]:.3f}" in Path(arguments.curve).read_text()
 
 
 def test_a_module_alone_lists_commands(folder):

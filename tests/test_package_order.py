@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "weft"
 
 LAYERS = (
-    "names errors pages",
+    "names errors pages paths",
     "graph cluster nn",
     "placement memory comm",
     "planner compression",

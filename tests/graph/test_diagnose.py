@@ -164,3 +164,11 @@ def test_distributions_do_not_look_at_values_that_are_not_there(monkeypatch):
 def test_a_missing_argument_is_said_without_a_line():
     with pytest.raises(CaptureError, match=r"unexpected keyword argument 'y'"):
         capture(Branches(), {"y": torch.ones(4, 3)})
+
+
+def test_errors_of_the_loss_are_not_the_models():
+    def loss(output, target):
+        raise KeyError("boom")
+
+    with pytest.raises(CaptureError, match="the loss raised KeyError"):
+        capture(torch.nn.Linear(4, 3), (torch.ones(2, 4), torch.ones(2)), loss)

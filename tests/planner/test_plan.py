@@ -47,6 +47,13 @@ def test_a_cut_file_is_said(found):
         Plan.from_json(found.to_json()[:-100])
 
 
+def test_the_file_that_is_no_plan_is_named(tmp_path):
+    (tmp_path / "mymodel.py").write_text("import torch")
+    for path, says in ((tmp_path / "mymodel.py", r"mymodel\.py: not a plan"), (tmp_path, "not a plan but a folder")):
+        with pytest.raises(ValueError, match=says):
+            Plan.load(path)
+
+
 @pytest.mark.parametrize("link", [1e5, 1e7, 1e9, 1e12])
 def test_never_worse_than_what_has_a_name(gpt_graph, link):
     cluster = plain_cluster(4, link=link, latency=1e-6)

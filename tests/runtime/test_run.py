@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import signal
@@ -14,11 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.runtime.plans import Tiny, batch, plan_of, tiny
+from tests.runtime.plans import HandPlan, Tiny, batch, plan_of, tiny
 from torch import nn
 
+from weft.cluster import Cluster
 from weft.errors import CheckpointDamaged, NotFinite, WorkerDied
+from weft.graph import capture
+from weft.placement.assignment import Assignment
+from weft.placement.layout import Mesh
+from weft.planner import Plan
 from weft.runtime import run
+from weft.runtime.progress import Meter
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2)
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,11 +145,14 @@ def test_refusals_before_any_process_talks() -> None:
     model = tiny()
     plan = plan_of(model, batch(), (1,), 0)
     for arguments, words in [
-        ({"clip_norm": 0.0}, "clip_norm must be > 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be a number > 0"),
+        ({"clip_norm": "1"}, "clip_norm must be a number > 0, got '1'"),
+        ({"checkpoint": "/dev/null/x"}, "checkpoint /dev/null/x: /dev/null is a file"),
+        ({"log_dir": "/dev/null/x"}, "log_dir /dev/null/x: /dev/null is a file"),
         ({"accumulate": 0}, "accumulate must be a whole number"),
         ({"autocast": "fp16"}, "autocast must be"),
         ({"checkpoint_every": 5}, "needs checkpoint="),
-        ({"timeout": 0}, "timeout must be > 0"),
+        ({"timeout": 0}, "timeout must be a number > 0"),
     ]:
         with pytest.raises(ValueError, match=words), run(plan, model, ADAMW, **arguments):  # type: ignore[arg-type]
             pass
@@ -150,6 +160,54 @@ def test_refusals_before_any_process_talks() -> None:
         pass
     with pytest.raises(ValueError, match="must be a class"), run(plan, model, "adam"):
         pass
+
+
+def test_rates_leave_the_start_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 0.0, 8.0, 8.0, 9.0, 9.0, 10.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    meter, rates = Meter(), []
+    for _ in range(3):
+        meter.begin()
+        meter.end(10, 2)
+        rates.append((meter.samples_per_second, meter.tokens_per_second, meter.seconds))
+    assert rates == [(0.25, 1.25, 8.0), (2.0, 10.0, 1.0), (2.0, 10.0, 1.0)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_cannot_be_a_step_is_said(processes: int) -> None:
+    example = (torch.randn(6, 4), torch.randint(3, (6,)))
+    loss = nn.functional.cross_entropy
+    model = nn.Linear(4, 3)
+    plan = plan_of(model, example, (processes,), loss=loss)
+    loaded = HandPlan(plan.assignment)
+    with pytest.raises(ValueError, match="pass the same loss="), run(loaded, model, ADAMW) as trainer:
+        trainer.step(example)
+    with run(plan, model, ADAMW, loss=loss) as trainer:
+        with pytest.raises(ValueError, match="it is empty"):
+            trainer.step((example[0][:0], example[1][:0]))
+        trainer.step(example)
+    for act in (trainer.step, trainer.evaluate, trainer.gradients):
+        with pytest.raises(ValueError, match="this run has ended"):
+            act(example)
+    with pytest.raises(ValueError, match="this run has ended"):
+        trainer.load_state_dict(model.state_dict())
+
+
+def test_nothing_to_train_is_said() -> None:
+    example = (torch.randn(6, 4), torch.randint(3, (6,)))
+    right = lambda output, target: (output.argmax(1) == target).sum()
+    model, frozen = nn.Linear(4, 3), nn.Linear(4, 3).requires_grad_(False)
+    with run(plan_of(model, example, (1,), loss=right), model, ADAMW, loss=right) as trainer:
+        assert trainer.evaluate(example) == right(model(example[0]), example[1])
+        for act in (trainer.step, trainer.gradients):
+            with pytest.raises(ValueError, match="nothing to train: the loss does not depend on the parameters"):
+                act(example)
+    loss = nn.functional.cross_entropy
+    with (
+        pytest.raises(ValueError, match="no parameter that requires a gradient"),
+        run(plan_of(frozen, example, (1,), loss=loss), frozen, ADAMW, loss=loss) as trainer,
+    ):
+        trainer.step(example)
 
 
 def test_changed_model_is_refused() -> None:
@@ -160,6 +218,43 @@ def test_changed_model_is_refused() -> None:
     model.up = nn.Linear(10, 31)
     with pytest.raises(PlanMismatch, match=r"up\.weight"), run(plan, model, ADAMW) as trainer:
         trainer.step(batch())
+
+
+class Averaged(nn.Module):
+    """Keeps a running mean of what it computes, by two operators that write one buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+        self.first.requires_grad_(False)
+        self.register_buffer("average", torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(self.first(x).relu())
+        self.average.mul_(0.9).add_(h.detach().mean(0), alpha=0.1)
+        return self.last(h - self.average)
+
+
+def test_a_buffer_that_two_operators_write_is_in_one_placement() -> None:
+    torch.manual_seed(0)
+    model = Averaged().double()
+    reference = copy.deepcopy(model)
+    x, y = torch.randn(16, 8, dtype=torch.float64), torch.randint(3, (16,))
+    cluster = Cluster.local(processes=2)
+    plan = Plan.manual(model, (x, y), loss=nn.functional.cross_entropy, cluster=cluster, strategy="tp")
+    writers = [node for node in plan.graph.calls if any(ref.node == "b_average" for ref in node.mutates)]
+    assert len(writers) == 2 and len({plan.assignment.inputs(node)[0] for node in writers}) == 1
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    with run(plan, model, sgd, loss=nn.functional.cross_entropy) as trainer:
+        for _ in range(2):
+            optimizer.zero_grad()
+            want = nn.functional.cross_entropy(reference(x), y)
+            want.backward()
+            optimizer.step()
+            assert trainer.step((x, y)) == pytest.approx(want.item(), rel=1e-10)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, msg=name)
 
 
 def test_bfloat16_autocast_trains() -> None:
@@ -204,6 +299,77 @@ def pids_of(process: subprocess.Popen[str]) -> list[int]:
         if line.startswith("pids"):
             return [int(word) for word in line.split()[1:]]
     raise AssertionError(process.communicate()[1])
+
+
+OPERATOR = """
+import torch
+
+@torch.library.custom_op("weft_test::{name}", mutates_args=())
+def {name}(x: torch.Tensor) -> torch.Tensor:
+    return {factor} * x
+
+{name}.register_fake(torch.empty_like)
+{name}.register_autograd(lambda context, gradient: {factor} * gradient)
+"""
+WITH_OPERATORS = (
+    OPERATOR.format(name="thrice", factor=3)
+    + """
+library = torch.library.Library("weft_test_raw", "DEF")
+library.define("same(Tensor x) -> Tensor")
+library.impl("same", lambda x: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("weft_test_raw::same", torch.empty_like)
+
+if __name__ == "__main__":
+    import copy, weft, doubling
+    from torch.nn import functional as F
+
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(thrice(doubling.twice(torch.ops.weft_test_raw.same(x))))
+
+    model, example = Model(4, 3), (torch.randn(8, 4), torch.randint(3, (8,)))
+    want = F.cross_entropy(model(example[0]), example[1]).item()
+    cluster = weft.Cluster.local(processes=2)
+    plan = weft.Plan.manual(model, example, loss=F.cross_entropy, cluster=cluster, strategy="dp", allow_replicated=True)
+    with weft.run(plan, model, torch.optim.SGD, loss=F.cross_entropy) as trainer:
+        print("difference", abs(trainer.step(example) - want), abs(trainer.step((example[0][:6], example[1][:6]))) > 0)
+"""
+)
+
+
+def test_processes_have_the_operators_of_the_users_modules_and_script(tmp_path: Path) -> None:
+    (tmp_path / "doubling.py").write_text(OPERATOR.format(name="twice", factor=2))
+    (tmp_path / "script.py").write_text(WITH_OPERATORS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "script.py"], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    word, difference, again = done.stdout.split()
+    assert word == "difference" and float(difference) < 1e-5 and again == "True"
+
+
+def test_operators_that_no_process_could_import_are_refused_at_once() -> None:
+    def somewhere(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    somewhere.__module__ = "weft_test_of_no_file"
+    operator = torch.library.custom_op(
+        "weft_test::somewhere", somewhere, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    operator.register_fake(torch.empty_like)
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return operator(x).sum()
+
+    graph = capture(Model(), (torch.ones(4),))
+    plan = HandPlan(Assignment(Mesh((2,)), {}, {}), graph)
+    with (
+        pytest.raises(ValueError, match=r"weft_test\.somewhere was registered outside of any module"),
+        run(plan, Model()),
+    ):
+        pass
 
 
 def test_interrupt_ends_cleanly_with_a_checkpoint(tmp_path: Path) -> None:

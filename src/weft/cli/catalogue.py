@@ -10,6 +10,7 @@ from typing import Any
 
 from weft.bench import CATALOGUE, Outcome, Row, System, entry, every_system, render, run_system
 from weft.bench.record import find_records, write_record
+from weft.paths import to_folder
 
 __all__ = ["add_bench", "add_systems"]
 
@@ -82,6 +83,8 @@ def bench(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
     chosen = [entry(name) for name in (CATALOGUE if arguments.all else arguments.names)]
     folder = Path(arguments.folder)
+    if arguments.record:
+        to_folder("--folder", folder)
     outcomes, written = [], []
     for system, run in chosen:
         before = find_records(folder, system.name) if folder.is_dir() else []

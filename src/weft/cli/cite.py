@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from weft.bench import System
 
 __all__ = ["PAPERS", "Paper", "add", "papers_of"]
 
@@ -20,6 +24,7 @@ class Paper(NamedTuple):
     year: int
     where: str
     used_for: str
+    journal: str = ""  # beside `where`
 
 
 PAPERS: dict[str, Paper] = {
@@ -73,7 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n\n".join(bibtex(paper) for paper in papers.values()))
     else:
         for paper in papers.values():
-            print(f"{paper.authors}, {paper.title}, {paper.year}, {paper.where}\n    for {paper.used_for}")
+            parts = (paper.authors, paper.title, paper.journal, paper.year, paper.where)
+            print(f"{', '.join(str(part) for part in parts if part)}\n    for {paper.used_for}")
     return 0
 
 
@@ -86,7 +92,14 @@ def _papers(what: str) -> list[Paper]:
 
     system, _ = entry(what)
     known = [paper for paper in PAPERS.values() if paper.where == system.paper]
-    return known or [Paper(system.name, system.cite or "see the paper", system.title, 0, system.paper, system.solves)]
+    return known or [_paper_of(system)]
+
+
+def _paper_of(system: System) -> Paper:
+    """The paper of a system, whose `cite` is its authors, a journal if there is one, and the year, with commas between."""
+    found = re.fullmatch(r"(.+?)(?:, ([^,]*\d[^,]*))?, (\d{4})", system.cite)
+    authors, journal, year = found.groups() if found else (system.cite, None, 0)
+    return Paper(system.name, authors, system.title, int(year), system.paper, system.solves, journal or "")
 
 
 def papers_of(plan: Any) -> list[Paper]:
@@ -125,5 +138,6 @@ def bibtex(paper: Paper) -> str:
     kind, _, number = paper.where.partition(":")
     where = f"  eprint = {{{number}}},\n  archivePrefix = {{arXiv}}," if kind == "arXiv" else f"  doi = {{{number}}},"
     year = f"  year = {{{paper.year}}},\n" if paper.year else ""
+    year += f"  journal = {{{paper.journal}}},\n" if paper.journal else ""
     authors = paper.authors.replace(" et al.", " and others").replace(", ", " and ")
     return f"@article{{{paper.key},\n  author = {{{authors}}},\n  title = {{{{{paper.title}}}}},\n{year}{where}\n}}"

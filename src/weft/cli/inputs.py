@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft import names
+from weft import names, paths
 
 if TYPE_CHECKING:
     from weft.cluster import Cluster
@@ -115,12 +115,8 @@ def parse_mesh(text: str) -> tuple[int, ...]:
 def check_folders(files: Mapping[str, str | None]) -> None:
     """Refuse files (by their names on the command line; None: not given) that could not be written, before anything slow."""
     for name, path in files.items():
-        if not path:
-            continue
-        if not Path(path).resolve().parent.is_dir():
-            raise ValueError(f"{name} {path}: there is no folder {Path(path).parent}; make it first")
-        if Path(path).is_dir():
-            raise ValueError(f"{name} {path}: that is a folder; name the file to write")
+        if path:
+            paths.to_file(name, path)
 
 
 def load_job(arguments: argparse.Namespace) -> Job:

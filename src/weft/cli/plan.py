@@ -77,7 +77,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    inputs.check_folders({"--save-plan": arguments.save_plan, "--plan-page": arguments.plan_page})
+    inputs.check_folders({"--save": arguments.save_plan, "--page": arguments.plan_page})
     found = find(arguments, inputs.load_job(arguments))
     if arguments.json:
         print(found.to_json())

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from weft.cli import inputs
 from weft.cli import plan as planning
 from weft.cli.curve import curve_svg, smooth
+from weft.paths import to_folder
 
 __all__ = ["add"]
 
@@ -128,6 +129,14 @@ def check(arguments: argparse.Namespace) -> None:
     inputs.check_folders(
         {"--curve": arguments.curve, "--plan-page": arguments.plan_page, "--save-plan": arguments.save_plan}
     )
+    if arguments.checkpoint:
+        to_folder("--checkpoint", arguments.checkpoint, beside=True)
+    if arguments.log_dir:
+        to_folder("--log-dir", arguments.log_dir)
+    if arguments.resume:
+        from weft.runtime.checkpoint import check as check_checkpoint
+
+        check_checkpoint(Path(arguments.resume))
 
 
 def train(trainer: Trainer, job: inputs.Job, steps: int, quiet: bool) -> tuple[list[float], list[float]]:
@@ -194,22 +203,25 @@ def report(
     """Say how it went, predicted beside measured, and write the curve."""
     from weft.planner.units import seconds as took
 
-    usual = sorted(seconds)[len(seconds) // 2]
+    later = sorted(seconds[1:])  # the first step builds the programs, and waits for processes to start
+    usual = later[len(later) // 2] if later else None
     predicted = float(plan.prediction.seconds)
     value: dict[str, Any] = {
         "steps": len(losses),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "smoothed_loss": smooth(losses)[-1],
-        "step_seconds": usual,
+        "step_seconds": usual,  # None: there was none but the first
         "predicted_step_seconds": predicted,
         "total_seconds": total,
     }
-    if tokens:
+    if tokens and usual is not None:
         value["tokens_per_second"] = tokens / usual
+    counted = f"{len(losses)} step{'s' * (len(losses) > 1)}"
     if arguments.curve:
-        subtitle = f"{plan.mesh.size} processes, {took(usual)} a step (predicted {took(predicted)})"
-        title = f"{arguments.task or arguments.target}: loss {losses[0]:.3f} to {smooth(losses)[-1]:.3f} in {len(losses)} steps"
+        pace = f"{took(usual)} a step (predicted {took(predicted)})" if usual else f"predicted {took(predicted)} a step"
+        subtitle = f"{plan.mesh.size} processes, {pace}"
+        title = f"{arguments.task or arguments.target}: loss {losses[0]:.3f} to {losses[-1]:.3f} in {counted}"
         svg = curve_svg(losses, title, subtitle) if all(map(math.isfinite, losses)) else None
         if svg is not None:
             html = Path(arguments.curve).suffix.lower() == ".html"
@@ -218,8 +230,10 @@ def report(
     if arguments.json:
         print(json.dumps({**value, "losses": losses}))
         return
-    rate = f", {value['tokens_per_second']:,.0f} tokens/s" if tokens else ""
-    print(
-        f"loss {losses[0]:.4f} -> {value['smoothed_loss']:.4f} in {len(losses)} steps and {total:.1f} s; "
-        f"a step takes {took(usual)}, predicted {took(predicted)}{rate}"
+    rate = f", {value['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in value else ""
+    pace = (
+        f"a step takes {took(usual)}, predicted {took(predicted)}"
+        if usual
+        else f"a step is predicted to take {took(predicted)}"
     )
+    print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} in {counted} and {total:.1f} s; {pace}{rate}")

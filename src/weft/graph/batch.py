@@ -97,18 +97,23 @@ def call(
     if isinstance(batch, Mapping):
         batch = dict(batch)
         output = model(**(batch if loss is None else _accepted(model, batch)))
-        value = output if loss is None else loss(output, batch)
+        value = output if loss is None else _loss_of(loss, output, batch)
     elif isinstance(batch, (list, tuple)):
         if loss is not None and len(batch) < 2:
             raise ValueError(
                 f"batch: with a loss, a {type(batch).__name__} needs inputs and a target, got {len(batch)} items"
             )
         output = model(*(batch if loss is None else batch[:-1]))
-        value = output if loss is None else loss(output, batch[-1])
+        value = output if loss is None else _loss_of(loss, output, batch[-1])
     else:
         output = model(batch)
-        value = output if loss is None else loss(output, batch)
+        value = output if loss is None else _loss_of(loss, output, batch)
     return _scalar_of(value, loss is not None, scalar)
+
+
+def _loss_of(loss: Callable[..., Any], output: Any, target: Any) -> Any:
+    """The loss, in a frame by which `diagnose` tells its errors from the model's."""
+    return loss(output, target)
 
 
 def _check_loss(loss: Callable[..., Any]) -> None:

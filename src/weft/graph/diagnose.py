@@ -108,10 +108,11 @@ def explain(error: Exception, model: torch.nn.Module) -> Exception:
         return CaptureError(where, code, _OPAQUE[0] + extra, _OPAQUE[1])
     summary = text.strip().split("\n\n")[0].strip().splitlines()
     said = " ".join(summary[:3])[:400] or name
+    in_loss = any(frame.name == "_loss_of" for frame in traceback.extract_tb(error.__traceback__))
     return CaptureError(
         where,
         code,
-        f"{type(model).__name__} raised {name} while it was traced: {said}",
+        f"{'the loss' if in_loss else type(model).__name__} raised {name} while it was traced: {said}",
         "Check that model, batch and loss run together as model(batch) does. If they do, the line uses something torch.export "
         "cannot trace: use torch operations there, or wrap it as torch.library.custom_op with register_fake.",
     )

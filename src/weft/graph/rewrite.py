@@ -73,7 +73,8 @@ def operator(target: str) -> Any:
         return getattr(getattr(getattr(torch.ops, namespace), name), overload)
     except AttributeError as error:
         raise ValueError(
-            f"operator {target} is not registered here; import the library that defines it first"
+            f"operator {target} is not registered in this process; import the module that defines it first, and define it at "
+            "the module's top level, not under `if __name__ == '__main__':`"
         ) from error
 
 

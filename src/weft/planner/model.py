@@ -8,6 +8,7 @@ Costs      of a call          forward and backward of the slowest device, its ow
                               makes each (value, placement) once.
            of a parameter     the best of its storage modes (see `modes`), for the placement in which it is used
            memory             what a device keeps for backward, its piece of parameters, gradients, state
+Ties       calls that write one buffer want it in one placement: it cannot move in between           `Model._ties`
 Table      seconds + mu * seconds of communication that may hide behind compute + lambda * bytes.   `Model.tables`
 
 Inputs of the batch, constants and buffers that nobody writes are whole on every device, so cutting them is free and they
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -120,6 +122,8 @@ class Model:
         self._nested: dict[tuple[tuple[int, ...], Placements], bool] = {}
         self._dominated: dict[int, NDArray[np.bool_]] = {}
         self.whole = self._whole_calls()
+        writes = Counter(ref for call in prepared.calls for ref in set(call.node.mutates))
+        self._tied = {ref for ref, count in writes.items() if count > 1}  # buffers that several calls write
         for call in prepared.calls:
             self.templates[call.node.name] = template = self._template(call)
             self.sizes[call.node.name] = len(template.states)
@@ -132,6 +136,7 @@ class Model:
         for name, states in self.used_states.items():
             choices = _Choices(states, np.arange(len(states)), ("parameter", name))
             self._edges(("parameter", name), choices, Ref(self.graph.parameters[name].name))
+        self._ties()
         self._loss()
 
     @property
@@ -155,7 +160,7 @@ class Model:
         mesh = self.mesh
         found = [self.prepared.signatures(call, p, mesh.weights[axis]) for axis, p in enumerate(mesh.shape)]
         parameters = tuple(self.graph[ref.node].role == "parameter" for ref in call.inputs)
-        written = tuple(ref in call.node.mutates for ref in call.inputs)
+        written = tuple((ref in call.node.mutates) + self._is_tied(call, ref) for ref in call.inputs)
         given = tuple(self.given(ref) for ref in call.inputs)
         whole = call.node.name in self.whole
         key = (call.kind, tuple(number for _, number in found), parameters, written, given, whole)
@@ -343,6 +348,24 @@ class Model:
         among = np.array([[n in wanted for n in range(len(flat))] for wanted in several], float).T
         return seconds @ among, nbytes @ among
 
+    def _is_tied(self, call: Call, ref: Ref) -> bool:
+        """Whether the call writes a buffer that other calls write too."""
+        return ref in self._tied and ref in call.node.mutates
+
+    def _ties(self) -> None:
+        """Of the calls that write one buffer, each wants it as the one before did."""
+        before: dict[Ref, tuple[str, _Wanted]] = {}
+        for call in self.prepared.calls:
+            for ref in dict.fromkeys(call.node.mutates):
+                if ref not in self._tied:
+                    continue
+                name, wanted = call.node.name, self._wanted(call, (call.inputs.index(ref),))
+                if ref in before:
+                    other, earlier = before[ref]
+                    key = ("tie", earlier.identity, wanted.identity)
+                    self._add((other, name), key, lambda e=earlier, w=wanted: _equal(e, w))
+                before[ref] = name, wanted
+
     def _loss(self) -> None:
         """The loss ends whole or as a sum: a sharded or otherwise partial loss has no seed."""
         template = self.templates.get(self.graph.loss.node)
@@ -456,6 +479,8 @@ class Model:
                         c + np.array([best_mode(o, mu, 0.0, None)[0] for o in options])
                         for c, mu in zip(costs, (0.0, 1.0), strict=True)
                     ]
+                elif self._is_tied(call, ref):
+                    detour += np.where(choices.inverse[:, None] == choices.inverse[None, :], 0.0, np.inf)
                 elif not self.given(ref):
                     detour += self.costs.box_table(spec, choices.placements, choices.placements)[grid]
             for spec, choices in zip(call.node.outputs, template.outputs, strict=True):
@@ -505,6 +530,13 @@ class Model:
 
 def _choices(items: Sequence[Placements], identity: Hashable) -> _Choices:
     return _Choices(*_distinct(items), identity)
+
+
+def _equal(one: _Wanted, other: _Wanted) -> _Table:
+    """Free where both want the same, impossible elsewhere."""
+    same = np.array([[a == b for b in other.targets] for a in one.targets])
+    table = np.where(same[np.ix_(one.inverse, other.inverse)], 0.0, np.inf)
+    return _Table(table, np.zeros_like(table))
 
 
 def _distinct(items: Sequence) -> tuple[tuple, NDArray[np.int64]]:

@@ -287,8 +287,17 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that `save` wrote."""
-        return cls.from_json(Path(path).read_text())
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: the file is no plan.
+        """
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: not a plan but a folder; name the file that was saved")
+        try:
+            return cls.from_json(Path(path).read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     # ---- looking
 

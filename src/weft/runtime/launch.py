@@ -32,6 +32,7 @@ from torch import Tensor
 
 from weft.errors import PeerLost, WorkerDied
 from weft.graph.graph import Graph
+from weft.graph.origins import defining_modules
 from weft.placement.assignment import Assignment
 from weft.placement.deferred import Tape
 from weft.runtime.driver import Driver, Values
@@ -222,11 +223,12 @@ class Spawned(Driver):
         squeezes: Mapping[int, Squeeze] | None = None,
     ) -> None:
         sent = values if isinstance(values, Tape) else self._shared.put(values)
-        self.exchange = self._ask("setup", graph, assignment, wanted, sent, dict(squeezes or {}))[0]
+        modules = defining_modules(graph)
+        self.exchange = self._ask("setup", modules, graph, assignment, wanted, sent, dict(squeezes or {}))[0]
         self._shared.close()
 
     def add(self, graph: Graph) -> None:
-        self._ask("add", graph)
+        self._ask("add", defining_modules(graph), graph)
 
     def _send_jobs(self, jobs: Sequence[Job]) -> tuple[Any, list[tuple[int, float, bool]]]:
         leaves = [leaf for job in jobs for leaf in job.leaves]

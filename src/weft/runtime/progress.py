@@ -20,10 +20,11 @@ LINE_SECONDS = 10.0  # between lines where nothing can be overwritten
 
 
 class Meter:
-    """Rates over the last steps."""
+    """Rates over the last steps. The first, which builds the programs, counts only until there is a second."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=WINDOW)
+        self._steps = 0
         self._last = time.perf_counter()
 
     def begin(self) -> None:
@@ -32,6 +33,9 @@ class Meter:
     def end(self, tokens: int, samples: int) -> float:
         """Note a step; returns its seconds."""
         seconds = time.perf_counter() - self._last
+        self._steps += 1
+        if self._steps == 2:
+            self._marks.clear()
         self._marks.append((seconds, tokens, samples))
         return seconds
 

@@ -7,6 +7,7 @@ import datetime
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import nn
 
 from weft.comm import Exchange, auto
 from weft.comm.automatic import Auto
+from weft.graph.origins import defining_modules
+from weft.paths import to_folder
 from weft.planner import Plan
 from weft.runtime.choice import Choice
 from weft.runtime.driver import Driver, InProcess
@@ -110,6 +113,10 @@ def run(
         )
     _check_priced(plan, exchange)
     _check(clip_norm, accumulate, autocast, checkpoint, checkpoint_every, timeout)
+    if checkpoint is not None:
+        to_folder("run: checkpoint", checkpoint, beside=True)
+    if log_dir is not None:
+        to_folder("run: log_dir", log_dir)
     if os.environ.get("WEFT_WORKER"):
         raise RuntimeError(
             "weft.run was called while a process of another run imported the main script; put the program under "
@@ -166,8 +173,8 @@ def _check(
     checkpoint_every: int,
     timeout: float,
 ) -> None:
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"run: clip_norm must be > 0, got {clip_norm}; None leaves gradients as they are")
+    if clip_norm is not None and not (isinstance(clip_norm, Real) and clip_norm > 0):
+        raise ValueError(f"run: clip_norm must be a number > 0, got {clip_norm!r}; None leaves gradients as they are")
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(
             f"run: accumulate must be a whole number >= 1, got {accumulate!r}; it is the number of micro-batches"
@@ -178,8 +185,8 @@ def _check(
         raise ValueError(
             f"run: checkpoint_every={checkpoint_every} needs checkpoint=, the folder to save to, and must be >= 0"
         )
-    if not timeout > 0:
-        raise ValueError(f"run: timeout must be > 0 seconds, got {timeout}")
+    if not (isinstance(timeout, Real) and timeout > 0):
+        raise ValueError(f"run: timeout must be a number > 0 of seconds, got {timeout!r}")
 
 
 def _optimizer(plan: Plan) -> type[torch.optim.Optimizer]:
@@ -200,7 +207,11 @@ def _driver(plan: Plan, options: Options, device: str | None) -> Driver:
     gpus = not any(each.kind.lower().startswith("cpu") for each in plan.cluster.devices)
     if not dist.is_initialized() and not under_torchrun:
         device = device or ("cuda" if gpus and torch.cuda.device_count() >= mesh.size else "cpu")
-        return InProcess(options, device) if mesh.size == 1 else Spawned(mesh.size, options, device)
+        if mesh.size == 1:
+            return InProcess(options, device)
+        if plan.graph is not None:
+            defining_modules(plan.graph)  # refuses operators that the processes could not have, before any is started
+        return Spawned(mesh.size, options, device)
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = device or (f"cuda:{local}" if gpus and torch.cuda.device_count() > local else "cpu")
     if not dist.is_initialized():

@@ -21,7 +21,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from weft.graph import capture, check_batch, unflatten_batch
+from weft.graph import capture, check_batch, flatten_batch, unflatten_batch
 from weft.graph.graph import Graph
 from weft.placement.deferred import tape_of
 from weft.runtime.batches import count_samples, count_tokens, split
@@ -84,6 +84,7 @@ class Trainer:
         self._progress = Progress() if progress and first else None
         self._log = Log(log_dir) if log_dir is not None and first else None
         self._nbytes = 0
+        self._ended = False
         self._pending: tuple[str, Any] | None = None  # values or a checkpoint that came before the first batch
 
     # ---- steps
@@ -117,6 +118,7 @@ class Trainer:
         """
         self.meter.begin()
         leaves = self._leaves(batch)
+        self._require_gradient()
         jobs = [Job(piece, share) for piece, share in split(leaves, self._accumulate)]
         self._prepare(jobs)
         result = self.driver.step(jobs, self._changed_options())
@@ -133,12 +135,17 @@ class Trainer:
 
     def gradients(self, batch: Any) -> tuple[float, dict[str, Tensor]]:
         """Global loss, and the whole gradient of every trainable parameter by name; nothing is trained."""
-        jobs = [Job(piece, share) for piece, share in split(self._leaves(batch), self._accumulate)]
+        leaves = self._leaves(batch)
+        self._require_gradient()
+        jobs = [Job(piece, share) for piece, share in split(leaves, self._accumulate)]
         self._prepare(jobs)
         return self.driver.gradients(jobs)
 
     def _leaves(self, batch: Any) -> list[Tensor]:
         """The batch's tensors in the graph's order; the first batch starts everything."""
+        self._require_run()
+        if count_samples(flatten_batch(batch)[0]) == 0:
+            raise ValueError("batch: it is empty: its tensors have no rows")
         if self._graph is None:
             self._start(batch)
         assert self._graph is not None
@@ -148,7 +155,7 @@ class Trainer:
         """Check that plan and model belong together, and build the engines."""
         graph = self.plan.graph
         if graph is None:
-            graph = capture(self.model, batch, self._loss)
+            graph = self._captured(batch, train=True)
         self.plan.check_graph(graph)
         self._check_model(graph)
         values: Values = tape_of(self.model) or whole_values(self.model, self._loss)
@@ -185,16 +192,20 @@ class Trainer:
             if job.key in self._ready:
                 continue
             batch = unflatten_batch(self._graph.batch, job.leaves)
-            try:
-                graph = capture(self.model, batch, self._loss, train=job.train)
-            except ValueError as error:
-                if self._loss is None:
-                    error.add_note(
-                        "weft.run captured the model again for a batch of other sizes; give it the loss= of weft.plan"
-                    )
-                raise
-            self.driver.add(graph)
+            self.driver.add(self._captured(batch, job.train))
             self._ready.add(job.key)
+
+    def _captured(self, batch: Any, train: bool) -> Graph:
+        """The model's graph for a batch that the plan's own graph, if it has one, is not for."""
+        try:
+            return capture(self.model, batch, self._loss, train=train)
+        except ValueError as error:
+            if self._loss is not None:
+                raise
+            raise ValueError(
+                f"weft.run was given no loss=, and the model without one cannot be captured for this batch; if the plan was made "
+                f"with a loss, pass the same loss= (a plan in a file does not hold it). {error}"
+            ) from error
 
     def _changed_options(self) -> list[dict[str, Any]]:
         """Options of each group that differ from what the processes have."""
@@ -260,6 +271,7 @@ class Trainer:
         Raises:
             ValueError: a tensor is missing or has another shape; nothing has been changed.
         """
+        self._require_run()
         if self._graph is None:
             self._pending = ("load_state_dict", state)
             return
@@ -288,6 +300,7 @@ class Trainer:
         """
         from weft.runtime.checkpoint import check
 
+        self._require_run()
         if self._graph is None:
             check(Path(path))
             self._pending = ("load", path)
@@ -344,6 +357,19 @@ class Trainer:
         if self._graph is None:
             raise ValueError(f"{what}: nothing has been built yet; make a step (or evaluate a batch) first")
 
+    def _require_run(self) -> None:
+        if self._ended:
+            raise ValueError("this run has ended; make steps inside of `with weft.run(...) as trainer:`")
+
+    def _require_gradient(self) -> None:
+        """Torch's own error would come out of the middle of a step, in every process."""
+        assert self._graph is not None
+        if not self._graph.spec(self._graph.loss).requires_grad:
+            raise ValueError(
+                "there is nothing to train: the loss does not depend on the parameters differentiably (it is a whole number, or "
+                "detached); evaluate(batch) needs no gradient"
+            )
+
     # ---- the end
 
     def close(self, error: BaseException | None = None) -> None:
@@ -352,6 +378,7 @@ class Trainer:
 
         lost = isinstance(error, WorkerDied)
         usable = not lost and (error is None or isinstance(error, KeyboardInterrupt))
+        self._ended = True
         try:
             if usable and self._graph is not None:
                 if self._checkpoint is not None:

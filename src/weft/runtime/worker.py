@@ -10,6 +10,7 @@ Signals from the keyboard are the controller's business.
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import pickle
 import queue
@@ -17,6 +18,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,13 @@ def _import_main(path: str | None) -> None:
         spawn._fixup_main_from_path(path)  # type: ignore[attr-defined]
 
 
+def _import_all(modules: Sequence[str]) -> None:
+    """Import what registers the graph's operators; for `__main__` its name in the message has done so."""
+    for module in modules:
+        if module != "__main__":
+            importlib.import_module(module)
+
+
 class _Worker:
     """The commands. Every worker runs each of them; replies that only one need give come from rank 0."""
 
@@ -123,11 +132,15 @@ class _Worker:
         self.shared = SharedTensors(self.folder)
         self._opened: dict[str, Tensor] = {}
 
-    def setup(self, graph: Any, assignment: Any, wanted: Any, values: Note | Tape, squeezes: Any = None) -> str:
+    def setup(
+        self, modules: Sequence[str], graph: Any, assignment: Any, wanted: Any, values: Note | Tape, squeezes: Any
+    ) -> str:
+        _import_all(modules)
         self.driver.setup(graph, assignment, wanted, take(values) if isinstance(values, Note) else values, squeezes)
         return self.driver.exchange
 
-    def add(self, graph: Any) -> None:
+    def add(self, modules: Sequence[str], graph: Any) -> None:
+        _import_all(modules)
         self.driver.add(graph)
 
     def _jobs(self, note: Note, shares: list[tuple[int, float, bool]]) -> list[Job]:
