@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,6 +83,87 @@ def test_what_hooks_keep_is_held_no_longer_than_they_keep_it(share):
 
     _, kinds, *_ = loop(share, body, steps=12)
     assert kinds[-1] is Replay
+
+
+def test_the_history_of_lbfgs_is_not_held_beyond_the_budget():
+    """The step lets go of the oldest, which others were made from that the plan drops and the optimizer still has."""
+
+    def run(budget):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[layer for _ in range(3) for layer in (nn.Linear(24, 24), nn.Tanh())])
+        opt = torch.optim.LBFGS(net.parameters(), 0.5, 6, history_size=5, line_search_fn="strong_wolfe")
+        x, y = torch.randn(256, 24), torch.randn(256, 24)
+
+        def closure():
+            opt.zero_grad()
+            loss = F.mse_loss(net(x), y)
+            loss.backward()
+            return loss
+
+        with meter(net) as seen:
+            seen.count((x, y), "input")
+            with limit(budget, model=net) if budget else nullcontext() as limited:
+                if limited is not None:
+                    limited.count(x, y)
+                losses = [opt.step(closure).item() for _ in range(5)]
+                most = seen.peak
+        return [torch.tensor(losses), *net.parameters()], most
+
+    eager, peak = run(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, most = run(budget := int(0.95 * peak))
+    assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True))
+    assert most <= budget or native.problem()
+
+
+@pytest.mark.parametrize(("when", "logged"), [(6, False), (12, True)])  # while everything is remembered, and later
+def test_copies_of_the_model_between_replayed_steps_count(when, logged):
+    copies = []
+
+    def body(net, opt, number):
+        if not number:
+            copies.clear()
+        loss = step(net, opt, torch.randn(256, 32))
+        if logged:
+            loss.item()
+        if number in (when, when + 2):
+            copies.append([parameter.detach().clone() for parameter in net.parameters()])
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loop(0.7, body, steps=when + 6)
+
+
+def test_micro_batches_from_outside_go_while_the_step_is_written_down():
+    def run(budget):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 16))
+        opt, draw = torch.optim.SGD(net.parameters(), 0.01), np.random.default_rng(0)
+        losses, live = [], []
+        with meter(net, opt) as seen:
+            with limit(budget, model=net) if budget else nullcontext() as limited:
+                for _ in range(2):
+                    opt.zero_grad()
+                    for _ in range(8):
+                        x = torch.from_numpy(draw.standard_normal((512, 64), np.float32))
+                        seen.count(x, "input")
+                        if limited is not None:
+                            limited.count(x)
+                        loss = net(x).square().mean()
+                        loss.backward()
+                        losses.append(loss.item())
+                        live.append(seen.live)  # read: then a meter notices that what numpy made has gone
+                    opt.step()
+                most = seen.peak
+        assert len(set(live[:8])) == 1
+        return [torch.tensor(losses), *net.parameters()], most
+
+    eager, peak = run(None)
+    found, most = run(budget := int(1.15 * peak))
+    assert all(torch.equal(a, b) for a, b in zip(eager, found, strict=True))
+    assert most <= budget or native.problem()
 
 
 def test_what_a_loop_collects_ends_a_plan_that_has_no_room_for_it():

@@ -77,6 +77,15 @@ class Actions:
         """What begins to carry a load out, where it may take its time."""
         return partial(self._fetch, action.index)
 
+    def letting_go(self, j: int) -> Callable[[], None]:
+        """What lets go of all that the call of operator j holds."""
+
+        def let_go() -> None:
+            if (call := self.calls[j]) is not None:
+                call.keep = None
+
+        return let_go
+
     # -- dropping and moving ------------------------------------------------------------------------------------------
 
     def _drop(self, v: int) -> None:

@@ -14,6 +14,7 @@ from typing import final
 from weft.cluster.device import Tier
 from weft.errors import BudgetError
 from weft.memory.core import simulate
+from weft.memory.execute.recall import counted
 from weft.memory.execute.tape import joined
 from weft.memory.planning.check import check
 from weft.memory.planning.memory_plan import MemoryPlan
@@ -25,6 +26,7 @@ RESERVE = 2**16  # bytes (a 64th of the budget at most) that plans leave for wha
 LASTING = 100  # steps after which a plan that no longer holds was a good one
 LONGEST_CYCLE = 4
 MOST_PLANS = 4  # that are given up, until it stays online
+ROUNDS = 4  # of planning at most, each of which counts what the plan before it holds
 
 
 @final
@@ -116,7 +118,21 @@ class Cycle:
 
 
 def planned(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> MemoryPlan:
-    """The best plan for a step; where addresses do not matter, that of the pager if no other is found.
+    """The best plan for a step that counts all that replay holds for it (`recall.counted`).
+
+    Raises:
+        BudgetError: there is none.
+    """
+    for _ in range(ROUNDS):
+        found = _best(trace, budget, addresses, tier)
+        trace = counted(found.trace, found.schedule)
+        if trace is found.trace:
+            return found
+    raise BudgetError(budget, 0, "each plan holds more, for what may be made again, than it counts")
+
+
+def _best(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> MemoryPlan:
+    """The best plan that is found; where addresses do not matter, that of the pager if there is no other.
 
     Raises:
         BudgetError: there is none.

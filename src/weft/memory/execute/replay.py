@@ -347,14 +347,20 @@ class Replay:
             return self._extra_remembered(facts, args, kwargs)
         if self.dropped:
             self._check(facts, args, kwargs)
-        if inside and self._written(facts, args, kwargs, known=True):
+        if inside and any(self._matters(hold.block) for hold in self._written(facts, args, kwargs, known=True)):
             raise Deviation(f"{facts.name} writes something, which the plan does not do here")
         known = {storage_of(tensor)._cdata for value in (*args, *kwargs.values()) for tensor in flat(value)}
         result = facts.call(*args, **kwargs)
+        stored = [out for out in flat(result) if out.layout is torch.strided and storage_of(out)._cdata not in known]
+        kind = "optimizer" if self.effects else None
+        made = [self.adopt(out, kind).block.nbytes for out in stored]  # the program may keep it
         if not self.effects:
-            stored = [storage_of(out) for out in flat(result) if out.layout is torch.strided]
-            self._stray(facts, [one.nbytes() for one in stored if one._cdata not in known], bool(flat(result)))
+            self._stray(facts, made, bool(flat(result)))
         return result
+
+    def _matters(self, block: Block) -> bool:
+        """Whether something may be made again from what a block holds now, or the block itself."""
+        return block.last == self.token or block in self._leaned_on
 
     def _extra_opaque(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call that traces leave out (`unremembered.opaque`)."""

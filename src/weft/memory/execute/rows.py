@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from weft.memory.execute.actions import Actions
 from weft.memory.execute.backends import Places
 from weft.memory.execute.facts import Facts
+from weft.memory.execute.recall import let_go
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 
@@ -58,6 +59,9 @@ def rows(
             found.append(row)
         else:
             waiting.append(actions.doing(action))
+    for j, last in let_go(trace, schedule).items():
+        if last + 1 < len(found):  # else when the step ends
+            found[last + 1].before.insert(0, actions.letting_go(j))
     return found, waiting + [actions.doing(action) for action in coming.values()]
 
 

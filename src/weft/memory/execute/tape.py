@@ -28,7 +28,7 @@ class _Draft:
     nbytes: int
     storage: int
     born: int
-    hold: Any  # weak: what its storage is to the user is known at the end
+    hold: Hold | None  # says what it is to the user; None once that is known: it leads to its recipe
     dies: int = -2  # -2: still there
     category: Category = "activation"
 
@@ -50,6 +50,7 @@ class Tape:
         self._now: dict[int, int] = {}  # id of a living hold -> number of its present value
         self._pending: list[int] = []  # values that died in the call under way
         self._num_storages = 0
+        self._lent: set[int] = set()  # storages that are gone and that their owner had emptied
         self._sent: set[int] = set()  # values that a collective was given
         self._moved: set[int] = set()  # running statistics
         self._filled: set[int] = set()  # operators that made something empty, which another one has filled
@@ -97,7 +98,7 @@ class Tape:
                 continue
             old = self._number(hold)
             draft = self._values[old]
-            draft.dies = index
+            draft.dies, draft.hold = index, None
             self._now[id(hold)] = after = len(self._values)
             self._values.append(_Draft(draft.nbytes, draft.storage, index, hold))
             overwrites.append((old, after))
@@ -147,7 +148,9 @@ class Tape:
                 self._passed.append((len(self._rows) - (not running), hold.block.nbytes))
             return
         draft = self._values[number]
-        draft.category = _kind(hold)
+        draft.category, draft.hold = _kind(hold), None
+        if hold.lent:
+            self._lent.add(draft.storage)
         if running:
             self._pending.append(number)
         else:
@@ -174,9 +177,12 @@ class Tape:
         for last, nbytes in self._passed:
             beside[min(last, end)] += nbytes
         beside = list(accumulate(reversed(beside)))[::-1]
+        lent = self._lent.union(draft.storage for draft in drafts if draft.hold is not None and draft.hold.lent)
         for draft in drafts:
             if draft.dies == -2:
-                draft.dies, draft.category = end, _kind(draft.hold)
+                draft.dies = end
+            if draft.hold is not None:
+                draft.category = _kind(draft.hold)
             if draft.category == "activation" and draft.born < 0:
                 draft.category = "input"
             if draft.category != "activation":
@@ -193,7 +199,7 @@ class Tape:
                 and self._sent.isdisjoint(makes)  # it may not go while others read it
                 and not any(values[v].category == "input" for v in makes)  # who knows the address may write
                 and self._moved.isdisjoint(leans_on)
-                and not any(drafts[v].hold.lent for v in leans_on),  # known when its owner empties it, later perhaps
+                and not any(drafts[v].storage in lent for v in leans_on),  # known when its owner empties it, later perhaps
                 random=random, dense=facts.dense,
             )
             for index, (
