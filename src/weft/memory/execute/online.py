@@ -371,12 +371,6 @@ class Online:
 
     # -- what the user does besides calling operators -----------------------------------------------------------------
 
-    def ensure(self, tensor: Tensor) -> None:
-        """The bytes of a tensor are there when this returns."""
-        hold = self.hold_of(tensor)
-        if hold is not None and not hold.block.resident:
-            self._at_work(lambda: self.core.ensure(hold.block))
-
     def expose(self, tensor: Tensor) -> None:
         """Somebody is about to know the address of a tensor's bytes: they stay there as long as they live."""
         hold = self.hold_of(tensor)
