@@ -241,7 +241,8 @@ class Tiered:
         """Scale the gradients of this step so that their 2-norm is at most `max_norm`; returns the norm before; a collective.
 
         As `torch.nn.utils.clip_grad_norm_`: the norm of the norms of the parameters' gradients. With several processes, of
-        their parts.
+        their parts. It is done when the step updates parameters: clip when all gradients of the step are there, since those of a
+        backward pass after it are scaled with the others; `p.grad` shows them unclipped.
 
         Raises:
             ValueError: update="backward", where parameters are updated before all gradients are known.
