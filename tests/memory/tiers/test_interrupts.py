@@ -19,6 +19,7 @@ from weft.memory.tiers.elementwise import Elementwise
 from weft.memory.tiers.files import DiskFile
 from weft.memory.tiers.manifest import Manifest
 from weft.memory.tiers.passes import Passes
+from weft.memory.tiers.presence import Presence
 from weft.memory.tiers.ring import Ring
 from weft.memory.tiers.statefile import StateFile
 from weft.memory.tiers.states import States
@@ -76,6 +77,9 @@ def interrupted(monkeypatch, kind: type, name: str, at: int, *, after: bool = Fa
 
 
 PLACES = {
+    "a parameter is to go, and is there": (Presence, "_take_away", False),
+    "a parameter is away, and nobody knows": (Presence, "_take_away", True),
+    "a parameter is there, and nobody knows": (Presence, "_know", True),
     "a buffer is taken, and nobody knows": (Ring, "take", True),
     "writing has begun, and nobody knows": (StateFile, "write", True),
     "a chunk is updated, and not written": (Elementwise, "update", True),

@@ -95,10 +95,10 @@ class Presence:
         if slot.parameter._version != slot.version or (there and slot.parameter.data_ptr() != slot.whole.data_ptr()):
             name, slot.version = slot.name, slot.parameter._version
             raise ParameterChanged(name)
+        self._take_away(slot)  # first: an interrupt behind it leaves a released parameter, which `hold` presents again
         self._of_storage.pop(id(slot.whole.untyped_storage()), None)
         self.held.discard(slot.index)
         slot.whole = None
-        self._take_away(slot)
 
     def _take_away(self, slot: Slot) -> None:
         release(slot.parameter, self._placeholder(slot), lambda parameter: self.reached(parameter))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from weft.memory.private import hide_from_compiler
@@ -98,17 +99,22 @@ class Released(nn.Parameter):
 
 def release(parameter: nn.Parameter, placeholder: Tensor, bring: Callable[[nn.Parameter], None]) -> None:
     """Put a placeholder under a parameter, and have its elements brought when somebody uses them."""
-    present(parameter, placeholder)
-    parameter.__class__ = Released
     parameter.__dict__["bring"] = bring
+    parameter.__class__ = Released  # first: whoever is interrupted here leaves no plain parameter with a placeholder
+    _put(parameter, placeholder)
 
 
 def present(parameter: nn.Parameter, elements: Tensor) -> None:
     """Put its elements under a parameter."""
+    _put(parameter, elements)
     if isinstance(parameter, Released):
         parameter.__class__ = nn.Parameter
         del parameter.__dict__["bring"]
-    parameter.data = elements
+
+
+def _put(parameter: nn.Parameter, elements: Tensor) -> None:
+    with torch._C.DisableTorchFunctionSubclass():  # the class would bring the elements first
+        parameter.data = elements
 
 
 def _needs_no_elements(function: Any) -> bool:
