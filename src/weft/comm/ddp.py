@@ -27,7 +27,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -41,7 +41,7 @@ from weft.comm.automatic import Auto, Trial, measure_link
 from weft.comm.codec import Spec
 from weft.comm.core import LOOK_EVERY
 from weft.comm.exchange import Exchange
-from weft.comm.moved_momentum import MovedMomentum, groups
+from weft.comm.moved_momentum import MovedMomentum, held_by
 from weft.errors import PeerLost
 
 __all__ = ["Handle", "attach"]
@@ -143,8 +143,8 @@ def _trained(ddp: DistributedDataParallel) -> dict[str, Tensor]:
     return {name: p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored}
 
 
-def _specs(ddp: DistributedDataParallel) -> list[Spec]:
-    return [Spec(name, tuple(p.shape), p.dtype) for name, p in _trained(ddp).items()]
+def _specs(trained: Mapping[str, Tensor]) -> list[Spec]:
+    return [Spec(name, tuple(p.shape), p.dtype) for name, p in trained.items()]
 
 
 @final
@@ -174,8 +174,9 @@ class Handle:
         self._parameters = {id(p): name for name, p in ddp.module.named_parameters()}
         self._layouts: dict[tuple[int, ...], tuple[list[Spec], list[int]]] = {}
         self.step = 0
+        self._trained = _trained(ddp)  # once: DDP's buckets are of those that were to be trained when it was made
         self._listening: list[Any] = []
-        self._unused = self._piled = self._told = self._all_held = False  # see `_count_passes`
+        self._unused = self._piled = self._told = False  # see `_count_passes`
         self._open(exchange)
         self._works: list[tuple[dist.Work, Tensor]] = []
         self._over = threading.Event()
@@ -202,14 +203,14 @@ class Handle:
         momentum = MovedMomentum(exchange, self.optimizers, self._parameters)
         given, exchange.group = exchange.group, exchange.group or self.ddp.process_group
         try:
-            exchange.open(_specs(self.ddp))
+            exchange.open(_specs(self._trained))
         finally:
             exchange.group = given  # the group is the model's, and another model may have another
         self.exchange, self.step, self._momentum = exchange, exchange.core.step + 1, momentum
         momentum.take()
         self._listen_no_more()
         if exchange.core.keeps and self.optimizers:
-            self._listening = [p.register_hook(partial(self._arrives, p)) for p in _trained(self.ddp).values()]
+            self._listening = [p.register_hook(partial(self._arrives, p)) for p in self._trained.values()]
 
     def _listen_no_more(self) -> None:
         for hook in self._listening:
@@ -275,7 +276,7 @@ class Handle:
         self._under_way, self._skip, self._error = True, False, None
         self._over.clear()
         self._works.clear()
-        self._awaited = set(map(id, _trained(self.ddp).values()))
+        self._awaited = set(map(id, self._trained.values()))
         self._before = self.exchange.skipped
         self._scale = float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
         self.step = self.exchange.core.step + 1  # which a checkpoint may have set
@@ -342,9 +343,7 @@ class Handle:
         """
         memory = self.exchange.memory
         name = type(memory).__name__
-        if memory.velocity and not self._all_held:
-            self._momentum.check_all_held(_trained(self.ddp))
-            self._all_held = True
+        self._momentum.check_all_held(self._trained)
         if self._piled and memory.velocity:
             raise ValueError(
                 f"attach: a second synchronised backward pass before the optimizer's step, onto gradients that {name} has "
@@ -375,7 +374,7 @@ class Handle:
 
     def _drop(self) -> None:
         """Take a skipped step's gradients from parameters that no optimizer given holds: theirs would step with NaN."""
-        held = {id(parameter) for _, group in groups(self.optimizers) for parameter in group["params"]}
+        held = held_by(self.optimizers)
         for parameter in self.ddp.module.parameters():
             if id(parameter) not in held:
                 parameter.grad = None
@@ -388,7 +387,7 @@ class Handle:
         link = choice.link if choice.link is not None else measure_link(core.wired.group)
         found = None
         if core.wired.own == 0:
-            predicted = choice.predict(_specs(self.ddp), core.wired.ranks, trial, link)
+            predicted = choice.predict(_specs(self._trained), core.wired.ranks, trial, link)
             found = choice.choose(predicted), predicted
         self.chosen, self.predicted = announce(found, core.wired.group, core.wired.device)
         self._trials.clear()

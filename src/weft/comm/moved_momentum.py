@@ -22,7 +22,7 @@ from weft.comm.exchange import Exchange
 from weft.comm.memories.momentum_correction import carry_decay
 from weft.comm.memory import Memory
 
-__all__ = ["MovedMomentum", "groups"]
+__all__ = ["MovedMomentum", "held_by"]
 
 DECAY = "decay"  # entry of a tensor's state: the momentum of its weight decay, float32 (numel,)
 
@@ -42,6 +42,7 @@ class MovedMomentum:
     def __init__(self, exchange: Exchange, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]):
         self.exchange, self.optimizers, self.names = exchange, optimizers, names
         self.moved = _check(exchange.memory, optimizers, names)
+        self._all_held = False  # as far as `check_all_held` knows
 
     def take(self) -> None:
         memory, core = self.exchange.memory, self.exchange.core
@@ -116,7 +117,9 @@ class MovedMomentum:
         Raises:
             ValueError: some is not.
         """
-        held = {id(parameter) for _, group in groups(self.optimizers) for parameter in group["params"]}
+        if self._all_held or not self.exchange.memory.velocity:
+            return
+        held = held_by(self.optimizers)
         for name, parameter in trained.items():
             if id(parameter) not in held:
                 raise ValueError(
@@ -124,6 +127,12 @@ class MovedMomentum:
                     "in none: a velocity arrives there, too. Give attach all optimizers, as a list, or freeze it before the "
                     "model is wrapped"
                 )
+        self._all_held = True
+
+
+def held_by(optimizers: Sequence[torch.optim.Optimizer]) -> set[int]:
+    """Ids of the optimizers' parameters."""
+    return {id(parameter) for _, group in groups(optimizers) for parameter in group["params"]}
 
 
 def groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any]]]:

@@ -30,12 +30,9 @@ __all__ = ["AllGather", "Gossip", "Peer", "Ring", "ScatterGather", "Star", "Topo
 class Topology(abc.ABC):
     """A way for messages to travel. Frozen options, no state."""
 
-    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float, back: float | None = None) -> float:
-        """Seconds for messages of `nbytes` bytes from each of n ranks, over links of alpha seconds and beta bytes a second.
-
-        `back`: see `wire`.
-        """
-        return self.hops(ranks) * alpha + self.wire(nbytes, ranks, back) / beta
+    def cost(self, nbytes: float, ranks: int, alpha: float, beta: float) -> float:
+        """Seconds for messages of `nbytes` bytes from each of n ranks, over links of alpha seconds and beta bytes a second."""
+        return self.hops(ranks) * alpha + self.wire(nbytes, ranks) / beta
 
     @abc.abstractmethod
     def hops(self, ranks: int) -> int:

@@ -24,6 +24,7 @@ from weft.memory.tiers.manifest import (
     checksum,
     decode_small,
     layouts,
+    manifest_path,
     newest,
     read_extra,
     remove_layouts,
@@ -100,7 +101,7 @@ def open_states(
 
 def _inspect(states: States, old: Path, step: int, world: int, mine: Manifest) -> tuple[Manifest, bool]:
     """The manifest that this rank goes on from, and whether its layout is the one wanted now."""
-    theirs = Manifest.read(old / f"rank{states.peers.rank % world}" / f"manifest.{step % 2}")
+    theirs = Manifest.read(manifest_path(old / f"rank{states.peers.rank % world}", step))
     _compare(mine, theirs, old.parent)
     same = world == states.peers.world and [_shape(c) for c in theirs.chunks] == [_shape(c) for c in states.entries()]
     return theirs, same
@@ -166,7 +167,7 @@ class _Source:
 
     def _survey(self, step: int, world: int) -> None:
         for rank in range(world):
-            manifest = Manifest.read(self.layout / f"rank{rank}" / f"manifest.{step % 2}")
+            manifest = Manifest.read(manifest_path(self.layout / f"rank{rank}", step))
             expected = 0
             for entry in manifest.chunks:
                 lengths = tuple(stop - start for _, start, stop in entry.segments)
