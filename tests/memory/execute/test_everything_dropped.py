@@ -187,7 +187,7 @@ def extension(x):
 
 def prepared(x):
     """Room that operators fill: noise, drop path, rows one after the other, results with out=."""
-    noise = torch.empty_like(x).normal_() * x.new_empty(64, 1).bernoulli_(0.8)
+    noise = torch.empty_like(x).normal_() * x.new_empty(64, 1).bernoulli_(0.8) * torch.empty_like(x.t()).normal_().t()
     rows = torch.empty(8, 8)
     for n in range(8):
         rows[n] = x.detach()[n] * n

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tests.memory.planning.traces import Builder, chain, eager, random_step
 
 from weft.memory.planning.check import Tier, check
+from weft.memory.planning.choose import least
+from weft.memory.planning.choose import plan as choose
+from weft.memory.planning.optimum import optimum
 from weft.memory.schedule import Action, Schedule
 
 
@@ -56,6 +61,33 @@ def test_a_value_that_dies_while_away_needs_no_action_and_a_temporary_needs_one(
         check(trace, Schedule((run(0), run(1), drop(b), drop(a))))
     with pytest.raises(ValueError, match=r"value 3 .*outlives the step and is not there"):
         check(trace, Schedule((*acts, drop(c))))
+
+
+def lasting_by_name(dies=3):
+    """x -> sent (once) -> a -> total, which nobody reads and the program has until operator `dies`, after `a` is gone."""
+    build = Builder()
+    x = build.before(640, "input")
+    sent = build.op((x,), (2560,), repeatable=False)[0]
+    a = build.op((sent,), (2560,))[0]
+    total = build.keep(build.op((a,), (512,))[0], dies)
+    build.op((x,), (6400,))
+    build.op((x,), (0,))
+    return build.trace(), total
+
+
+def test_what_the_program_has_goes_only_if_it_could_come_back():
+    trace, total = lasting_by_name()
+    gone = (run(0), run(1), run(2), drop(total), run(3), run(4))
+    with pytest.raises(ValueError, match=r"drop 3: the program has it until operator 3, and .* not be made again"):
+        check(trace, Schedule(gone))
+    for plan in (choose(trace, trace.peak), choose(trace, least(trace))):
+        assert drop(total) not in plan.schedule.actions
+    assert drop(total) not in optimum(trace, trace.peak).actions
+    again_at_will = replace(trace, ops=tuple(replace(op, repeatable=True) for op in trace.ops))
+    assert check(again_at_will, Schedule(gone)).peak == 640 + 6400
+    assert least(again_at_will) < least(trace)
+    assert drop(total) in optimum(again_at_will, trace.peak - 1).actions
+    assert check(lasting_by_name(dies=2)[0], Schedule((run(0), run(1), run(2), run(3), run(4))))
 
 
 def test_overwritten_values_share_their_bytes_and_come_back_through_the_old_content():

@@ -22,6 +22,7 @@ from typing import final
 
 from weft.cluster.device import Tier
 from weft.memory.core.core import MOVE_RATE
+from weft.memory.planning.shape import recipes
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 
@@ -75,7 +76,8 @@ def check(trace: Trace, schedule: Schedule, tiers: Sequence[Tier] | Tier | None 
     Raises:
         ValueError: the first action that cannot be done, by number and name: an operator missing, twice or out of order, a
             value that is read and not there, a repetition of what cannot be repeated, two things at one address, something
-            outside the arena, a value dropped that is not there or may not be dropped; or, at the end, an operator that
+            outside the arena, a value dropped that is not there, or may not be dropped, or could not be brought back for a
+            program that has it still; or, at the end, an operator that
             never ran, a value of the user's that is not there, a temporary that is left.
     """
     several = [tiers] if isinstance(tiers, Tier) else list(tiers or ())
@@ -140,6 +142,11 @@ class _Judge:
         self.saved: dict[int, float] = {}  # value -> when its copy is complete
         self.coming: dict[int, float] = {}  # value -> when it is back
         self.last_load = {a.index: n for n, a in enumerate(schedule.actions) if a.kind == "load"}
+        self.last_back = self.last_load.copy()
+        for n, action in enumerate(schedule.actions):
+            if action.kind == "again" and action.index < self.end:
+                self.last_back.update((v, max(n, self.last_back.get(v, n))) for v in trace.ops[action.index].makes)
+        self.rebuildable = recipes(trace, [value.category == "activation" for value in trace.values])[1]
 
     # -- actions ------------------------------------------------------------------------------------------------------
 
@@ -227,8 +234,10 @@ class _Judge:
         self.clock += op.seconds
 
     def _drop(self, action: Action, number: int) -> None:
-        v = action.index
+        v, dies = action.index, min(self.trace.values[action.index].dies, self.end)
         self._droppable(v)
+        if dies >= self.next and self.rebuildable[v] < dies and self.last_back.get(v, -1) < number:
+            raise ValueError(f"the program has it until operator {dies}, and it could not be made again that late")
         self._wait(self.saved.get(v, 0.0))
         self._leave(v)
 

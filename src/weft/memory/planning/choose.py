@@ -246,29 +246,42 @@ class _Desk:
         return self.smallest
 
     def _offloaded(self, limit: int, rebuilt: Retention | None) -> None:
-        """Plans that send values to the lower tier: before anything is rebuilt, and instead of what `rebuilt` rebuilds."""
-        first = Retention(self.shape)
-        Offload(first, self.tier, self.grain).unload(limit)
-        tries = [(first, "free copies first"), *([(rebuilt, "recomputation exchanged for copies")] if rebuilt else [])]
+        """Plans that send values to the lower tier: before anything is rebuilt, and instead of what `rebuilt` rebuilds. What is
+        on its way cannot move: where that leaves no room for addresses, they are made for fewer bytes."""
+        ways = [("free copies first", Retention(self.shape))]
+        if rebuilt is not None:
+            ways.append(("recomputation exchanged for copies", rebuilt))
+        for method, start in ways:
+            for part in (1.0, *LOWER):
+                target, state = limit - int((1 - part) * (limit - self.shape.outside)), start.copy()
+                if method == "free copies first":
+                    Offload(state, self.tier, self.grain).unload(target)
+                if not self._sent(state, target):
+                    break
+                schedule = self._placed(state, limit)
+                if schedule is not None:
+                    self.plans.append(self.judged(limit, schedule, method))
+                if schedule is not None or self.shape.end > FEW:
+                    break
 
-        def comes_down(state: Retention) -> bool:
-            return improve.descend(
-                state, improve.Gaps(state, self.grain), limit, patience=12, work=state.work + 200_000
-            )
+    def _sent(self, state: Retention, target: int) -> bool:
+        """Bring a plan down to `target` bytes by rebuilding and by trips that the step waits for, then exchange the one for the
+        other where that saves time. False if it does not come down."""
 
-        for state, method in tries:
-            if not comes_down(state):
-                Offload(state, self.tier, self.grain).press(limit)
-                if not comes_down(state):
-                    continue
-            improve.fill(state, limit)
-            trips = Offload(state, self.tier, self.grain)
-            trips.exchange(limit)
-            improve.fill(state, limit)
-            trips.recall(limit)
-            schedule = self._placed(state, limit)
-            if schedule is not None:
-                self.plans.append(self.judged(limit, schedule, method))
+        def comes_down() -> bool:
+            gaps = improve.Gaps(state, self.grain)
+            return improve.descend(state, gaps, target, patience=12, work=state.work + 200_000)
+
+        if not comes_down():
+            Offload(state, self.tier, self.grain).press(target)
+            if not comes_down():
+                return False
+        improve.fill(state, target)
+        trips = Offload(state, self.tier, self.grain)
+        trips.exchange(target)
+        improve.fill(state, target)
+        trips.recall(target)
+        return True
 
     def _exact(self, limit: int) -> None:
         """Remember the optimum, if it is found soon and can be placed."""
@@ -286,7 +299,7 @@ class _Desk:
         """Bytes that a single operator cannot do without, and which operator (-1: what is always there)."""
         shape = self.shape
         needs = [
-            int(shape.fixed[op]) + shape.own[op] + sum(shape.bytes[v] for v in shape.inputs[op])
+            int(shape.fixed[op]) + shape.own[op] + sum(shape.bytes[v] for v in shape.demands[op])
             for op in range(shape.end)
         ]
         fixed = int(shape.fixed.max())

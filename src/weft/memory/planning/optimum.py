@@ -10,7 +10,8 @@ subject to Y[next, v] <= Y[t, k, v] + E[t, k] (if k makes v)         nothing com
            Y[next, v] <= 1 - E[t, k]          (if k overwrites v)    repeating consumes what it overwrites  `_Model._flow`
            Y[t, k, u] >= E[t, k]              (if k reads u)         inputs are there                       `_Model._reads`
            sum of bytes[v] Y[t, k, v] + own[k] E[t, k] <= budget     own: all that k makes, its workspace   `_Model._room`
-           Y[t + 1, 0, v] = 0 (if v dies with t), = 1 (if v may not be dropped, or outlives the step)       `_Model._bounds`
+           Y[t + 1, 0, v] = 0 (if v dies with t), = 1 (if v may not be dropped, or outlives the step,
+                                or is the program's still and could not be made again till it dies)         `_Model._bounds`
 Guarantee  optimal among schedules that repeat in the order of the program and no operator twice between two of the program.
 Source     Jain et al., "Checkmate", MLSys 2020 (arXiv:1910.02653): the same stages; the slots replace its products of
            variables, and take in workspace, several outputs, deaths and writing in place.
@@ -24,6 +25,7 @@ from typing import final
 import numpy as np
 
 from weft.errors import BudgetError
+from weft.memory.planning.shape import recipes
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 
@@ -71,6 +73,7 @@ class _Model:
         self.trace, self.budget = trace, budget
         self.end = end = len(trace.ops)
         self.free = [value.category == "activation" for value in trace.values]
+        self.stays = _staying(trace, self.free)
         # slots in time: (stage, operator); the stage after the last operator only repeats
         self.slots = [(t, k) for t in range(end + 1) for k in range(min(t, end - 1) + 1) if k == t or self._again(k)]
         self.slots.append((end, end))  # the end: what outlives the step is there
@@ -101,7 +104,9 @@ class _Model:
                 value = self.trace.values[v]
                 if not self.free[v]:
                     self.least[n] = self.most[n] = float(t <= value.dies)
-                elif t == self.end and k == self.end and value.dies >= self.end:
+                elif (v in self.stays and t <= value.dies) or (
+                    (t, k) == (self.end, self.end) and value.dies >= self.end
+                ):
                     self.least[n] = 1
                 elif value.dies == t - 1 and (t, k) == self._first(t):
                     self.most[n] = 0
@@ -164,6 +169,7 @@ def _schedule(trace: Trace, used: set[tuple[int, int]]) -> Schedule:
     """The actions of the slots in use; everything is dropped as soon as nothing reads it before it is made again."""
     end, order = len(trace.ops), sorted(used)
     free = [value.category == "activation" for value in trace.values]
+    stays = _staying(trace, free)
     actions: list[Action] = []
     there: set[int] = {v for v, value in enumerate(trace.values) if value.born < 0}
     for place, (t, k) in enumerate(order):
@@ -173,10 +179,17 @@ def _schedule(trace: Trace, used: set[tuple[int, int]]) -> Schedule:
         there.difference_update(old for old, _ in op.overwrites)
         if k == t:
             there.difference_update(v for v in there.copy() if trace.values[v].dies == t)
-        idle = [v for v in sorted(there) if free[v] and not _wanted(trace, v, order[place + 1 :], end)]
+        lasting = {v for v in stays if trace.values[v].dies > t}
+        idle = [v for v in sorted(there - lasting) if free[v] and not _wanted(trace, v, order[place + 1 :], end)]
         actions += [Action("drop", v) for v in idle]
         there.difference_update(idle)
     return Schedule(tuple(actions))
+
+
+def _staying(trace: Trace, free: Sequence[bool]) -> set[int]:
+    """Values that the program would not get back until they die, if they went."""
+    rebuildable = recipes(trace, free)[1]
+    return {v for v, value in enumerate(trace.values) if free[v] and rebuildable[v] < min(value.dies, len(trace.ops))}
 
 
 def _wanted(trace: Trace, v: int, later: Sequence[tuple[int, int]], end: int) -> bool:

@@ -18,8 +18,9 @@ Source     retention intervals as decision variables: Bartan et al., "Moccasin",
 Rules that keep a plan possible (all static, so a move never fails halfway):
     a gap in which the user's last reference dies cannot be kept: the bytes go whatever the plan says;
     an overwritten value cannot be kept after its death: repeating the overwriting operator consumes it;
-    a value can be rebuilt up to stage `Shape.rebuildable`, and demanded up to `Shape.reach`: its operator is repeatable and
-    each input can be demanded that late too, because it lives or can itself be rebuilt.
+    a value can be rebuilt up to stage `Shape.rebuildable`, and demanded as late or while it lives: its operator is repeatable
+    and each input can be demanded that late too;
+    what the program refers to stays if it could not be rebuilt until its death: another step may go on to read it.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ class Retention:
     def _decide(self, stage: int, rebuilt: set[int]) -> None:
         """Of what is demanded at `stage`, rebuild `rebuilt`, and keep the rest where that can be."""
         shape, seen = self.shape, set()
-        todo = list(shape.inputs[stage])
+        todo = list(shape.demands[stage])
         while todo:
             v = todo.pop()
             if v in seen or stage not in self.reasons[v]:
@@ -503,7 +504,7 @@ class Retention:
             order, last = sorted(self.again[stage]), {}
             for op in order:
                 last.update(self.shape.readers[op])
-            last.update(dict.fromkeys(self.shape.inputs[stage], stage))
+            last.update(dict.fromkeys(self.shape.demands[stage], stage))
             found = self._orders[stage] = (order, last)
         return found
 
@@ -553,7 +554,7 @@ class Retention:
         shape = self.shape
         links = [op for last in sorted(self.again[stage]) for op in shape.chain[last]]
         order = [*links, stage]
-        last = {u: op for op in order for u in shape.inputs[op]}
+        last = {u: op for op in links for u in shape.inputs[op]} | dict.fromkeys(shape.demands[stage], stage)
         actions += [Action("load", v) for v in self.loads[stage]]
         for op in order if stage < shape.end else links:
             program = op == stage

@@ -5,7 +5,7 @@ Which bytes planning decides about, where they are needed, how late they can be 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import final
 
 import numpy as np
@@ -13,9 +13,23 @@ import numpy as np
 from weft.memory.planning.packing import inside, outside_bytes
 from weft.memory.record import Trace
 
-__all__ = ["Shape"]
+__all__ = ["Shape", "recipes"]
 
 NEVER = -2  # no stage: before everything
+
+
+def recipes(trace: Trace, free: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """Per value, the operator that makes it again (-1 if none can) and the last stage at which it may (`NEVER`): until then each
+    input lives, or can be rebuilt itself. `free`: values whose bytes planning decides about."""
+    end, ops = len(trace.ops), trace.ops
+    again = [op.repeatable and all(free[v] for v in op.makes) for op in ops]
+    recipe = [value.born if value.born >= 0 and again[value.born] else -1 for value in trace.values]
+    rebuildable, reach = [NEVER] * len(recipe), [min(value.dies, end) for value in trace.values]
+    for v, op in enumerate(recipe):  # inputs have smaller numbers than what is made of them
+        if op >= 0 and free[v]:
+            rebuildable[v] = min((reach[u] for u in ops[op].reads), default=end)
+            reach[v] = max(reach[v], rebuildable[v])
+    return recipe, rebuildable
 
 
 @final
@@ -31,13 +45,15 @@ class Shape:
         end: number of operators, and the stage after the last one.
         bytes, born, dies, recipe: per value; recipe is the operator that makes it again, -1 if none can.
         free: values whose bytes planning decides about: activations. All others are there from birth to death.
-        uses: stages at which the program needs a free value (`end`: it outlives the step).
+        uses: stages at which the program needs a free value (`end`: it outlives the step). What it refers to and could not get
+            back until its death is needed until then, though nobody may read it.
         inputs: per operator, the free values it reads; `made` the free values it makes. `inputs[end]` outlive the step.
+        demands: per stage, the free values that the program needs there: `inputs`, and what is needed to its death.
         own: bytes that an operator adds while it runs: what it makes and its workspace.
         chain: per operator, what its repetition repeats: itself, last, and before it whatever only feeds it; `needs`, `burst`
             and `effort` are the free values that such a chain reads, the bytes it adds while it runs, its seconds.
         outside: bytes that lie outside the arena, at most.
-        rebuildable, reach: the last stages at which a value may be rebuilt, or demanded at all.
+        rebuildable: the last stage at which a value may be rebuilt.
     """
 
     def __init__(self, trace: Trace, *, arena: bool = False, align: int = 1):
@@ -60,17 +76,23 @@ class Shape:
             for made, op in zip(fresh, trace.ops, strict=True)
         ]
         self.overwritten = {old for op in trace.ops for old, _ in op.overwrites}
-        self.uses: list[tuple[int, ...]] = [
-            (*readers, end) if self.free[v] and self.dies[v] >= end else readers
-            for v, readers in enumerate(trace.readers)
-        ]
         # what the user has after the step is read by an operator of ours after the last one
         self.inputs.append(tuple(v for v, dies in enumerate(self.dies) if self.free[v] and dies >= end))
         self.made.append(())
         self.own.append(0)
-        again = [op.repeatable and all(self.free[v] for v in op.makes) for op in trace.ops]
-        self.recipe = [b if b >= 0 and again[b] else -1 for b in self.born]
-        self._reach()
+        self.recipe, self.rebuildable = recipes(trace, self.free)
+        self.uses: list[tuple[int, ...]] = [tuple(stages) for stages in trace.readers]
+        demands = [list(inputs) for inputs in self.inputs]
+        for v, dies in enumerate(self.dies):
+            if (
+                self.free[v]
+                and dies > max((self.born[v], *self.uses[v]))
+                and (dies >= end or self.rebuildable[v] < dies)
+            ):
+                self.uses[v] = (*self.uses[v], dies)
+                if dies < end:
+                    demands[dies].append(v)
+        self.demands = [tuple(values) for values in demands]
         self._chains()
         self.fixed = np.zeros(end + 1, np.int64)  # bytes that are there when a stage begins, whatever is planned
         for v in range(len(values)):
@@ -78,13 +100,6 @@ class Shape:
                 self.fixed[max(self.born[v] + 1, 0) : self.dies[v] + 1] += self.bytes[v]
         self.outside = outside_bytes(trace, within) if arena else 0
         self.fixed += self.outside
-
-    def _reach(self) -> None:
-        self.rebuildable, self.reach = [NEVER] * len(self.born), list(self.dies)
-        for v, recipe in enumerate(self.recipe):  # inputs have smaller numbers than what is made of them
-            if recipe >= 0 and self.free[v]:
-                self.rebuildable[v] = min((self.reach[u] for u in self.trace.ops[recipe].reads), default=self.end)
-                self.reach[v] = max(self.dies[v], self.rebuildable[v])
 
     def _chains(self) -> None:
         """Operators whose results one other operator alone reads are repeated with it and never by themselves: half the work.

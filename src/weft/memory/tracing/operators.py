@@ -224,7 +224,14 @@ def _fills(func: Any) -> bool:
 
 def fills(func: Any, tensor: Tensor) -> bool:
     """Whether a call that writes a tensor gives all bytes of its storage a content that does not depend on what they were."""
-    return _fills(func) and tensor.is_contiguous() and storage_of(tensor).nbytes() == tensor.nbytes
+    return _fills(func) and storage_of(tensor).nbytes() == tensor.nbytes and _is_dense(tensor)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether no two elements of a tensor lie at one place, and none between them; its dimensions may lie in any order."""
+    if tensor.is_contiguous():
+        return True
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).is_contiguous()
 
 
 @cache
