@@ -8,6 +8,9 @@ builds the sentence for people. `weft` on the command line prints that sentence 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "BudgetError",
     "CaptureError",
@@ -28,6 +31,7 @@ __all__ = [
     "UnknownOperators",
     "WeftError",
     "WorkerDied",
+    "together",
 ]
 
 
@@ -70,6 +74,18 @@ class PeerLost(WeftError, RuntimeError):
             f"lost {who} during {self.doing}: {self.detail}. Look at that process's own output for why it ended or stalled; "
             "if it was only slow, raise the timeout of the process group."
         )
+
+
+@contextmanager
+def together(doing: str) -> Iterator[None]:
+    """Around collectives: what torch says of a process that has ended, or did not come in time, becomes `PeerLost`. It has no
+    finer class for that than `RuntimeError`; errors of our own pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, WeftError):
+            raise
+        raise PeerLost(-1, doing, (str(error) or type(error).__name__).splitlines()[0]) from error
 
 
 class ExchangeMismatch(WeftError, ValueError):

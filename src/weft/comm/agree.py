@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from weft.errors import ExchangeMismatch, PeerLost
+from weft.errors import ExchangeMismatch, together
 
 __all__ = ["agree", "announce", "describe", "mix", "shared"]
 
@@ -63,12 +62,14 @@ def agree(what: str, text: str, group: dist.ProcessGroup, device: torch.device, 
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
     found = torch.empty(16 * ranks, dtype=torch.uint8, device=device)
-    _talk(what, lambda: dist.all_gather_single(found, mine, group=group))
+    with together(f"comparing {what}"):
+        dist.all_gather_single(found, mine, group=group)
     digests = [bytes(row.tolist()) for row in found.view(ranks, 16).cpu()]
     if len(set(digests)) == 1:
         return
     texts: list[Any] = [None] * ranks
-    _talk(what, lambda: dist.all_gather_object(texts, text, group=group))
+    with together(f"comparing {what}"):
+        dist.all_gather_object(texts, text, group=group)
     other = next(r for r in range(ranks) if texts[r] != text)
     ours, theirs = _first_difference(text, texts[other])
     raise ExchangeMismatch(what, f"{ours} (rank {own})", f"{theirs} (rank {other})", remedy)
@@ -80,26 +81,22 @@ def announce(value: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
     data = pickle.dumps(value) if own == 0 else b""
     length = torch.tensor([len(data)], dtype=torch.int64, device=device)
     source = dist.get_global_rank(group, 0)
-    _talk("a decision of rank 0", lambda: dist.broadcast(length, source, group=group))
+    with together("a decision of rank 0"):
+        dist.broadcast(length, source, group=group)
     buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
     if own == 0:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    _talk("a decision of rank 0", lambda: dist.broadcast(buffer, source, group=group))
+    with together("a decision of rank 0"):
+        dist.broadcast(buffer, source, group=group)
     return pickle.loads(bytes(buffer.cpu().numpy()))
 
 
 def shared(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     found: list[Any] = [None] * dist.get_world_size(group)
-    _talk("what ranks know", lambda: dist.all_gather_object(found, value, group=group))
+    with together("comparing what ranks know"):
+        dist.all_gather_object(found, value, group=group)
     return found
-
-
-def _talk(doing: str, collective: Callable[[], Any]) -> None:
-    try:
-        collective()
-    except RuntimeError as error:  # torch has no finer class: a closed connection, a timeout
-        raise PeerLost(-1, f"comparing {doing}", str(error).splitlines()[0]) from error
 
 
 def _first_difference(ours: str, theirs: str) -> tuple[str, str]:

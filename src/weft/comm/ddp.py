@@ -42,7 +42,7 @@ from weft.comm.codec import Spec
 from weft.comm.core import LOOK_EVERY
 from weft.comm.exchange import Exchange
 from weft.comm.moved_momentum import MovedMomentum, held_by
-from weft.errors import PeerLost
+from weft.errors import together
 
 __all__ = ["Handle", "attach"]
 
@@ -299,11 +299,9 @@ class Handle:
         began = time.perf_counter()
         self._under_way = False
         if self.exchange.plain:
-            try:
+            with together("the all-reduce of gradients"):
                 for work, _ in self._works:
                     work.wait()
-            except RuntimeError as error:  # torch has no finer class: a closed connection, a timeout
-                raise PeerLost(-1, "the all-reduce of gradients", str(error).splitlines()[0]) from error
             core = self.exchange.core
             if self.optimizers and not all(bool(buffer.sum().isfinite()) for _, buffer in self._works):
                 self._skip = not all(bool(buffer.isfinite().all()) for _, buffer in self._works)

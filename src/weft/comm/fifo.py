@@ -22,7 +22,7 @@ from typing import Any, final
 
 import torch.distributed as dist
 
-from weft.errors import PeerLost
+from weft.errors import PeerLost, together
 
 __all__ = ["Fifo", "Job"]
 
@@ -155,8 +155,5 @@ class Fifo:
 
 def _check(done: Any, job: Job | None) -> None:
     """Raise what a round ended with."""
-    try:
+    with together(job.doing if job is not None else Job.doing):
         done.wait()  # over already; on a GPU this orders our stream after the collective's
-    except RuntimeError as error:  # torch has no finer class: a closed connection, a timeout
-        doing = job.doing if job is not None else Job.doing
-        raise PeerLost(-1, doing, str(error).splitlines()[0]) from error

@@ -14,7 +14,7 @@ from weft.comm.agree import agree
 from weft.comm.codec import Codec, Setting, Spec
 from weft.comm.fifo import Fifo, Job
 from weft.comm.packing import Packing
-from weft.errors import PeerLost
+from weft.errors import together
 
 __all__ = ["Wired"]
 
@@ -37,7 +37,7 @@ class Wired:
         # A group of some ranks must be made without the others, and is then named by its ranks: destroying it would let the next
         # one find its stale addresses under the same name in the store.
         self._part = len(members) < dist.get_world_size()
-        try:
+        with together("beginning an exchange, which every rank must"):
             if len(rows) > 1:
                 self.group = _own(rows, limit, backend)
                 self.across = _own(list(zip(*rows, strict=True)), limit, backend)
@@ -45,8 +45,6 @@ class Wired:
                 self.group = dist.new_group(
                     members, timeout=limit, backend=backend, use_local_synchronization=self._part
                 )
-        except RuntimeError as error:  # torch has no finer class: a rank that does not come, a closed connection
-            raise PeerLost(-1, "beginning an exchange, which every rank must", str(error).splitlines()[0]) from error
         self.ranks, self.own, self.timeout = dist.get_world_size(self.group), dist.get_rank(self.group), timeout
         self.device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
         self._known: set[tuple[object, ...]] = set()

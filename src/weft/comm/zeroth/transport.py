@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from weft.comm.zeroth.log import Log, Record
-from weft.errors import PeerLost, WeftError
+from weft.errors import WeftError, together
 
 __all__ = ["HEADER", "Alone", "Fixed", "Outgoing", "Outcome", "OutOfStep", "Replica", "Transport", "outliers"]
 
@@ -148,42 +148,36 @@ class Fixed(Transport):
 
     def enter(self, replica: Replica) -> None:
         passports: list[Any] = [None] * self.size
-        try:
-            mine = (replica.log.passport, len(replica.log), replica.log.chain(len(replica.log)), replica.samples)
+        mine = (replica.log.passport, len(replica.log), replica.log.chain(len(replica.log)), replica.samples)
+        with together("joining the one-byte group"):
             self.dist.all_gather_object(passports, mine, group=self.group)
-            for passport, _, _, samples in passports:
-                passports[0][0].check(passport)  # the same comparison, and the same error, on every rank
-                if samples != passports[0][3]:
-                    found = [samples for *_, samples in passports]
-                    raise ValueError(f"Fixed: samples must be the same on every rank, got {found}; Open takes any")
-            steps = [(step, chain) for _, step, chain, _ in passports]
-            if len(set(steps)) > 1:  # some come back from an older log: the longest is the group's
-                longest = max(steps, key=lambda state: state[0])
-                out = {rank for rank, state in enumerate(steps) if state != longest}
-                self._heal(replica, steps.index(longest), out)
-        except RuntimeError as error:
-            raise PeerLost(-1, "joining the one-byte group", str(error)) from error
+        for passport, _, _, samples in passports:
+            passports[0][0].check(passport)  # the same comparison, and the same error, on every rank
+            if samples != passports[0][3]:
+                found = [samples for *_, samples in passports]
+                raise ValueError(f"Fixed: samples must be the same on every rank, got {found}; Open takes any")
+        steps = [(step, chain) for _, step, chain, _ in passports]
+        if len(set(steps)) > 1:  # some come back from an older log: the longest is the group's
+            longest = max(steps, key=lambda state: state[0])
+            out = {rank for rank, state in enumerate(steps) if state != longest}
+            self._heal(replica, steps.index(longest), out)
 
     def exchange(self, outgoing: Outgoing, replica: Replica) -> Outcome:
         (codes,) = outgoing.codes
         head = HEADER.pack(0, len(codes), outgoing.step, outgoing.digest, outgoing.lr)
         message = torch.frombuffer(bytearray(head + codes), dtype=torch.uint8)
         found = [torch.empty_like(message) for _ in range(self.size)]
-        try:
+        with together(f"step {outgoing.step} of the one-byte exchange"):
             self.dist.all_gather(found, message, group=self.group)
-            messages = [bytes(tensor.numpy()) for tensor in found]
-            heads = [HEADER.unpack_from(message) for message in messages]
-            out = outliers([(step, digest) for *_, step, digest, _ in heads])
-            good = [rank for rank in range(self.size) if rank not in out]
-            lead = heads[good[0]]
-            if out:
-                self._heal(replica, good[0], out)
-            entries = tuple((rank, messages[rank][HEADER.size :]) for rank in good)
-            replica.apply([Record(lead[2], lead[4], entries)])
-        except RuntimeError as error:
-            if isinstance(error, WeftError):
-                raise
-            raise PeerLost(-1, f"step {outgoing.step} of the one-byte exchange", str(error)) from error
+        messages = [bytes(tensor.numpy()) for tensor in found]
+        heads = [HEADER.unpack_from(message) for message in messages]
+        out = outliers([(step, digest) for *_, step, digest, _ in heads])
+        good = [rank for rank in range(self.size) if rank not in out]
+        lead = heads[good[0]]
+        if out:
+            self._heal(replica, good[0], out)
+        entries = tuple((rank, messages[rank][HEADER.size :]) for rank in good)
+        replica.apply([Record(lead[2], lead[4], entries)])
         width = len(codes)
         return Outcome(len(head) + width, width * len(out), self.size == 1, False, self.rank in out)
 
@@ -194,9 +188,10 @@ class Fixed(Transport):
         """Ranks `out` take parameters and log of rank `source`, whose log is good; collective."""
         src = source if self.group is None else self.dist.get_global_rank(self.group, source)
         box: list[Any] = [replica.log.records if self.rank == source else None]
-        self.dist.broadcast_object_list(box, src=src, group=self.group)
-        for tensor in replica.state():
-            self.dist.broadcast(tensor, src=src, group=self.group)
+        with together("a member's catching up with the one-byte group"):
+            self.dist.broadcast_object_list(box, src=src, group=self.group)
+            for tensor in replica.state():
+                self.dist.broadcast(tensor, src=src, group=self.group)
         if self.rank in out:
             replica.adopt(box[0])
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.errors import together
 from weft.memory.tiers.dense import flat_like
 from weft.memory.tiers.files import Transfer, aligned
-from weft.memory.tiers.peers import together
 from weft.memory.tiers.prefetch import Order
 from weft.memory.tiers.rounds import Rounds
 

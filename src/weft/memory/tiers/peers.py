@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from weft.errors import PeerLost
+from weft.errors import together
 
-__all__ = ["Peers", "control_group", "together"]
-
-
-@contextmanager
-def together(doing: str) -> Iterator[None]:
-    """A collective. What torch says of a process that ended or did not come becomes `PeerLost`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, PeerLost):
-            raise
-        raise PeerLost(-1, doing, str(error)) from error
+__all__ = ["Peers", "control_group"]
 
 
 class Peers:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.memory.tiers.peers import together
+from weft.errors import together
 
 __all__ = ["Rounds", "Want"]
 

@@ -12,10 +12,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from weft.errors import together
 from weft.memory.tiers.fetch import Fetcher, Slot
 from weft.memory.tiers.gradients import Gradients
 from weft.memory.tiers.moved import Moved
-from weft.memory.tiers.peers import together
 from weft.memory.tiers.states import scaled
 from weft.memory.tiers.store import Store
 from weft.memory.tiers.updates import Updates
