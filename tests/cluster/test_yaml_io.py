@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from tests.cluster.test_costs import clusters
 
 from weft.cluster import DEVICES, KINDS, LINKS, Cluster, ClusterError, Tier
-from weft.cluster.units import quantity
+from weft.cluster.units import nbytes_of, quantity
 
 LAB = """\
 name: lab
@@ -224,6 +224,20 @@ def test_quantities(text, dimension, value):
 def test_what_is_not_a_quantity(text):
     with pytest.raises(ValueError, match="80 GiB"):
         quantity(text, "bytes")
+    with pytest.raises(ValueError, match=r"chunk: .*80 GiB"):
+        nbytes_of(text, "chunk")
+
+
+@pytest.mark.parametrize(("size", "nbytes"), [("6GiB", 6 * 2**30), ("1.7", 1), (1, 1), (2.5e3, 2500)])
+def test_sizes(size, nbytes):
+    assert nbytes_of(size, "chunk") == nbytes
+
+
+@pytest.mark.parametrize("size", [0, 0.5, -1, "-3 GiB", float("inf"), "inf", float("-inf")])
+def test_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match=r"chunk: must be at least 1 bytes and finite, for example 80 GiB, got "):
+        nbytes_of(size, "chunk")
+    assert nbytes_of(0.5, "chunk", least=0) == 0
 
 
 def test_a_measured_tier_is_written_and_read_back(tmp_path):

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any
 
-__all__ = ["DIMENSIONS", "quantity"]
+__all__ = ["DIMENSIONS", "nbytes_of", "quantity"]
 
 _DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50}
@@ -56,3 +56,21 @@ def quantity(value: Any, dimension: str) -> float:
             return number * units[unit]
         raise ValueError(f"{unit!r} in {value!r} is not a unit of {dimension}; write for example {example}")
     raise ValueError(f"must be {dimension}, for example {example}, got {value!r}")
+
+
+def nbytes_of(size: Any, what: str, least: int = 1) -> int:
+    """A size in bytes as people write it ("6GiB", "1.5 MB", 4096), rounded down. `what` it is, for errors.
+
+    Raises:
+        ValueError: it is no size, is not finite, or is below `least` bytes.
+
+    >>> nbytes_of("1.5 KiB", "chunk")
+    1536
+    """
+    try:
+        found = quantity(size, "bytes")
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if not least <= found < math.inf:
+        raise ValueError(f"{what}: must be at least {least} bytes and finite, for example 80 GiB, got {size!r}")
+    return int(found)

@@ -18,7 +18,7 @@ bytes and not with the Python object. `_swap_data_ptr_` exchanges pointer, owner
 pointer passes every bounds check of views.
 
 Fallback   where swapping is missing, `SWAPS` is False and `empty_out` / `fill` use `resize_` and a copy (documented, slower;
-           views of emptied storages cannot be taken, so `HOLLOW_VIEWS` is False and callers bring bytes back first).
+           views of emptied storages cannot be taken).
            Where ties do not work, nothing can be done: `require()` raises `RuntimeError` naming the torch version.
 """
 
@@ -47,7 +47,6 @@ from torch.utils._python_dispatch import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
-    "HOLLOW_VIEWS",
     "SWAPS",
     "TIES",
     "Compiling",
@@ -499,7 +498,6 @@ def _try(test: Callable[[], bool]) -> bool:
 
 TIES = _try(_ties_work)
 SWAPS = _try(_swaps_work)
-HOLLOW_VIEWS = SWAPS
 
 
 def problem() -> str:

@@ -184,6 +184,23 @@ def test_a_trace_has_phases_names_and_what_the_user_holds():
     assert all(op.repeatable for op in randoms)
 
 
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_only_random_operators_that_come_back_keep_their_generators_state(chance):
+    seen: list[Joint] = []
+    kept, wanted = [], []
+
+    def choose(trace: Trace) -> Schedule:
+        schedule = random_schedule(trace, 0, chance)
+        wanted.extend({a.index for a in schedule.actions if a.kind == "again" and trace.ops[a.index].random})
+        kept.extend(node for node in write_joint(seen[-1], schedule).nodes if node.target is keep_state)
+        return schedule
+
+    net = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 6), nn.Dropout(0.5), nn.Tanh())
+    torch.compile(net, backend=rebuilding(choose, seen), dynamic=False)(torch.randn(5, 6)).sum().backward()
+    assert sum(op.random for op in seen[0].trace.ops) == 2
+    assert len(kept) == len(wanted) and bool(wanted) == bool(chance)
+
+
 def test_random_operators_come_back_and_leave_the_generator():
     torch.manual_seed(5)
     cpu, x = torch.device("cpu"), torch.ones(400)

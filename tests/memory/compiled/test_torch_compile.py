@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from weft.errors import BudgetError
 from weft.graph.batch import flatten_batch
 from weft.memory.compiled import Backend, backend
-from weft.memory.compiled.book import state_bytes
+from weft.memory.compiled.book import Book
 from weft.memory.compiled.fused import Watch
 from weft.memory.meters import meter
+from weft.memory.tracing.state import state_now, state_to_come
 
 VAST = 1 << 40
 
@@ -223,11 +224,23 @@ def test_graphs_share_a_budget():
 def test_bytes_of_an_optimizer_that_has_not_stepped(make_optimizer):
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
     optimizer = make_optimizer(model.parameters())
-    expected = state_bytes(optimizer)
+    expected = Book(1, 0, optimizer).elsewhere
+    assert expected == state_now(optimizer) + state_to_come(optimizer)
     model(torch.randn(2, 7)).sum().backward()
     optimizer.step()
     held = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
-    assert expected == held == state_bytes(optimizer)
+    assert expected == held == state_now(optimizer)
+    assert state_to_come(optimizer) == 0
+
+
+def test_bytes_of_an_optimizer_that_wants_a_closure_are_not_foretold():
+    assert state_to_come(torch.optim.LBFGS(nn.Linear(7, 5).parameters())) == 0
+
+
+def test_what_goes_wrong_with_us_is_not_taken_for_no_state(monkeypatch):
+    monkeypatch.delattr("weft.memory.tracing.fakes.Fakes.of")
+    with pytest.raises(AttributeError):
+        state_to_come(torch.optim.SGD(nn.Linear(7, 5).parameters()))
 
 
 @pytest.mark.slow
@@ -235,7 +248,7 @@ def test_the_optimizer_is_part_of_the_budget():
     fixed, peak = bytes_of("gpt")
     made = make("gpt")
     optimizer = torch.optim.AdamW(made.model.parameters())
-    state = state_bytes(optimizer)
+    state = state_to_come(optimizer)
     budget = int(0.8 * peak) + state
     engine = backend(budget, optimizer=optimizer)
     torch._dynamo.reset()
@@ -276,11 +289,12 @@ def test_symbolic_sizes_are_refused():
 @pytest.mark.parametrize(
     ("budget", "options", "says"),
     [
-        ("lots", {}, "budget must be bytes"),
+        ("lots", {}, "budget: must be bytes"),
         ("6 GB/s", {}, "budget"),
         (-1, {}, "at least 1"),
         (0, {}, "at least 1"),
-        ("1GiB", {"outside": -5}, "outside must be at least 0"),
+        ("1GiB", {"outside": -5}, "outside: must be at least 0"),
+        ("1GiB", {"outside": float("inf")}, "finite"),
     ],
 )
 def test_sizes_that_are_none(budget, options, says):

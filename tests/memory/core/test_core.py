@@ -80,6 +80,20 @@ def test_what_a_backward_pass_has_made_goes_last(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_an_operator_takes_another_workspace_in_place_of_the_one_it_had(policy):
+    p = Program(4 * MIB, policy)
+    x = p.op([], [MIB], name="x")
+    step = p.core.begin([x], [(MIB, False)], MIB)
+    for workspace in (2 * MIB, 0, MIB, 2 * MIB):
+        p.core.widen(step, workspace)
+        assert p.core.arena.used == 2 * MIB + workspace and step.workspace == workspace
+    with pytest.raises(BudgetError):
+        p.core.widen(step, 3 * MIB)
+    p.core.abort(step)
+    assert p.core.arena.used == MIB and not p.machine.dropped
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_crumbs_go_last(policy):
     p = Program(4 * MIB, policy, crumb=100)
     loss = p.op([], [4], 1e-6, "loss")

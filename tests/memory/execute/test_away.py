@@ -33,7 +33,7 @@ def test_a_tier_reaches_budgets_that_recomputation_cannot(replay):
     assert_same(eager, train(made, within=limited))
     assert not limited.notes
     if replay:
-        (plan,) = limited._cycle.plans
+        (plan,) = limited._succession.cycle.plans
         assert plan.tier == DISK and plan.checked.saved_bytes and plan.peak <= budget
 
 

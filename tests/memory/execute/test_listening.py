@@ -96,7 +96,7 @@ def test_an_optimizer_on_a_thread_of_autograds_ends_the_step() -> None:
     def on_the_devices_thread() -> None:
         with limited._listening._mode:
             training.opt.step()
-            assert limited._ended and innermost() is limited._listening._mode
+            assert limited._succession.ended and innermost() is limited._listening._mode
 
     with limit(BUDGET, model=training.net) as limited:
         training.opt.meanwhile = lambda: seen.append(limited._listening._paused)
@@ -106,7 +106,7 @@ def test_an_optimizer_on_a_thread_of_autograds_ends_the_step() -> None:
             training.net(training.x).square().sum().backward()
             assert limited.steps == done
             elsewhere(on_the_devices_thread)
-            assert limited._ended and seen == [None]  # a pause would have to end there, too
+            assert limited._succession.ended and seen == [None]  # a pause would have to end there, too
             assert innermost() is limited._listening._mode
         assert isinstance(limited._executor, Replay) and not limited.notes
     assert_nothing_is_left()

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from weft.memory.execute.actions import Actions
-from weft.memory.execute.limit import Limit, limit
+from weft.memory.execute.limit import limit
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Replay
+from weft.memory.execute.succession import Succession
 
 KIB = 1024
 
@@ -66,7 +67,7 @@ def test_a_static_loop_is_replayed_and_repeats_what_the_plan_says():
     eager, found = loop(limit("1 GiB", replay=False)), loop(limited)
     assert same(eager, found)
     assert found[2][3:] == [Replay] * 13 and not limited.notes
-    plan = limited._cycle.plans[0]
+    plan = limited._succession.cycle.plans[0]
     assert any(action.kind == "again" for action in plan.schedule.actions)
 
 
@@ -81,7 +82,9 @@ def test_repetitions_are_those_of_the_plan(monkeypatch):
     seen = count_repeats(monkeypatch)
     limited = limit(BUDGET)
     *_, kinds = loop(limited)
-    expected = [action.index for action in limited._cycle.plans[0].schedule.actions if action.kind == "again"]
+    expected = [
+        action.index for action in limited._succession.cycle.plans[0].schedule.actions if action.kind == "again"
+    ]
     assert seen == expected * kinds[3:].count(Replay)
 
 
@@ -97,7 +100,7 @@ def test_what_a_list_is_made_of_is_there_when_that_is_repeated(monkeypatch):
     limited = limit(BUDGET)
     found = loop(limited)
     assert same(loop(limit("1 GiB", replay=False)), found) and found[2][3:] == [Replay] * 13
-    plan = limited._cycle.plans[0]
+    plan = limited._succession.cycle.plans[0]
     again = {plan.trace.ops[action.index].name for action in plan.schedule.actions if action.kind == "again"}
     assert "aten.cat.default" in again
 
@@ -147,7 +150,7 @@ def test_falling_back_is_said_once_and_the_new_program_is_planned():
     with pytest.warns(UserWarning, match="it goes on online") as caught:
         *_, kinds = loop(limited, CHANGES["other operators for long"], at=6)
     assert len([w for w in caught if "weft.memory.limit" in str(w.message)]) == len(limited.notes) == 1
-    assert limited._cycle.given_up == 1 and Online in kinds[6:] and kinds[-1] is Replay
+    assert limited._succession.cycle.given_up == 1 and Online in kinds[6:] and kinds[-1] is Replay
 
 
 def test_leaving_in_the_middle_of_a_replayed_step_hands_everything_back():
@@ -195,7 +198,7 @@ def test_a_value_kept_longer_than_the_plan_knows_is_there():
         for number in range(1, 22):
             step(number, number in (6, 21))
             if number == 12:  # planned again, with what is carried on from the sixth
-                assert any(action.kind == "again" for action in limited._cycle.plans[0].schedule.actions)
+                assert any(action.kind == "again" for action in limited._succession.cycle.plans[0].schedule.actions)
             seen.pop(number - 1, None) if number - 1 not in (0, 6, 21) else None
     for number in (6, 21):
         assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[number], strict=True))
@@ -210,9 +213,9 @@ def test_extra_calls_that_make_little_do_not_end_replay():
 
 def test_the_optimizer_runs_without_us_when_nothing_is_to_be_done(monkeypatch):
     calls = []
-    honest = Limit._call
+    honest = Succession.call
     monkeypatch.setattr(
-        Limit, "_call", lambda self, facts, *rest: (calls.append(facts.name), honest(self, facts, *rest))[1]
+        Succession, "call", lambda self, facts, *rest: (calls.append(facts.name), honest(self, facts, *rest))[1]
     )
     net = Net()
     opt = torch.optim.SGD(net.parameters(), lr=0.1)

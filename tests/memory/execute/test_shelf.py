@@ -38,6 +38,14 @@ def test_round_trip(nbytes):
     assert "y" not in shelf
 
 
+def test_round_trip_in_several_blocks(monkeypatch):
+    monkeypatch.setattr("weft.memory.execute.shelf.BLOCK", 8192)
+    shelf, x = Shelf(CPU), torch.randint(0, 256, (5 * 8192 + 7,), dtype=torch.uint8)
+    for name in "xyz":
+        shelf.save(name, storage_of(x + ord(name)))
+    assert all(torch.equal(bytes_of(shelf.load(name)), x + ord(name)) for name in "xyz")
+
+
 def test_copies_run_besides(monkeypatch):
     """A copy is asked for and goes on in the thread; the next one waits its turn, whoever needs one waits for it."""
     may, write = threading.Event(), os.pwritev

@@ -175,6 +175,18 @@ def test_places_workspace_moves_and_what_is_outside():
         check(trace, Schedule((*good[:2], run(1, (b, 100), workspace=140)), arena=180))
 
 
+def test_what_has_been_loaded_for_the_last_time_leaves_its_room_in_the_tier():
+    build = Builder()
+    x = build.before(0, "input")
+    a = build.op((x,), (100,))[0]
+    build.op((a,), (1,))
+    b = build.op((x,), (70,))[0]
+    build.op((b,), (1,))
+    trips = [(run(n), Action("save", v), drop(v), Action("load", v), run(n + 1)) for n, v in ((0, a), (2, b))]
+    checked = check(build.trace(), Schedule((*trips[0], *trips[1])), Tier(100.0, capacity=100))
+    assert checked.held_bytes == 100 and checked.saved_bytes == checked.loaded_bytes == 170
+
+
 def test_copies_overlap_with_operators_until_they_are_needed():
     build = Builder()
     x = build.before(0, "input")

@@ -46,6 +46,15 @@ def test_chains_are_planned_as_well_as_can_be(layers):
         assert plan.seconds == pytest.approx(expected), budget
 
 
+@pytest.mark.parametrize("patience", [0, 12])
+def test_what_is_banned_stays(patience):
+    plan = Retention(Shape(chain(9)))
+    gaps, budget = Gaps(plan, 1), int(0.8 * plan.peaks().max())
+    assert not descend(plan, gaps, budget, banned={v for v, *_ in gaps.items}, patience=patience)
+    assert plan.seconds == 0 and all(plan.is_kept(*gap) for gap in gaps.items)
+    assert descend(plan, gaps, budget, patience=patience)
+
+
 def test_random_steps_are_planned_within_a_few_percent_of_the_optimum():
     gaps, missed, cases = 0.0, 0, 0
     for seed in range(12):

@@ -88,6 +88,8 @@ def test_fake_is_real_with_an_optimizer(name):
     real = trace(*made, optimizer=torch.optim.AdamW(made.model.parameters()), fake=False, costs=RATES)
     # steps are counted in tensors of one number, which fake mode knows: it does not ask the device for them
     same(fake, real)
+    again = trace(*made, optimizer=torch.optim.AdamW, fake=False)  # several times over, to take times
+    assert again.values == real.values
     update = [op for op in real.ops if op.phase == "optimizer"]
     assert update and not any(
         op.repeatable for op in update if any(real.values[o].category == "parameter" for o, _ in op.overwrites)

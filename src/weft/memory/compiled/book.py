@@ -10,7 +10,6 @@ Guarantee  no call begins that would exceed the budget by what the book knows. W
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, final
 
@@ -19,8 +18,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from weft.errors import BudgetError
+from weft.memory.tracing.state import state_now, state_to_come
 
-__all__ = ["Book", "state_bytes"]
+__all__ = ["Book"]
 
 
 @final
@@ -35,13 +35,13 @@ class Book:
 
     def __init__(self, budget: int, outside: int, optimizer: torch.optim.Optimizer | None):
         self.budget, self.outside, self.optimizer = budget, outside, optimizer
-        self._expected = state_bytes(optimizer) if optimizer is not None else 0
+        self._expected = (state_now(optimizer) or state_to_come(optimizer)) if optimizer is not None else 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
     @property
     def elsewhere(self) -> int:
         """Bytes outside of graphs: named ones, and the optimizer's state."""
-        now = _bytes_of(_state_tensors(self.optimizer)) if self.optimizer is not None else 0
+        now = state_now(self.optimizer) if self.optimizer is not None else 0
         return self.outside + max(now, self._expected)
 
     def note(self, tensors: Iterable[Any]) -> None:
@@ -74,44 +74,3 @@ class Book:
                 "outside of them (optimizer state, what outside= says). Clear gradients with zero_grad() before forward; "
                 "compile model and loss as one graph (torch.compile(..., fullgraph=True))",
             )
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state: what it is now, or, before its first step, what it will be.
-
-    A copy of the optimizer steps on tensors without memory; where it looks at its numbers, on each parameter's like in turn.
-    """
-    held = _bytes_of(_state_tensors(optimizer))
-    if held:
-        return held
-    everything = [list(group["params"]) for group in optimizer.param_groups]
-    try:
-        return _bytes_after_a_step(optimizer, everything, "meta")
-    except (RuntimeError, NotImplementedError):
-        alone = [
-            [[p] if i == j else [] for j in range(len(everything))] for i, group in enumerate(everything) for p in group
-        ]
-        return sum(_bytes_after_a_step(optimizer, one, "cpu") for one in alone)
-
-
-def _bytes_after_a_step(optimizer: torch.optim.Optimizer, parameters: list[list[Tensor]], device: str) -> int:
-    """Bytes of the state that a copy of `optimizer` has after one step on the likes of some parameters of each group."""
-    groups = []
-    for group, wanted in zip(optimizer.param_groups, parameters, strict=True):
-        likes = [torch.nn.Parameter(torch.zeros_like(p, device=device)) for p in wanted]
-        for like in likes:
-            like.grad = torch.zeros_like(like)
-        plain = {key: False for key in ("fused", "foreach", "capturable") if key in group}
-        groups.append({**group, **plain, "params": likes})
-    twin = copy.copy(optimizer)
-    twin.param_groups, twin.state = groups, type(optimizer.state)(dict)
-    getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)(twin)  # without hooks that others hang on steps
-    return _bytes_of(_state_tensors(twin))
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

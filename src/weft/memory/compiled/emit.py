@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from weft.memory.compiled.joint import Joint, state_bytes, stateless
+from weft.memory.compiled.joint import Joint, stateless
+from weft.memory.execute.random_state import state_nbytes
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 
@@ -275,7 +276,7 @@ def _mode_of(value: Any) -> Any:
 def _fake_state(node: fx.Node) -> Any:
     first = next(t for t in _as_list(node.meta["val"]) if isinstance(t, torch.Tensor))
     with _mode_of(first):
-        return torch.empty(state_bytes(first.device), dtype=torch.uint8)
+        return torch.empty(state_nbytes(first.device), dtype=torch.uint8)
 
 
 def _device(node: fx.Node) -> torch.device:

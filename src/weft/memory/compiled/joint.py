@@ -11,7 +11,7 @@ Lifetimes  generated code lets a value go after its last reader. Held to the end
            gradients of outputs) and what the step is for (gradients of parameters).
 Twice      not: copies into inputs, collectives, values for the host, whatever reads an input that the graph overwrites (but
            training-mode batch norm does not use the running statistics that it reads), operators over subgraphs. Random
-           operators may, from a copy of the generator's state taken before the first run: a value of its own (`state_bytes`).
+           operators may, from a copy of the generator's state taken before the first run: a value of its own (`_state`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from typing import Any, final
 import torch
 from torch import fx
 
+from weft.memory.execute.random_state import state_nbytes
 from weft.memory.record import Category, Op, Phase, Trace, Value
 from weft.memory.schedule import Schedule
 from weft.memory.tracing.fakes import result_nbytes
 from weft.memory.tracing.operators import is_dense
 
-__all__ = ["Joint", "Price", "draws", "read_joint", "state_bytes", "stateless"]
+__all__ = ["Joint", "Price", "draws", "read_joint", "stateless"]
 
 Price = Callable[[fx.Node], tuple[float, int]]
 """(seconds, workspace bytes) of a node's operator; see `weft.memory.compiled.price`."""
@@ -128,11 +129,6 @@ def stateless(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         if training
         else None
     )
-
-
-def state_bytes(device: torch.device) -> int:
-    """Bytes of a generator's state: it is kept on the host, and counted wherever the graph runs."""
-    return int(torch.get_rng_state().nbytes) if device.type == "cpu" else 16
 
 
 @dataclass
@@ -327,10 +323,11 @@ class _Reader:
         return stateless(node) is not None or not self.overwritten & set(reads)
 
     def _state(self, node: fx.Node, module: str) -> int:
-        """A pseudo-operator that copies the generator's state; the copy is kept to the end, so that it is there when wanted."""
+        """A pseudo-operator that copies the generator's state; the copy is kept to the end, so that it is there when wanted.
+        It is kept on the host, and counted wherever the graph runs."""
         index = len(self.ops)
         device = next(iter(_tensors(node.meta["val"]).values())).device
-        value = self._new(state_bytes(device), "input", module, index)
+        value = self._new(state_nbytes(device), "input", module, index)
         self.ops.append(Op("weft.generator_state", module, "forward", (), (value,), repeatable=False))
         self.nodes.append(None)
         return value

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from weft.cluster.device import Device
-from weft.cluster.units import quantity
+from weft.cluster.units import nbytes_of
 from weft.errors import BudgetError
 from weft.memory.compiled.book import Book
 from weft.memory.compiled.emit import promptly, write_joint
@@ -123,8 +123,8 @@ class Backend:
     ):
         pick(compiler, COMPILERS, "compiler")
         self.compiler = compiler
-        self.budget = _bytes(budget, "budget", 1)
-        self.book = Book(self.budget, _bytes(outside, "outside", 0), optimizer)
+        self.budget = nbytes_of(budget, "budget")
+        self.book = Book(self.budget, nbytes_of(outside, "outside", least=0), optimizer)
         self.costs = costs
         self.regions: list[Region] = []
         self.watch = Watch(self.budget) if compiler == "inductor" else None
@@ -272,16 +272,6 @@ def _is_boxed(run: Callable[..., Any]) -> Callable[..., Any]:
     """Say that a function takes its arguments in one list, which it empties."""
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
-
-
-def _bytes(value: int | str, name: str, least: int) -> int:
-    try:
-        nbytes = int(quantity(value, "bytes"))
-    except ValueError as error:
-        raise ValueError(f"backend: {name} {error}") from None
-    if nbytes < least:
-        raise ValueError(f"backend: {name} must be at least {least} bytes, got {value!r}")
-    return nbytes
 
 
 def _mib(nbytes: float) -> str:

@@ -55,6 +55,7 @@ class Core:
         crumb: blocks of fewer bytes are late (see `Block`): they make no room. The published methods know none.
 
     Attributes:
+        num_steps: that have begun; the `order` of the next one.
         clock: seconds of all steps so far, repeated ones included: the time that the policies know.
         searches: how often something did not fit. candidates: blocks that the published method scores in these searches.
         scored: blocks that were scored. evictions, repeats: blocks dropped to make room, steps run again.
@@ -66,7 +67,6 @@ class Core:
 
     __slots__ = (
         "_begun",
-        "_count",
         "_doomed",
         "_dropped",
         "_exposed",
@@ -83,6 +83,7 @@ class Core:
         "machine",
         "moved_bytes",
         "moves",
+        "num_steps",
         "policy",
         "repeated_seconds",
         "repeats",
@@ -109,7 +110,7 @@ class Core:
         self.clock = 0.0
         self.searches = self.candidates = self.scored = self.evictions = self.repeats = self.moved_bytes = 0
         self.repeated_seconds = self._free_sum = 0.0
-        self._count = 0
+        self.num_steps = 0
         self._begun: list[Step] = []
         self._dropped: dict[Block, None] = {}  # not there, but somebody refers to them
         self._exposed: dict[Block, int] = {}  # pinned by `pin`: must not move either
@@ -132,9 +133,18 @@ class Core:
         """
         block = Block(nbytes)
         block.payload = payload
-        if inside and not self.arena.put(block):
-            self._room(block, None)
+        if inside:
+            self.put(block)
         return block
+
+    def put(self, block: Block) -> None:
+        """A block that is there already takes its bytes from the budget.
+
+        Raises:
+            BudgetError: there is no room.
+        """
+        if not self.arena.put(block):
+            self._room(block, None)
 
     def begin(
         self,
@@ -163,9 +173,9 @@ class Core:
         Raises:
             BudgetError: there is no room, or a read is gone for good; nothing is pinned then.
         """
-        step = Step(reads, workspace, seconds, repeatable, overwrites, self._count)
+        step = Step(reads, workspace, seconds, repeatable, overwrites, self.num_steps)
         step.payload, step.late = payload, late
-        self._count += 1
+        self.num_steps += 1
         missing = False
         for block in reads:
             block.pins += 1

@@ -60,8 +60,8 @@ def hold_leaves(call: Call, reads: Iterable[Block]) -> bool:
     return True
 
 
-def made_from(leaves: Collection[Block], alive: Sequence[Block]) -> tuple[list[Block], set[Step]]:
-    """Those of the blocks `alive` that were made from leaves, in however many steps; and these steps, as far as recipes go."""
+def made_from(leaves: Collection[Block], alive: Sequence[Block]) -> list[Block]:
+    """Those of the blocks `alive` that were made from leaves, in however many steps, as far as recipes go."""
     reached: set[Step] = set()
     stack = [block.step for block in alive if block.step is not None]
     while stack:
@@ -73,7 +73,7 @@ def made_from(leaves: Collection[Block], alive: Sequence[Block]) -> tuple[list[B
     for step in sorted(reached, key=BY_ORDER):
         if any(read in leaves or read.step in stale for read in step.reads):
             stale.add(step)
-    return [block for block in alive if block.step in stale], stale
+    return [block for block in alive if block.step in stale]
 
 
 @final

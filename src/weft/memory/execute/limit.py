@@ -2,7 +2,7 @@
 
 Given bytes      The first steps run online: the policy core decides as operators come. Each step is written down (`Tape`). When
                  they repeat (`Cycle`), they are planned, and from then on replayed. A step that does something else falls
-                 back to online, in its middle if need be.
+                 back to online, in its middle if need be (`Succession`).
 Given a plan     Replay from the first step on.
 A step           ends with the optimizer's (`torch.optim`'s hooks say so; the next operator outside an optimizer begins another
                  one), at `Limit.step()`, or at the end of the with-block. Between two steps it may `rest`: others work meanwhile.
@@ -10,38 +10,29 @@ A step           ends with the optimizer's (`torch.optim`'s hooks say so; the ne
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from weft.cluster.device import Tier
-from weft.cluster.units import quantity
+from weft.cluster.units import nbytes_of
 from weft.errors import BudgetError
-from weft.memory import native
-from weft.memory.core import POLICIES, Block
-from weft.memory.execute.actions import Deviation
-from weft.memory.execute.away import Sender
-from weft.memory.execute.backends import Backend, Count, Owner, check_backend, make_backend
+from weft.memory.core import POLICIES
+from weft.memory.execute.backends import check_backend
 from weft.memory.execute.cycle import Cycle, planned
-from weft.memory.execute.facts import Facts
+from weft.memory.execute.executor import Executor
 from weft.memory.execute.hand_back import hand_back
 from weft.memory.execute.listening import Listening
-from weft.memory.execute.online import Online
-from weft.memory.execute.replay import Replay
-from weft.memory.execute.sizes import Sizes
-from weft.memory.execute.takeover import take_over
-from weft.memory.execute.tape import Tape
+from weft.memory.execute.succession import Succession
 from weft.memory.planning.memory_plan import MemoryPlan
 from weft.memory.private import WeakIdKeyDictionary, below, bytes_of, hide_from_compiler, plain_parts, require
 from weft.memory.record import Trace
 from weft.memory.tracing.lone import count_references
-from weft.memory.tracing.state import state_to_come
 from weft.names import pick
 
 __all__ = ["Limit", "limit"]
@@ -118,24 +109,30 @@ class Limit:
         check_backend(backend)
         _check_policy(policy)
         _check_tier(tier)
-        self.tier = tier or (plan and plan.tier)  # a step that is not the planned one may use it, too
-        self._backend_name, self._policy, self._by_hand = backend, policy, by_hand
+        self._by_hand = by_hand
         addresses = backend in ("copy", "native")
         if plan is None and trace is not None:
             plan = planned(trace, self.budget, addresses, tier)
-        self._cycle = Cycle(self.budget, addresses, self.tier, plan if replay else None, replay)
+        tier = tier or (plan and plan.tier)  # a step that is not the planned one may use it, too
+        cycle = Cycle(self.budget, addresses, tier, plan if replay else None, replay)
+        name = type(model).__name__ if model is not None else ""
+        self._succession = Succession(cycle, backend, policy, device, name)
         self.optimizer: torch.optim.Optimizer | None = None
-        self.steps = 0
-        self.notes: list[str] = []
-        self._owner = Owner()
-        self._executor: Online | Replay | None = None
         self._listening: Listening | None = None
         self._hooks = WeakIdKeyDictionary()  # of leaves
-        self._gauge = native.ledger() if device.type == "cpu" and native.problem() is None else None
-        self._sizes = Sizes()  # what operators have taken so far
-        self._reserved: Block | None = None  # for the state that the optimizer is to make
-        self._ended = False  # the optimizer's step is over, the next one's first operator not yet there
-        self._leaving = False
+        self._options = WeakKeyDictionary[Any, list[set[str]]]()  # of optimizers: those that were on in the last step
+
+    @property
+    def steps(self) -> int:
+        return self._succession.steps
+
+    @property
+    def notes(self) -> list[str]:
+        return self._succession.notes
+
+    @property
+    def _executor(self) -> Executor | None:
+        return self._succession.executor
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
 
@@ -158,28 +155,16 @@ class Limit:
 
     def _begin(self) -> None:
         count_references(Tensor)
-        self._ended, self._leaving, self._owner = False, False, Owner()
-        self._executor = self._first_executor()
+        self._succession.begin(self._watch)
         self._adopt_model()
-        self._reserve()
+        if self.optimizer is not None:
+            self._executor.reserve(self.optimizer)
         self._listen()
-
-    def _reserve(self) -> None:
-        """Keep room for what the optimizer's first step will make and keep.
-
-        Raises:
-            BudgetError: there is none.
-        """
-        if self.optimizer is not None and isinstance(self._executor, Online):
-            nbytes = state_to_come(self.optimizer)
-            name = f"the state that {type(self.optimizer).__name__} will make"
-            self._reserved = self._executor.core.adopt(nbytes, name, inside=True)
-            self._reserved.payload = None  # it has no bytes
 
     def _listen(self) -> None:
         """Operators, optimizers and ways to tensors' bytes come to us from now on."""
         self._listening = Listening(
-            self._call, self._expose, self.count, self._resize, self._before_optimizer, self._after_optimizer
+            self._succession.call, self._expose, self.count, self._resize, self._before_optimizer, self._after_optimizer
         )  # fmt: skip
 
     def _stop_listening(self) -> None:
@@ -240,12 +225,11 @@ class Limit:
         executor = self._executor
         if executor is None:  # in a child process
             return
-        if isinstance(problem[1], BudgetError) and isinstance(executor, Online) and not self._cycle.plans:
+        if isinstance(problem[1], BudgetError) and not self._succession.cycle.plans:
             problem[1].add_note(PLAN_FIRST)
         try:
-            if problem[0] is None and not (isinstance(executor, Replay) and executor.at < len(executor.rows)):
-                self._leaving = True
-                self.step()
+            if problem[0] is None and not executor.midway:
+                self._succession.step(leaving=True)
         except BudgetError:
             pass  # what the next step could not begin with: there is none, and everything comes back below, budget or not
         finally:
@@ -262,59 +246,14 @@ class Limit:
             _ACTIVE.remove(self)
         self._stop_listening()
         self._unwatch()
-        executor, self._executor = self._executor, None
-        if isinstance(executor, Replay):
-            executor = self._to_online(executor, sys.maxsize)
-        return [] if executor is None else hand_back(executor, self.budget)
+        online = self._succession.leave()
+        return [] if online is None else hand_back(online, self.budget)
 
     def _stay_behind(self) -> None:
         """We are in a process that was forked: it has its own memory, and a copy of ours that nobody manages."""
         self._stop_listening()
         self._unwatch()
-        self._owner.holds.clear()
-        self._executor = None
-
-    def _new_online(self, backend: Backend, budget: int) -> Online:
-        policy = self._policy or ("coop" if backend.addresses else "pager")
-        online = Online(budget, policy, backend, self.device, self._owner, self._gauge, self._sizes)
-        online.watch = self._watch
-        if self.tier is not None:
-            online.core.lower = Sender(online, self.tier)
-        return online
-
-    def _first_executor(self) -> Online | Replay:
-        if self._cycle.plans:
-            return self._new_replay()
-        online = self._new_online(make_backend(self._backend_name, self.budget, self.device), self.budget)
-        self._write(online)
-        return online
-
-    def _write(self, online: Online) -> None:
-        """A step begins: it is written down, if it may be replayed later."""
-        online.tape = Tape(self._owner.holds.values()) if self._cycle.watching else None
-
-    def _new_replay(self) -> Replay:
-        plans = self._cycle.plans
-        plan = plans[self.steps % len(plans)]
-        slack, folder = self.budget - plan.peak, plan.tier.folder if plan.tier is not None else ""
-        backend = make_backend(self._backend_name, plan.schedule.arena, self.device)
-        replay = Replay(plan.trace, plan.schedule, backend, self.device, slack, self._owner, folder)
-        replay.watch = self._watch
-        return replay
-
-    def _begin_replayed(self) -> None:
-        """A planned step begins. If more is carried into it than when it was planned, and there is no room for that, it is not
-        this plan's."""
-        replay, carried = self._executor, self._cycle.carried
-        if not isinstance(replay, Replay) or not carried or self._leaving:
-            return
-        more = replay.held - (expected := carried[self.steps % len(carried)])
-        if more > replay.slack:
-            gc.collect()  # what waits for it may be of use to nobody
-            more = replay.held - expected
-        if more > replay.slack:
-            self._fall_back(Deviation(f"{more:,} bytes more are carried into it"))
-            self._write(self._executor)
+        self._succession.forget()
 
     def _adopt_model(self) -> None:
         if self.model is not None:
@@ -331,102 +270,20 @@ class Limit:
                 if isinstance(value, Tensor) and value.layout is torch.strided:
                     self._executor.adopt(value, "optimizer")
 
-    # -- operators ----------------------------------------------------------------------------------------------------
-
-    def _call(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if self._ended:
-            self.step()
-        try:
-            return self._executor.call(facts, args, kwargs)
-        except Deviation as deviation:
-            self._fall_back(deviation)
-            return self._executor.call(facts, args, kwargs)
-
-    def _fall_back(self, deviation: Deviation) -> None:
-        """The step is not the planned one: the rest of it runs online."""
-        if not self.notes:
-            self._note(f"step {self.steps} is not the planned one ({deviation}); it goes on online")
-        self._executor = self._to_online(self._executor, self.budget)
-        self._note(self._cycle.strayed(self.steps))
-
-    def _to_online(self, replay: Replay, budget: int) -> Online:
-        online = self._new_online(Count(), budget)
-        online.effects = replay.effects
-        take_over(replay, online)
-        return online
-
-    def _note(self, sentence: str) -> None:
-        if not sentence:
-            return
-        self.notes.append(sentence)
-        warnings.warn(f"weft.memory.limit: {sentence}", stacklevel=4)
-
-    # -- steps --------------------------------------------------------------------------------------------------------
-
     def step(self) -> None:
         """A step of the loop ends here. Loops with a `torch.optim` optimizer need not say so."""
-        self._ended = False
-        executor = self._executor
-        if isinstance(executor, Replay):
-            if executor.at == 0:
-                return
-            self._end_replayed(executor)
-        elif executor.tape is None or executor.tape.num_ops:
-            self._end_online(executor)
-
-    def _end_replayed(self, replay: Replay) -> None:
-        try:
-            if not replay.end_step():
-                raise Deviation("something outlives it that the plan has dropped")
-        except Deviation as deviation:
-            self._fall_back(deviation)
-            self._end_online(self._executor)
-            return
-        self._cycle.held()
-        self.steps += 1
-        if len(self._cycle.plans) > 1:
-            self._executor = self._new_replay()
-        self._begin_replayed()
-
-    def _end_online(self, online: Online) -> None:
-        self.steps += 1
-        if online.tape is not None and not self._cycle.plans:  # else it had begun as planned
-            tape, online.tape = online.tape, None
-            name = type(self.model).__name__ if self.model is not None else ""
-            self._note(self._cycle.add(tape.trace(str(self.device), name), tape.carried, self.steps))
-        if self._cycle.plans:
-            self._replay_from_now_on(online)
-        if isinstance(self._executor, Online):
-            self._write(self._executor)
-
-    def _replay_from_now_on(self, online: Online) -> None:
-        """The next step begins, and it is planned. What the program holds must all be there for that."""
-        if not online.all_fits():
-            self._note(f"what is held after step {self.steps} does not fit the budget at once; it stays online")
-            self._note(self._cycle.strayed(self.steps))
-            return
-        online.hand_over()
-        self._reserved = None
-        self._executor = self._new_replay()
-        self._begin_replayed()
+        self._succession.step()
 
     # -- what is not an operator --------------------------------------------------------------------------------------
 
-    def _at(self, work: Callable[[Any], None]) -> None:
-        try:
-            work(self._executor)
-        except Deviation as deviation:
-            self._fall_back(deviation)
-            work(self._executor)
-
     def _expose(self, tensor: Tensor) -> None:
-        self._at(lambda executor: executor.expose(tensor))
+        self._succession.tell(lambda executor: executor.expose(tensor))
 
     def _resize(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         if storage.device.type == self.device.type and storage.nbytes() != nbytes:
             with below():
                 whole = bytes_of(storage)
-            self._at(lambda executor: executor.lend(whole, nbytes))
+            self._succession.tell(lambda executor: executor.lend(whole, nbytes))
 
     def _watch(self, leaf: Tensor) -> None:
         if leaf not in self._hooks:
@@ -440,23 +297,31 @@ class Limit:
     def _finished(self, parameter: Tensor) -> None:
         if parameter.grad is not None and not self.resting:
             for part in _parts(parameter.grad):
-                self._at(lambda executor, part=part: executor.settle(part, "gradient"))
+                self._succession.tell(lambda executor, part=part: executor.settle(part, "gradient"))
 
     def _before_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._ended = False
+        self._succession.ended = False
         if any(callable(value) for value in (*args, *kwargs.values())):
             return  # a closure: forward and backward run inside of it
-        if self._reserved is not None and optimizer is self.optimizer:
-            self._executor.core.release(self._reserved)
-            self._reserved = None
-        self._at(lambda executor: executor.optimizing(True))
-        if isinstance(self._executor, Replay) and self._listening.can_pause() and self._executor.skip_optimizer():
+        if optimizer is self.optimizer:
+            self._executor.spend()
+        self._succession.tell(lambda executor: executor.optimizing(True))
+        if self._keeps_as_much(optimizer) and self._listening.can_pause() and self._executor.skip_optimizer():
             self._listening.pause()
+
+    def _keeps_as_much(self, optimizer: Any) -> bool:
+        """Whether an optimizer has the same options on as in its last step: with others (a momentum) it may keep more."""
+        on = [
+            {k for k, v in group.items() if k != "params" and isinstance(v, (int, float)) and v}
+            for group in optimizer.param_groups
+        ]
+        before, self._options[optimizer] = self._options.get(optimizer, on), on
+        return before == on
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._listening.resume()
         self._executor.optimizing(False)
-        self._ended = not self._by_hand
+        self._succession.ended = not self._by_hand
 
 
 def _forked() -> None:
@@ -472,10 +337,7 @@ def _nbytes(budget: Any) -> int:
     """Bytes of a budget as `limit` takes it."""
     if isinstance(budget, MemoryPlan):
         return budget.budget or budget.peak
-    nbytes = quantity(budget, "bytes")
-    if not 0 < nbytes < float("inf"):
-        raise ValueError(f"limit: the budget must be a positive number of bytes, got {budget!r}")
-    return int(nbytes)
+    return nbytes_of(budget, "budget")
 
 
 def _check_policy(policy: str | None) -> None:

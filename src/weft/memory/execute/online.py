@@ -30,6 +30,7 @@ from weft.memory.core import Block, Core, Step
 from weft.memory.execute.backends import Backend, Hold, Owner, tie
 from weft.memory.execute.calls import Call, Look, flat, require_bytes, shapes_only, take_apart
 from weft.memory.execute.carrying_out import Bytes
+from weft.memory.execute.executor import Executor
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.first_runs import first_run
 from weft.memory.execute.in_place import over_its_gradient
@@ -41,6 +42,7 @@ from weft.memory.execute.unremembered import adopt_parts, opaque, run_once
 from weft.memory.private import below, in_backward, storage_of
 from weft.memory.record import Category
 from weft.memory.tracing.operators import fills, moved_statistics
+from weft.memory.tracing.state import state_to_come
 
 __all__ = ["Online"]
 
@@ -50,23 +52,20 @@ _block = itemgetter(2)  # of a look
 
 
 @final
-class Online:
+class Online(Executor):
     """The program's side of a `Core`.
 
     Args:
         budget: bytes for everything: what is adopted, what operators make, workspace.
         policy: of the core.
-        backend: holds the bytes.
-        device: whose bytes are counted; tensors elsewhere are left alone.
-        owner: whose ties they are; another executor of the same limit may have had them before.
+        backend, device, owner: see `Executor`.
         gauge: measures and caps the workspace of an operator's first runs (`weft.memory.native.Ledger`); None where nothing can.
         sizes: what earlier runs have shown.
 
     Attributes:
         core: decides. bytes: carries it out.
-        clock: measures operators. effects: while True nothing gets a recipe (the optimizer's step).
+        clock: measures operators. effects: while True nothing gets a recipe.
         tape: writes down the step, if it is set.
-        watch: called with each leaf that wants a gradient when it is first met.
     """
 
     def __init__(
@@ -79,29 +78,20 @@ class Online:
         gauge: Any = None,
         sizes: Sizes | None = None,
     ):
+        super().__init__(backend, device, owner)
         self.leaves = Leaves(self._holds)
         self.bytes = Bytes(backend, self.leaves)
         self.core = Core(budget, policy, self.bytes, crumb=min(budget // CRUMBS, LARGEST_CRUMB))
-        self.owner = owner or Owner()
-        self.owner.executor = self
-        self.backend = backend
-        self.device = device
         self.gauge = gauge
         self.sizes = sizes or Sizes()
-        self.effects = False
-        self.watch: Callable[[Tensor], None] = lambda leaf: None
         self.tape: Tape | None = None
+        self._reserved: Block | None = None  # for the state that an optimizer is to make
         self._gone: list[Block] = []  # died while the core was at work
         self._busy = self._clearing = False
         self._single = device.type == "cpu"  # there are no tensors on other devices, or they do not matter
         self.clock = time.thread_time if device.type == "cpu" else time.perf_counter
 
     # -- storages -----------------------------------------------------------------------------------------------------
-
-    def hold_of(self, tensor: Tensor) -> Hold | None:
-        """Our tie to the bytes of a tensor, None if we never met them."""
-        hold = getattr(storage_of(tensor), "_weft_tie", None)
-        return hold if type(hold) is Hold and hold.owner is self.owner else None
 
     def adopt(self, tensor: Tensor, kind: Category | None = None) -> Hold:
         """Take note of a storage that was there before; it stays until it dies. `kind` is what it is to the user."""
@@ -198,7 +188,7 @@ class Online:
         draws = facts.random and facts.draws(args, kwargs)
         for nbytes in size.fresh or ():
             makes.append((nbytes, facts.dense))
-        workspace = size.workspace + (state_nbytes(self.device) if draws and repeatable else 0)
+        workspace = size.workspace + (state_nbytes(self.device) if draws and repeatable and self._single else 0)
 
         self._busy, core = True, self.core
         late = in_backward()
@@ -425,15 +415,28 @@ class Online:
 
         What is recorded of them can no longer be repeated; whoever reads what it made keeps that alive (see `call`).
         """
-        going, stale = made_from(leaves, [hold.block for hold in self.owner.holds.values()])
+        going = made_from(leaves, [hold.block for hold in self.owner.holds.values()])
         missing = not all(block.resident for block in going)
         for block in going:
             self._at_work(lambda block=block: self.core.settle(block))
-        for step in stale:
-            step.repeatable = False
         for block in leaves:
             block.read = False
         return missing
+
+    def reserve(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep room for what the optimizer's first step will make and keep.
+
+        Raises:
+            BudgetError: there is none.
+        """
+        name = f"the state that {type(optimizer).__name__} will make"
+        self._reserved = self.core.adopt(state_to_come(optimizer), name, inside=True)
+        self._reserved.payload = None  # it has no bytes
+
+    def spend(self) -> None:
+        if self._reserved is not None:
+            self.core.release(self._reserved)
+            self._reserved = None
 
     def optimizing(self, yes: bool) -> None:
         """The optimizer's step begins or ends.
@@ -452,6 +455,9 @@ class Online:
                 )
                 raise BudgetError(error.budget, 0, what) from None
 
+    def skip_optimizer(self) -> bool:
+        return False
+
     def pin(self, hold: Hold) -> None:
         if not hold.exposed:
             hold.exposed = True
@@ -464,6 +470,12 @@ class Online:
                 work()
         finally:
             self._clear()
+
+    @property
+    def begun(self) -> bool:
+        return self.tape is None or self.tape.num_ops > 0
+
+    midway = False  # nobody knows
 
     def all_fits(self) -> bool:
         """Whether everything that is alive may be there at once."""

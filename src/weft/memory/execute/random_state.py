@@ -2,7 +2,7 @@
 
 An operator draws from the generator it is given, else from the default one of its device. Before it runs the first time the
 generator's state is kept (5,056 bytes on the CPU, 16 on CUDA; in host memory, outside any budget); a repetition puts it back,
-runs, and restores the present state. torch hands a state out as a tensor: for a moment it is one more, see `state_nbytes`.
+runs, and restores the present state. torch hands a state out as a tensor: for a moment it is one more on the host.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _state(generator: torch.Generator) -> bytearray:
 
 @cache
 def state_nbytes(device: torch.device) -> int:
-    """Bytes of `device` that keeping or restoring the state of its generator takes for a moment; CUDA's lie in host memory."""
-    return int(torch.get_rng_state().nbytes) if device.type == "cpu" else 0
+    """Bytes of the state of a generator of `device`. They lie in host memory."""
+    return int(torch.get_rng_state().nbytes) if device.type == "cpu" else 16
 
 
 def about_to_draw(args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Drawn:

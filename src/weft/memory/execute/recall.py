@@ -16,16 +16,17 @@ from weft.memory.schedule import Schedule
 __all__ = ["asked_for", "counted", "let_go", "never_read_again", "remembered"]
 
 
-def remembered(trace: Trace, schedule: Schedule, cautious: bool) -> set[int]:
+def remembered(trace: Trace, schedule: Schedule, room: int, cautious: bool) -> set[int]:
     """Operators whose calls are remembered: those that may have to run again, and, so that the step can go on online if it turns
-    out to be another one, those of the forward pass, whose results users may hold on to; if `cautious`, all."""
+    out to be another one, those of the forward pass, whose results users may hold on to; if `cautious`, all. None if nothing
+    is dropped and there is `room`, in bytes beside the plan, for as much again: nothing will have to be."""
     found = _repeated(trace, schedule)
-    if not found:
+    if not found and room > trace.peak:
         return found
     phases = ("forward", "backward") if cautious else ("forward",)
     # Not the readers of what cannot be made again (results of collectives): they would hold bytes that no plan counts.
     once = {v for op in trace.ops if not op.repeatable for v in op.makes if trace.values[v].category == "activation"}
-    once.update(v for v, value in enumerate(trace.values) if value.born < 0 and value.dies < len(trace.ops))
+    once.update(_going(trace))
     return found | {
         j for j, op in enumerate(trace.ops) if op.phase in phases and op.repeatable and once.isdisjoint(op.reads)
     }

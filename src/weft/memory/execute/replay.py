@@ -10,7 +10,7 @@ have, makes it hand over to `Online`, in the middle of the step, with everything
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -20,16 +20,18 @@ from weft.memory.core import Block
 from weft.memory.execute.actions import Actions, Deviation
 from weft.memory.execute.backends import Backend, Hold, Owner, Places, tie
 from weft.memory.execute.calls import Call, Look, flat, is_plain, require_bytes, shapes_only, take_apart
+from weft.memory.execute.executor import Executor
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.in_place import over_its_gradient
 from weft.memory.execute.random_state import about_to_draw
 from weft.memory.execute.recall import never_read_again, remembered
-from weft.memory.execute.rows import rows
+from weft.memory.execute.rows import Row, rows
 from weft.memory.execute.shelf import Shelf
+from weft.memory.execute.sizes import Sizes
 from weft.memory.execute.unremembered import parts
+from weft.memory.planning.memory_plan import MemoryPlan
 from weft.memory.private import storage_of
-from weft.memory.record import Trace
-from weft.memory.schedule import Schedule
+from weft.memory.record import Category, Trace
 from weft.memory.tracing.operators import moved_statistics, tensors_of
 
 __all__ = ["Deviation", "Replay"]
@@ -39,61 +41,64 @@ EXTRA_CALLS = 8  # calls in a row that the trace does not have, before the step 
 
 
 @final
-class Replay:
+class Replay(Executor):
     """Executes one planned step after the other.
 
     Args:
-        trace, schedule: the plan.
-        backend: holds the bytes.
-        device: whose bytes.
-        slack: bytes between the plan's peak and the budget: for what calls make that the trace does not have, and for what
-            somebody refers to longer than the plan needs it.
-        folder: of what is offloaded to a disk.
+        plan: what is carried out.
+        budget: bytes, at least those of the plan.
+        backend, device, owner: see `Executor`.
+        sizes: what operators have taken so far.
+        given: the plan was made of a trace, not of a step that we have seen: what the program brings along may be more.
 
     Attributes:
+        trace, schedule: the plan's.
+        slack: bytes between the plan's peak and the budget: for what calls make that the trace does not have, and for what
+            somebody refers to longer than the plan needs it.
         at: number of the operator that comes next.
-        effects: the optimizer's step is running.
-        watch: called with each leaf that wants a gradient when it is first met.
         actions: what the schedule says, carried out. dropped: of these.
     """
 
     def __init__(
         self,
-        trace: Trace,
-        schedule: Schedule,
+        plan: MemoryPlan,
+        budget: int,
         backend: Backend,
         device: torch.device,
-        slack: int,
-        owner: Owner | None = None,
-        folder: str = "",
+        owner: Owner,
+        sizes: Sizes,
+        given: bool = False,
     ):
-        self.trace, self.schedule, self.backend, self.device = trace, schedule, backend, device
-        self.owner = owner or Owner()
-        self.owner.executor = self
-        self.slack = max(slack, 0)
+        super().__init__(backend, device, owner)
+        trace, schedule = self.trace, self.schedule = plan.trace, plan.schedule
+        self.budget, self.sizes = budget, sizes
+        self.slack = max(budget - plan.peak, 0)
         self.at = 0
-        self.effects = False
+        self._expected = _brought(trace) if given else -1
         self.token = -1.0  # marks the blocks of this step; negative, as no clock
-        self.watch: Callable[[Tensor], None] = lambda leaf: None
         self.log: list[tuple[Call, int | None]] = []  # what was remembered in this step, and its number in the trace
         self._leaned_on: set[Block] = set()  # what was there before this step, and repetitions read
         self.steps = 0
         self._unread, spared = never_read_again(trace, schedule, self.slack // 2)
         self.slack -= sum(trace.values[v].nbytes for v in spared)
-        self.shelf = Shelf(device, folder)
+        self.shelf = Shelf(device, plan.tier.folder if plan.tier is not None else "")
         self.actions = Actions(trace, schedule, backend, self.shelf, spared)
         self.dropped = self.actions.dropped
         self._lay_out(cautious=True)
         self._extra_calls = self._extra_bytes = 0
+        self._larger = False  # an operator of this step has made more than planned
+        self._updating = (
+            0  # bytes that calls of the optimizer's step may still make, of those that the plan does not have
+        )
 
-    @property
-    def held(self) -> int:
-        """Bytes of everything that is there and that we know of."""
+    def held(self, but: str = "") -> int:
+        """Bytes of everything that is there and that we know of, but for one kind."""
         kind = self.device.type
         return sum(
             hold.block.nbytes
             for hold in list(self.owner.holds.values())
             if hold.block.resident
+            and hold.kind != but
             and (kind == "cpu" or ((storage := hold()) is not None and storage.device.type == kind))
         )
 
@@ -109,18 +114,15 @@ class Replay:
             cautious: remember all operators, so that everything can go on online if the step turns out to be another one;
                 else those of the forward pass, whose results users may hold on to, and those that will be repeated.
         """
-        remember = remembered(self.trace, self.schedule, cautious)
+        remember = remembered(self.trace, self.schedule, self.slack, cautious)
         self._cautious = cautious and bool(remember)
         self.rows, self.after = rows(self.trace, self.schedule, self.actions, remember, self.backend.addresses)
+        if self._expected >= 0 and self.rows:
+            self.rows[0].before.insert(0, self._begin)
 
     # -- storages -----------------------------------------------------------------------------------------------------
 
-    def hold_of(self, tensor: Tensor) -> Hold | None:
-        """Our tie to the bytes of a tensor, None if we never met them."""
-        hold = getattr(storage_of(tensor), "_weft_tie", None)
-        return hold if type(hold) is Hold and hold.owner is self.owner else None
-
-    def adopt(self, tensor: Tensor, kind: Any = None) -> Hold:
+    def adopt(self, tensor: Tensor, kind: Category | None = None) -> Hold:
         """Take note of a storage that was there before."""
         hold = self.hold_of(tensor)
         if hold is None:
@@ -165,6 +167,8 @@ class Replay:
             row.facts = facts
         if facts.statistics:
             self._check_statistics(facts, args)
+        if row.open or self._larger:
+            self._check_size(row, facts, args, kwargs)
         if row.remember:
             try:
                 plain, named, looks = self._take_apart(facts, args, kwargs)
@@ -225,6 +229,7 @@ class Replay:
                 blocks[numbers[count]] = block
                 nbytes, block.offset = addresses[count]
                 if block.nbytes > nbytes:
+                    self._larger = True
                     self._extra_bytes += block.nbytes - nbytes
                 if block.offset >= 0:
                     self.backend.born(block, storage)
@@ -240,8 +245,11 @@ class Replay:
         """The step may do what was planned and be larger (another batch): what its operators make beyond the plan counts."""
         outputs = (result,) if isinstance(result, Tensor) else flat(result)
         if len(outputs) == len(places):
-            for output, (nbytes, _) in zip(outputs, places, strict=True):
-                self._extra_bytes += max(0, storage_of(output).nbytes() - nbytes)
+            more = sum(
+                max(0, storage_of(out).nbytes() - nbytes) for out, (nbytes, _) in zip(outputs, places, strict=True)
+            )
+            self._larger |= more > 0
+            self._extra_bytes += more
 
     def _check(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise `Deviation` if a call reads what is not there."""
@@ -256,6 +264,13 @@ class Replay:
                         raise Deviation(f"{facts.name} reads what the plan has dropped")
             elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
                 self._check(facts, value, {})
+
+    def _check_size(self, row: Row, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise `Deviation` if a call is about to make so much more than planned (another batch) that there is no room."""
+        if is_plain(args, kwargs):
+            made, planned = sum(self.sizes.of(facts, args, kwargs).fresh or ()), sum(nbytes for nbytes, _ in row.places)
+            if self._extra_bytes + max(made - planned, 0) > self.slack:
+                self._too_much(facts, made - planned)
 
     def _check_statistics(self, facts: Facts, args: Sequence[Any]) -> None:
         """Raise `Deviation` if a call moves running statistics that something has read that may be repeated: they did not move
@@ -341,6 +356,7 @@ class Replay:
             raise Deviation(f"{facts.name} where the plan has {self.rows[self.at].name}")
         if facts.opaque or not is_plain(args, kwargs):
             return self._extra_opaque(facts, args, kwargs)
+        self._expect(facts, self.sizes.of(facts, args, kwargs).taken)
         if facts.statistics:
             self._check_statistics(facts, args)
         if inside and self._cautious:
@@ -368,9 +384,37 @@ class Replay:
             self._check(facts, args, kwargs)
         return facts.call(*args, **kwargs)
 
-    def _too_much(self, facts: Facts) -> None:
-        why = f"it has made {self._extra_bytes:,} bytes more before {facts.name}, and there is room for {self.slack:,}"
-        raise Deviation(why)
+    def brought_along(self, expected: int, but: str = "") -> int:
+        """How many bytes more than `expected` are there as the step begins; they count as made beyond the plan."""
+        self._extra_bytes = max(self.held(but) - expected, 0)
+        return self._extra_bytes
+
+    def _begin(self) -> None:
+        """The first operator of a step is about to run: gradients are gone, if they go at all."""
+        if self.brought_along(self._expected, but="input") > self.slack:
+            raise Deviation(f"{self._extra_bytes:,} bytes are there that its trace does not have")
+
+    def _expect(self, facts: Facts, nbytes: int) -> None:
+        """A call that the plan does not have is about to take so many bytes.
+
+        Raises:
+            Deviation: there is no room for them.
+        """
+        if not self.effects:
+            if self._extra_bytes + nbytes > self.slack:
+                self._too_much(facts, nbytes)
+            return
+        self._updating -= nbytes
+        if self._updating < 0:  # what calls before have made may be gone
+            self._updating = self.budget - self.held() - nbytes
+            if self._updating < 0:
+                raise Deviation(f"{facts.name} of the optimizer takes {nbytes:,} bytes, which the plan does not have")
+
+    def _too_much(self, facts: Facts, nbytes: int = 0) -> None:
+        more = self._extra_bytes + nbytes
+        raise Deviation(
+            f"with {facts.name} it takes {more:,} bytes more than planned, and there is room for {self.slack:,}"
+        )
 
     def _extra_remembered(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._remember(facts, *self._take_apart(facts, args, kwargs))
@@ -395,7 +439,7 @@ class Replay:
         impossible to bring back."""
         if yes and self._missed():
             raise Deviation("something outlives the backward pass that the plan has dropped")
-        self.effects = yes
+        self.effects, self._updating = yes, 0
 
     def _missed(self) -> bool:
         """Whether something is not there that the user refers to, other than what the trace says nobody will read."""
@@ -413,7 +457,7 @@ class Replay:
             if rows[end].before or rows[end].bind:
                 return False
             end += 1
-        if at != self.at:
+        if at != self.at or at == end:  # an optimizer that the plan does not know may make anything
             return False
         self.at = end
         return True
@@ -447,16 +491,24 @@ class Replay:
         )
 
     def rest(self) -> None:
-        """Between two steps: everything that is alive is there, as `end_step` has found."""
+        """Everything that is alive is there, as `end_step` has found."""
 
-    def settle(self, tensor: Tensor, kind: Any) -> None:
+    def settle(self, tensor: Tensor, kind: Category | None = None) -> None:
         """A tensor is a finished gradient. Raises `Deviation` if its bytes are not there."""
         hold = self.adopt(tensor, kind)
-        hold.kind = kind
+        hold.kind = kind or hold.kind
         if not hold.block.resident:
             raise Deviation("a finished gradient is not there")
 
     # -- steps --------------------------------------------------------------------------------------------------------
+
+    @property
+    def begun(self) -> bool:
+        return self.at > 0
+
+    @property
+    def midway(self) -> bool:
+        return self.at < len(self.rows)
 
     def end_step(self) -> bool:
         """The step is over: everything remembered is forgotten. False if something is missing that the user still refers to."""
@@ -483,4 +535,11 @@ class Replay:
         self.log = []
         self._leaned_on.clear()
         self.at = self._extra_calls = self._extra_bytes = 0
+        self._larger = False
         self.token -= 1.0
+
+
+def _brought(trace: Trace) -> int:
+    """Bytes that a trace has throughout, without the batch: that is met later."""
+    values = {value.storage: value for value in trace.values if value.category == "input"}
+    return trace.fixed - sum(value.nbytes for value in values.values() if value.born < 0)

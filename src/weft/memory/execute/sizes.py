@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
+from types import SimpleNamespace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from weft.memory.execute.calls import Look, flat, is_plain
+from weft.memory.execute.backends import Owner
+from weft.memory.execute.calls import Look, flat, is_plain, take_apart
 from weft.memory.execute.facts import Facts
 from weft.memory.private import FakeTensorMode, storage_of, unlogged
 
@@ -26,6 +28,8 @@ __all__ = ["SETTLED", "Size", "Sizes", "signature"]
 SETTLED = 3  # runs after which the seconds of a signature stay as they are (the least seen)
 
 _geometry = itemgetter(3)  # of a look
+_NOBODY = Owner()
+_STRANGER: Any = SimpleNamespace(block=None)  # whatever the tensor
 
 
 @final
@@ -54,6 +58,11 @@ class Size:
         self.seconds = seconds
         self.runs = runs
 
+    @property
+    def taken(self) -> int:
+        """Bytes in all, as far as they are known."""
+        return sum(self.fresh or ()) + self.workspace
+
 
 @final
 class Sizes:
@@ -61,6 +70,11 @@ class Sizes:
 
     def __init__(self) -> None:
         self.known: dict[Any, Size] = {}
+
+    def of(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Size:
+        """The entry of a call, whose tensors are not to be known."""
+        plain, named, looks = take_apart(args, kwargs, _NOBODY, lambda tensor: _STRANGER)
+        return self.look_up(signature(facts, plain, named, looks), facts, args, kwargs)
 
     def look_up(self, key: tuple[Any, ...], facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Size:
         """The entry of a signature (hashable or not); a new one is worked out."""

@@ -41,7 +41,7 @@ def take_over(replay: Replay, online: Online) -> None:
             block.read = True
             blocks[block] = None
         steps.append((step, repeatable))
-    core._count = len(replay.log)
+    core.num_steps = len(replay.log)
     blocks.update(dict.fromkeys(hold.block for hold in replay.owner.holds.values()))
     away = []
     for block in blocks:
@@ -66,7 +66,7 @@ def take_over(replay: Replay, online: Online) -> None:
             if block.evictable:
                 core.evict(block)
             else:
-                core._room(block, None)
+                core.put(block)
     for hold in replay.owner.holds.values():
         if hold.exposed:
             core.pin(hold.block)

@@ -98,7 +98,7 @@ class Tape:
                 continue
             old = self._number(hold)
             draft = self._values[old]
-            draft.dies, draft.hold = index, None
+            draft.dies, draft.category, draft.hold = index, _kind(hold), None
             self._now[id(hold)] = after = len(self._values)
             self._values.append(_Draft(draft.nbytes, draft.storage, index, hold))
             overwrites.append((old, after))

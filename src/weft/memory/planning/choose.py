@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import final
 
-from weft.cluster.units import quantity
+from weft.cluster.units import nbytes_of
 from weft.errors import BudgetError
 from weft.graph.capture import rarely_collecting
 from weft.memory.core.core import MOVE_RATE
@@ -85,7 +85,7 @@ def plan(
         BudgetError: no way is known to run the step within the budget; it names the least budget for which one is.
         ValueError: `budget` is neither a number of bytes nor text that says one; a policy is unknown.
     """
-    limit = _bytes(budget)
+    limit = None if budget is None else nbytes_of(budget, "budget", least=0)
     names = tuple(policies) if policies is not None else (("pager",) if len(trace.ops) <= MANY else ())
     for name in names:
         pick(name, POLICIES, "policy")
@@ -105,7 +105,7 @@ def frontier(trace: Trace, budgets: Iterable[int | str], **options: object) -> l
     Args:
         options: as for `plan`.
     """
-    limits = [_bytes(budget) or 0 for budget in budgets]
+    limits = [nbytes_of(budget, "budget", least=0) for budget in budgets]
     plans: dict[int, MemoryPlan | None] = {}
     best: MemoryPlan | None = None
     for limit in sorted(set(limits)):
@@ -126,18 +126,6 @@ def least(trace: Trace, tier: Tier | None = None) -> int:
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------------
-
-
-def _bytes(budget: int | str | None) -> int | None:
-    if budget is None:
-        return None
-    try:
-        limit = quantity(budget, "bytes")
-        if not 0 <= limit < float("inf"):
-            raise ValueError(f"must be a number of bytes >= 0, got {budget!r}")
-    except ValueError as error:
-        raise ValueError(f"budget: {error}") from None
-    return int(limit)
 
 
 @final

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.cluster.units import nbytes_of
 from weft.memory.tiers.dense import flat, flat_like
 from weft.memory.tiers.elementwise import Elementwise
 from weft.memory.tiers.generators import random_state, restore_random
@@ -34,7 +35,7 @@ from weft.memory.tiers.peers import Peers
 from weft.memory.tiers.resume import open_states
 from weft.memory.tiers.states import States
 from weft.memory.tiers.whole import Layout, packed, replace, unpacked
-from weft.memory.tiers.workplace import Workplace, nbytes_of
+from weft.memory.tiers.workplace import Workplace
 
 __all__ = ["DiskOptimizer"]
 

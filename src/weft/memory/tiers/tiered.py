@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.cluster.units import nbytes_of
 from weft.memory import private
 from weft.memory.tiers.activations import Activations
 from weft.memory.tiers.backward import Backward
@@ -49,7 +50,7 @@ from weft.memory.tiers.stepping import Steps
 from weft.memory.tiers.store import Store, Tiers
 from weft.memory.tiers.updates import Updates
 from weft.memory.tiers.whole import assign
-from weft.memory.tiers.workplace import Workplace, nbytes_of
+from weft.memory.tiers.workplace import Workplace
 
 __all__ = ["Tiered", "Tiers"]
 

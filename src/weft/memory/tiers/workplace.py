@@ -5,22 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from weft.cluster.units import quantity
 from weft.memory.tiers.files import Disk, Place, describe
 from weft.memory.tiers.manifest import Lock
 
-__all__ = ["Workplace", "nbytes_of"]
-
-
-def nbytes_of(size: int | str, what: str) -> int:
-    """Bytes of a size as people write it ("16 MiB", "16MiB", 16777216)."""
-    try:
-        number = quantity(size, "bytes")
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    if number < 1:
-        raise ValueError(f"{what} must be at least 1 byte, got {size!r}")
-    return int(number)
+__all__ = ["Workplace"]
 
 
 class Workplace:

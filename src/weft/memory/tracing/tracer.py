@@ -199,10 +199,10 @@ def _real(step: _Step, where: _Place, costs: Any) -> Trace:
     with Untouched(step.model, step.optimizer) as untouched, _no_collection():
         for parameter in step.model.parameters():
             parameter.grad = None
-        if step.optimizer is not None and not step.optimizer.state:
-            with Recorder(step.model, before_write=untouched.before_write):
-                step.warm(step.optimizer)
         for _ in range(REPEATS if timed else 1):
+            if step.optimizer is not None and not step.optimizer.state:  # rewound, it has none again
+                with Recorder(step.model, before_write=untouched.before_write):
+                    step.warm(step.optimizer)
             recorder = Recorder(
                 step.model,
                 inputs=list(zip(step.paths, step.leaves, strict=True)),
