@@ -14,14 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from weft.comm.automatic import auto
-from weft.comm.codecs.low_rank import LowRank
-from weft.comm.codecs.plain import Cast
-from weft.comm.codecs.top_k import TopK
-from weft.comm.ddp import attach
-from weft.comm.exchange import Exchange
-from weft.comm.memories.error_feedback import ErrorFeedback
-from weft.comm.memories.momentum_correction import MomentumCorrection
+from weft.comm import Cast, ErrorFeedback, Exchange, LowRank, MomentumCorrection, TopK, attach, auto
 from weft.nn import GPT, GPTOptions
 
 EXCHANGES = {

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from weft.comm.ddp import attach
-from weft.comm.presets import dgc
+from weft.comm import attach, dgc
 from weft.tasks import language_model
 
 

@@ -14,11 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from weft.comm.codecs import TopK
-from weft.comm.controllers import LayerwiseBudget
-from weft.comm.ddp import attach
-from weft.comm.exchange import Exchange
-from weft.comm.memories import ErrorFeedback
+from weft.comm import ErrorFeedback, Exchange, LayerwiseBudget, TopK, attach
 
 DENSITIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 

@@ -13,10 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from weft.comm.codecs import Quantise
-from weft.comm.exchange import Exchange
-from weft.comm.masha import MASHA
-from weft.comm.topology import AllGather
+from weft.comm import MASHA, AllGather, Exchange, Quantise
 
 
 def main() -> None:

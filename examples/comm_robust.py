@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from weft.comm import NNM, Flag, Krum, Mean, TrimmedMean, attach_peer
 from weft.comm.attacks import SignFlip
-from weft.comm.peer import attach_peer
-from weft.comm.rules import NNM, Flag, Krum, Mean, TrimmedMean
 
 TRUTH = torch.randn(10, 20, generator=torch.Generator().manual_seed(0))
 

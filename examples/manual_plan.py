@@ -14,7 +14,6 @@ import torch
 
 import weft
 from weft.nn import GPT, GPTOptions
-from weft.placement import Shard
 
 
 def main() -> None:
@@ -31,7 +30,7 @@ def main() -> None:
         "data parallel": weft.Plan.manual(model, batch, cluster=cluster, strategy="dp"),
         "tensor parallel": weft.Plan.manual(model, batch, cluster=cluster, strategy="tp"),
         "ZeRO-3": weft.Plan.manual(model, batch, cluster=cluster, strategy="zero-3"),
-        "split vocabulary": weft.Plan.manual(model, batch, cluster=cluster, parameters={"embed.weight": Shard(0)}),
+        "split vocabulary": weft.Plan.manual(model, batch, cluster=cluster, parameters={"embed.weight": weft.Shard(0)}),
         "what weft finds": weft.plan(model, batch, cluster=cluster),
     }
     for name, plan in plans.items():

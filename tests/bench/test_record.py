@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from weft.bench import report
-from weft.bench.harness import run_system
+from weft.bench.harness import judged_anew, run_system
 from weft.bench.meters import loopback_bytes, tensor_bytes
-from weft.bench.record import commit, find_records, machine, read_record, versions, write_record
-from weft.bench.system import Claim, Row, System, value
+from weft.bench.record import (
+    check_committed,
+    commit,
+    differing,
+    find_records,
+    machine,
+    read_record,
+    versions,
+    write_record,
+)
+from weft.bench.system import Claim, Results, Row, System, constants, ratio, value
 
 SYSTEM = System(
     name="oneflow", title="T", paper="arXiv:1", solves="s", use=("weft.plan",), baselines=(),
@@ -43,6 +55,153 @@ def test_facts(record):
     assert {"python", "torch"} <= set(versions())
     assert isinstance(commit(), str)
     assert record["date"].count("-") == 2
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A committed repository with a package in it; its root and the package's folder."""
+    sources = tmp_path / "src" / "weft"
+    sources.mkdir(parents=True)
+    for path in (sources / "__init__.py", tmp_path / "README.md"):
+        path.write_text("\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "x")
+    return tmp_path, sources
+
+
+def git(folder, *words):
+    who = ["-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True, timeout=60)
+
+
+def test_records_are_of_committed_code(repository):
+    root, sources = repository
+    clean = check_committed(root / "benchmarks", sources)
+    assert len(clean) == 10
+    (root / "README.md").write_text("changed\n")
+    assert differing(sources=sources) == ["README.md"] and commit(sources=sources) == clean + "+"
+    with pytest.raises(ValueError, match=r"README\.md differs .*commit or stash first"):
+        check_committed(root / "benchmarks", sources)
+    (sources / "__init__.py").write_text("changed = 1\n")
+    with pytest.raises(ValueError, match=r"README\.md, src/weft/__init__\.py differ from"):
+        check_committed(root / "benchmarks", sources)
+    git(root, "commit", "-q", "-a", "-m", "y")
+    assert check_committed(root / "benchmarks", sources) == commit(sources=sources) != clean
+
+
+def test_new_files_count_where_weft_would_import_them(repository):
+    root, sources = repository
+    (root / "scratch.txt").write_text("x")
+    assert differing(sources=sources) == []
+    (sources / "new.py").write_text("x = 1\n")
+    assert differing(sources=sources) == ["src/weft/new.py"]
+
+
+def test_other_records_do_not_count(repository):
+    """A run of several systems writes some before others; they are tracked."""
+    root, sources = repository
+    folder = root / "benchmarks"
+    folder.mkdir()
+    (folder / "a.json").write_text("1")
+    git(root, "add", ".")
+    git(root, "commit", "-q", "-m", "y")
+    (folder / "a.json").write_text("2")
+    assert differing(sources=sources) == ["benchmarks/a.json"]
+    assert check_committed(folder, sources) == commit(folder, sources) and "+" not in commit(folder, sources)
+
+
+def test_outside_a_repository_no_commit_is_named(tmp_path, repository):
+    root, sources = repository
+    installed = root / "site-packages" / "weft"  # within a repository, but not of it
+    installed.mkdir(parents=True)
+    (installed / "__init__.py").write_text("")
+    assert check_committed(root / "benchmarks", installed) == ""
+
+
+def test_where_git_cannot_say_nothing_is_recorded(repository, monkeypatch):
+    root, sources = repository
+    (root / ".git" / "index").write_bytes(b"not an index")
+    monkeypatch.setattr("weft.bench.record._tracked", lambda sources: True)
+    with pytest.raises(ValueError, match="git cannot tell"):
+        check_committed(root / "benchmarks", sources)
+    assert commit(sources=sources) == ""
+
+
+def test_bench_refuses_to_record_changed_files(monkeypatch, tmp_path, capsys):
+    from weft.bench import record as records
+    from weft.cli import main
+
+    ran = []
+    monkeypatch.setattr(records, "differing", lambda *_: ["src/weft/plan.py"])
+    monkeypatch.setattr("weft.cli.catalogue.run_system", lambda *_: ran.append(1))
+    assert main(["bench", "masha", "--record", "--folder", str(tmp_path / "made")]) == 2
+    assert "src/weft/plan.py differs" in capsys.readouterr().err
+    assert not ran and not list(tmp_path.glob("made/*"))
+
+
+def test_claims_are_judged_anew_on_recorded_rows(record):
+    assert judged_anew(record, SYSTEM) == record
+    claims = (
+        SYSTEM.claims[0],
+        Claim("c", ratio("x", "m", "m"), at_least=2),
+        Claim("d", value("never", "m"), at_least=1),
+    )
+    judged = judged_anew(record, dataclasses.replace(SYSTEM, claims=claims))
+    assert [(c["text"], c["value"], c["met"]) for c in judged["claims"]] == [
+        ("a", 0.5, True), ("c", 1.0, False), ("d", None, False)
+    ]  # fmt: skip
+    assert judged["judged"] == record["date"] and judged["rows"] == record["rows"]
+
+
+def test_records_are_brought_up_to_date_without_a_run(record, tmp_path, capsys):
+    folder = tmp_path / "benchmarks"
+    path = write_record(record, folder)
+    gone = write_record({**record, "system": "gone"}, folder)
+    before = gone.read_text()
+    assert report.reevaluate(folder) == [path]
+    assert [c["text"] for c in read_record(path)["claims"]] == [c.text for c in report.entry("oneflow")[0].claims]
+    assert not any(c["met"] for c in read_record(path)["claims"])
+    assert gone.read_text() == before and "no system gone" in capsys.readouterr().err
+    assert report.reevaluate(folder) == []
+
+
+def test_recorded_claims_are_what_their_rows_say():
+    folder = Path(__file__).parents[2] / "benchmarks"
+    for recorded in find_records(folder):
+        assert judged_anew(recorded, report.entry(recorded["system"])[0]) == recorded, (
+            f"{recorded['system']}: run python -m weft.bench.report --reevaluate"
+        )
+
+
+def test_a_seed_without_a_number_leaves_none():
+    rows = [Row.from_dict({"method": "m", "x": x}) for x in (1.0, None, 3.0)]
+    assert math.isnan(Results(rows)["m", "x"])
+
+
+def test_settings_are_the_constants_of_the_code(record):
+    assert record["settings"]["weft.bench.systems.placement.oneflow"] == {"ROUNDS": 12}
+    assert constants("weft.bench.unlike_clients")["DRAWS"] == 3
+    assert "TARGET" in constants("weft.bench.unlike_clients") and "RIVAL" not in constants("weft.bench.stragglers")
+    assert constants("weft.bench.robust_peers:Peers")["steps"] == 300
+    for system in report.every_system():
+        assert all(constants(place) for place in system.settings), system.name
+
+
+def test_a_page_tells_commit_repeats_and_what_belongs_beside(record, tmp_path, monkeypatch):
+    system = dataclasses.replace(
+        SYSTEM, repeats="x is a mean of three", beside=lambda r: [f"x is {r['m', 'x']}, of {r.methods}"]
+    )
+    added = [{"what": "n", "date": "2026-02-01", "commit": ""}]
+    write_record({**record, "commit": "0123456789+", "judged": "2026-03-01", "added": added}, tmp_path)
+    monkeypatch.setattr(report, "every_system", lambda: [system])
+    page = report.systems_page(tmp_path)
+    assert (
+        "commit 0123456789 with changes; 1 run, in which x is a mean of three; n added 2026-02-01, no commit known;"
+        in page
+    )
+    assert "claims judged anew on these rows 2026-03-01:" in page
+    assert "- x is 0.5, of ['m']" in page
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"system": "x"}', "\x00"])

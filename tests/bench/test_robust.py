@@ -10,10 +10,10 @@ import torch
 
 from weft.bench import byzfl_rules
 from weft.bench.robust import LENGTH, Digits, Server, accuracy, gradients, start
-from weft.bench.robust_peers import MIXES, Peers, nearest_to_own, trimmed
+from weft.bench.robust_peers import ENTRYWISE, MIXES, Peers, nearest_to_own, rules_for, trimmed
 from weft.bench.robust_speed import flag_by_svd, messages
 from weft.comm.attacks import LabelFlip, SignFlip, TwoFaced
-from weft.comm.rules import Flag, Mean, NearestToOwn, TrimmedMean
+from weft.comm.rules import Bulyan, Flag, Krum, Mean, Median, MultiKrum, NearestToOwn, TrimmedMean
 
 pytest.importorskip("sklearn")
 
@@ -68,6 +68,27 @@ def test_peer_rules_are_the_librarys():
     assert torch.all(weights[0, [0, 1, 2, 3, 5, 6, 7, 8], 4] == 0) and weights[0, 4, 4] > 0
 
 
+@pytest.mark.parametrize("f", [0, 1, 2])
+def test_server_rules_among_peers_are_the_librarys(f):
+    """Every peer combines what it has got itself, which is another set for each."""
+    peers, g = Peers(workers=14, seeds=(0, 1)), torch.Generator().manual_seed(f)
+    x = torch.randn(2, 14, 40, generator=g)
+    x[:, 13] *= 30
+    got = peers._received(2, 14 - f, f, g)
+    library = {"krum": Krum(f, spare=1), "multi_krum": MultiKrum(f, spare=1), "median": Median(), "bulyan": Bulyan(f)}
+    for name, rule in library.items():
+        found = peers._combine(name, x, got, f)
+        for seed in range(2):
+            for own in range(14 - f):
+                expected = rule(x[seed, got[seed, own] > 0])
+                torch.testing.assert_close(found[seed, own], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rules_run_where_they_have_enough_vectors():
+    assert set(rules_for(2)) == {*MIXES, *ENTRYWISE}
+    assert set(rules_for(3)) == {*MIXES, *ENTRYWISE} - {"bulyan"}
+
+
 def test_peers_receive_the_first_and_all_lies():
     peers = Peers(seeds=(0, 1))
     got = peers._received(2, 13, 2, torch.Generator().manual_seed(0))
@@ -76,8 +97,8 @@ def test_peers_receive_the_first_and_all_lies():
 
 
 def test_every_peer_rule_runs():
-    found = Peers(steps=2, beta=0.9, seeds=(0,)).run(list(MIXES), 2, TwoFaced())
-    assert set(found) == set(MIXES)
+    found = Peers(steps=2, beta=0.9, seeds=(0,)).run(rules_for(2), 2, TwoFaced())
+    assert set(found) == {*MIXES, *ENTRYWISE}
     assert all(worst <= mean for runs in found.values() for mean, worst in runs)
 
 

@@ -142,15 +142,3 @@ def test_importing_the_package_imports_no_torch_and_no_solver():
 
     code = "import sys, weft.cluster; sys.exit(any(m in sys.modules for m in ('torch', 'scipy', 'highspy')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
-
-
-@pytest.mark.parametrize("name", ["costs", "device", "topology", "units"])
-def test_the_examples_in_docstrings(name):
-    import doctest
-    import importlib
-
-    import weft.cluster
-
-    for module in (importlib.import_module(f"weft.cluster.{name}"), weft.cluster):
-        found = doctest.testmod(module)
-        assert found.attempted > 0 and found.failed == 0

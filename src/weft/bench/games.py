@@ -36,6 +36,9 @@ __all__ = ["bilinear", "generative", "over_links", "proven_rate", "robust"]
 
 GAP = 1e-6
 UP, DOWN, FINE = Quantise(3, 200, "max"), Quantise(4, 200, "max"), Quantise(8, 200, stochastic=False)
+DENSE_STEPS = (
+    40  # of extragradient without compression, whose bytes are the budget of training under attack and of the GAN
+)
 COINS = 3  # draws of the coin over which a stochastic method's bytes are averaged
 
 
@@ -274,7 +277,7 @@ def _spend(
 CODED = Quantise(4, 512, "max")
 
 
-def robust(seed: int, workers: int = 4, dense_steps: int = 40) -> Iterator[Row]:
+def robust(seed: int, workers: int = 4, dense_steps: int = DENSE_STEPS) -> Iterator[Row]:
     """Robust accuracy when dense extragradient has made `dense_steps` steps; each method at the best of the same step sizes."""
     digits = Digits.load(workers, seed, rows=150)
     z = layers((64, 64, 10), seed)
@@ -298,7 +301,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
 
 
-def generative(seed: int, workers: int = 4, dense_steps: int = 40, noise: int = 16) -> Iterator[Row]:
+def generative(seed: int, workers: int = 4, dense_steps: int = DENSE_STEPS, noise: int = 16) -> Iterator[Row]:
     """Energy distance of a GAN's samples to held-out digits, when dense extragradient-Adam has made `dense_steps` steps."""
     digits = Digits.load(workers, seed, rows=200)
     z = {**layers((noise, 64, 64), seed, "make."), **layers((64, 64, 1), seed + 1, "judge.")}

@@ -1,25 +1,28 @@
 """Run a catalogue entry: its `run(seed)` for some seeds, its claims on the medians, one record and one table.
 
-run over seeds, judge the claims    `run_system`
-the table for people                `render`
+run over seeds, judge the claims              `run_system`
+judge the claims anew on a record's rows      `judged_anew`
+the table for people                          `render`
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weft.bench import record
-from weft.bench.system import Results, Row, System
+from weft.bench.system import Results, Row, System, constants
 from weft.pages import COLOURS, Line, chart
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["Judged", "Outcome", "judge", "render", "run_system"]
+__all__ = ["Judged", "Outcome", "judge", "judged_anew", "render", "run_system", "settings"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Judged:
     bound: str
     number: float
     met: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"text": self.text, "bound": self.bound, "value": _finite(self.number), "met": self.met}
 
 
 @dataclass(frozen=True)
@@ -58,27 +64,51 @@ class Outcome:
         across, up = self.system.axes or ("", "")
         return chart(list(lines.values()), self.system.name, self.system.title, across, up, log=True)
 
-    def to_record(self) -> dict[str, Any]:
-        """The JSON value that `benchmarks/` keeps. What was not measured, or not reached (infinite seconds), is null."""
+    def to_record(self, commit: str | None = None) -> dict[str, Any]:
+        """The JSON value that `benchmarks/` keeps. What was not measured, or not reached (infinite seconds), is null.
+
+        `commit`: of the code that ran, if it was asked for before; the files may have changed since.
+        """
         return {
             "system": self.system.name,
             "paper": self.system.paper,
             "date": record.today(),
-            "commit": record.commit(),
+            "commit": record.commit() if commit is None else commit,
             "machine": record.machine(),
             "versions": record.versions(),
             "seeds": list(self.seeds),
+            "settings": settings(self.system),
             "seconds": round(self.seconds, 1),
             "rows": [{key: _finite(value) for key, value in row.to_dict().items()} for row in self.results.rows],
-            "claims": [
-                {"text": c.text, "bound": c.bound, "value": _finite(c.number), "met": c.met} for c in self.claims
-            ],
+            "claims": [claim.to_dict() for claim in self.claims],
         }
 
 
 def _finite(value: Any) -> Any:
     """None for NaN and infinities, which are no JSON."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def settings(system: System) -> dict[str, Any]:
+    """What a run of the system is set to, by where it stands: constants of its modules, and threads as the environment says."""
+    from weft.bench import CATALOGUE
+
+    own = (CATALOGUE[system.name],) if system.name in CATALOGUE else ()
+    found = {place: held for place in (*own, *system.settings) if (held := constants(place))}
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        found["environment"] = {"OMP_NUM_THREADS": threads}
+    plain: dict[str, Any] = json.loads(json.dumps(found))  # as it will be read: tuples are lists
+    return plain
+
+
+def judged_anew(found: dict[str, Any], system: System) -> dict[str, Any]:
+    """A record with the claims that the system has now, on the rows that were recorded. Nothing is measured.
+
+    It says when that was, unless nothing has changed: `judged` is the day.
+    """
+    results = Results(Row.from_dict(row) for row in found["rows"])
+    claims = [claim.to_dict() for claim in judge(system, results)]
+    return found if claims == found["claims"] else {**found, "claims": claims, "judged": record.today()}
 
 
 def judge(system: System, results: Results) -> tuple[Judged, ...]:
@@ -138,4 +168,4 @@ def render(outcome: Outcome) -> Group:
     for claim in outcome.claims:
         verdict = "[green]met[/]" if claim.met else "[red]missed[/]"
         claims.add_row(claim.text, claim.bound, f"{claim.number:.4g}", verdict)
-    return Group(rows, claims)
+    return Group(rows, claims, *outcome.system.said_beside(outcome.results))

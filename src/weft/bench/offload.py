@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ __all__ = [
     "links",
     "mapped",
     "peak",
+    "predicted",
     "raw",
     "raw_reader",
     "reader",
@@ -70,6 +71,19 @@ def _numel(problem: Problem) -> int:
 
 
 # ---- weft
+
+
+def predicted(rates: Mapping[str, float], compute: float, overlap: bool, **sizes: int) -> float:
+    """Seconds of a step of `tiered`, from the disk's rates (`read` and `write`) and the seconds of computing alone.
+
+    `sizes` are those of `gpt_wide`.
+    """
+    from weft.memory.tiers import Room, Tiers, traffic
+
+    tiers = Tiers("disk", "host" if overlap else "disk", "disk")
+    moved = traffic(tiers, 4 * _numel(gpt_wide(**sizes)), reused=overlap)
+    disk = Room(float("inf"), rates["read"], rates["write"])
+    return moved.seconds(compute, {"disk": disk}, overlapped=overlap)
 
 
 @contextlib.contextmanager

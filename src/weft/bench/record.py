@@ -1,7 +1,10 @@
 """Recorded results: one JSON file per system and machine in `benchmarks/`, with what is needed to read the numbers later.
 
 A record holds the rows of every seed, the claims with their values, the machine (processor, cores, memory, accelerator; never a
-host name), versions, the date and the commit. README and `docs/systems.md` are written from these files alone (`report`).
+host name), versions, settings, the date and the commit. README and `docs/systems.md` are written from these files (`report`).
+`added` lists rows that a later run of a part brought, with its date and commit; `judged` is the day when claims were judged anew.
+
+The commit must be that of the code that ran: `check_committed` refuses a working tree that differs from it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "find_records", "machine", "read_record", "record_path", "versions", "write_record"]
+__all__ = [
+    "check_committed", "commit", "differing", "find_records", "machine", "read_record", "record_path", "versions", "write_record",
+]  # fmt: skip
 
 PACKAGES = ("torch", "numpy", "scipy", "highspy", "transformers", "weft")
 
@@ -57,17 +62,75 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """Short hash of the checked-out commit, with `+` if tracked files differ from it; "" outside a repository."""
+SOURCES = Path(__file__).parents[1]  # of weft
 
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=20, check=True)
-        return done.stdout.strip()
 
+def _git(*words: str, sources: Path) -> str:
+    done = subprocess.run(["git", "-C", str(sources), *words], capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout
+
+
+def _tracked(sources: Path) -> bool:
+    """Whether a repository holds these sources of weft; not if they only lie in one, as an installed package may."""
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return bool(_git("ls-files", "--error-unmatch", "__init__.py", sources=sources))
     except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def differing(records: Path | None = None, sources: Path = SOURCES) -> list[str]:
+    """Files by which the working tree that weft runs from differs from its commit: tracked ones, and new ones among weft's own.
+
+    Args:
+        records: a folder that does not count, where records are written.
+        sources: the folder of the package `weft`.
+    Raises:
+        subprocess.SubprocessError: git cannot say.
+    """
+    if not _tracked(sources):
+        return []
+    top = _git("rev-parse", "--show-toplevel", sources=sources).strip()
+    status = _git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", sources=sources)
+    found = [(entry[:2], entry[3:]) for entry in status.split("\0") if entry]
+    apart = None if records is None else records.resolve()
+    return [
+        name
+        for kind, name in found
+        if not (apart is not None and Path(top, name).resolve().is_relative_to(apart))
+        if kind != "??" or Path(top, name).resolve().is_relative_to(sources.resolve())
+    ]
+
+
+def commit(records: Path | None = None, sources: Path = SOURCES) -> str:
+    """Short hash of the commit that weft runs from, with `+` if files are `differing`; "" outside a repository."""
+    try:
+        if not _tracked(sources):
+            return ""
+        head = _git("rev-parse", "--short=10", "HEAD", sources=sources).strip()
+        return head + ("+" if differing(records, sources) else "")
+    except subprocess.SubprocessError:
         return ""
+
+
+def check_committed(records: Path, sources: Path = SOURCES) -> str:
+    """The commit, or "" if weft does not run from a repository: its version tells then.
+
+    Raises:
+        ValueError: the working tree differs from it, beyond the folder of records, or git cannot say whether it does.
+    """
+    try:
+        changed = differing(records, sources)
+    except subprocess.SubprocessError as error:
+        raise ValueError(
+            f"a record names the commit whose code made its numbers, and git cannot tell it: {error}"
+        ) from error
+    if changed:
+        some = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        raise ValueError(
+            f"a record names the commit whose code made its numbers, and {some} differ{'s' * (len(changed) == 1)} from the "
+            "checked-out one; commit or stash first (or leave --record out to see the numbers only)"
+        )
+    return commit(records, sources)
 
 
 def record_path(record: dict[str, Any], folder: Path) -> Path:

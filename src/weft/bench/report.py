@@ -1,6 +1,7 @@
 """The generated parts of the documentation: README's table of numbers and docs/systems.md, from the records in `benchmarks/`.
 
-    python -m weft.bench.report     (or `make docs`)
+    python -m weft.bench.report                  (or `make docs`)
+    python -m weft.bench.report --reevaluate     after a claim has changed: judge all records' rows anew first, without a run
 
 README has a line per system and what is missed, docs/systems.md every claim. No number is typed by hand: a test compares both
 with the records.
@@ -8,15 +9,18 @@ with the records.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from weft.bench import every_system
-from weft.bench.record import find_records, record_path
-from weft.bench.system import System
+from weft.bench import CATALOGUE, entry, every_system
+from weft.bench.harness import judged_anew
+from weft.bench.record import find_records, record_path, write_record
+from weft.bench.system import Results, Row, System
 
-__all__ = ["main", "numbers", "readme_with", "systems_page"]
+__all__ = ["main", "numbers", "readme_with", "reevaluate", "systems_page"]
 
 BEGIN, END = "<!-- numbers: begin (make docs) -->", "<!-- numbers: end -->"
 
@@ -55,14 +59,26 @@ def _measured(claim: dict[str, Any]) -> str:
     return "not measured" if claim["value"] is None else f"{claim['value']:.3g}"
 
 
-def _setting(record: dict[str, Any]) -> str:
-    """Where and when a record was made."""
+def _setting(system: System, record: dict[str, Any]) -> str:
+    """Where, when and from which commit a record was made, and how often it was measured."""
     machine, versions = record["machine"], record["versions"]
     processor = " ".join(machine["processor"].replace("(R)", "").replace("(TM)", "").split())
     setting = f"{processor}, {machine['cores']} cores, {round(machine['memory'] / 2**30)} GiB"
     setting += f", {len(machine['accelerators'])} × {machine['accelerators'][0]}" if machine["accelerators"] else ""
     count = len(record["seeds"])
-    return f"{setting}; torch {versions['torch']}, {record['date']}, {count} seed{'s' if count > 1 else ''}"
+    often = f"medians of {count} seeds" if count > 1 else "1 run" if system.repeats else "1 seed"
+    often += f", in which {system.repeats}" if system.repeats else ""
+    setting += f"; torch {versions['torch']}, {record['date']}, {_commit(record['commit'])}; {often}"
+    for later in record.get("added", ()):
+        setting += f"; {later['what']} added {later['date']}, {_commit(later['commit'])}"
+    return setting + (f"; claims judged anew on these rows {record['judged']}" if "judged" in record else "")
+
+
+def _commit(name: str) -> str:
+    """The commit of a record in words; `+` is what `record.commit` says of changed files."""
+    if not name:
+        return "no commit known"
+    return f"commit {name.removesuffix('+')}{' with changes' if name.endswith('+') else ''}"
 
 
 def _claims(system: System, record: dict[str, Any] | None) -> list[str]:
@@ -70,7 +86,7 @@ def _claims(system: System, record: dict[str, Any] | None) -> list[str]:
     if record is None:
         return ["| claim | bound |", "| --- | --: |", *(f"| {claim.text} | {claim.bound} |" for claim in system.claims)]
     return [
-        f"Measured on {_setting(record)}:",
+        f"Measured on {_setting(system, record)}:",
         "",
         "| claim | bound | measured | |",
         "| --- | --: | --: | --- |",
@@ -78,7 +94,14 @@ def _claims(system: System, record: dict[str, Any] | None) -> list[str]:
             f"| {claim['text']} | {claim['bound']} | {_measured(claim)} | {'met' if claim['met'] else '**missed**'} |"
             for claim in record["claims"]
         ),
+        *_beside(system, record),
     ]
+
+
+def _beside(system: System, record: dict[str, Any]) -> list[str]:
+    """Markdown: what the entry says beside its numbers."""
+    said = system.said_beside(Results(Row.from_dict(row) for row in record["rows"]))
+    return ["", *(f"- {sentence}" for sentence in said)] if said else []
 
 
 def _picture(folder: Path, system: System, record: dict[str, Any] | None) -> list[str]:
@@ -140,14 +163,34 @@ def systems_page(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(root: Path | None = None) -> int:
+def reevaluate(folder: Path) -> list[Path]:
+    """Judge the claims of today's catalogue on the rows of every record in the folder; the records that this changed."""
+    changed = []
+    for record in find_records(folder):
+        if record["system"] not in CATALOGUE:
+            print(f"weft: no system {record['system']} in the catalogue; its record stays", file=sys.stderr)
+            continue
+        judged = judged_anew(record, entry(record["system"])[0])
+        if judged != record:
+            changed.append(write_record(judged, folder))
+    return changed
+
+
+def main(root: Path | None = None, arguments: Sequence[str] = ()) -> int:
     """Rewrite the generated parts in the repository at `root` (the current directory)."""
+    parser = argparse.ArgumentParser(
+        "python -m weft.bench.report", description="Write README's numbers, docs/systems.md."
+    )
+    parser.add_argument("--reevaluate", action="store_true", help="judge the claims anew on the recorded rows first")
+    options = parser.parse_args(list(arguments))
     root = root or Path.cwd()
     readme = root / "README.md"
     if not readme.is_file():
         print(f"weft: no README.md in {root}; run this in the repository", file=sys.stderr)
         return 2
     folder = root / "benchmarks"
+    for path in reevaluate(folder) if options.reevaluate else ():
+        print(f"judged anew: {path.name}")
     readme.write_text(readme_with(readme.read_text(), numbers(folder)))
     (root / "docs" / "systems.md").write_text(systems_page(folder))
     print("wrote README.md and docs/systems.md")
@@ -155,4 +198,4 @@ def main(root: Path | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(arguments=sys.argv[1:]))

@@ -39,6 +39,7 @@ ATTACKS: dict[str, Attack | DataAttack] = {
     "dropped packets": DroppedPackets(0.5),
     "augmentation noise": AugmentationNoise(3.0),
 }
+STEPS = 100  # without faults twice as many
 SEEDS = 3
 BLUNT = ("random x 100", "sign flip x 10")
 
@@ -62,7 +63,7 @@ def rules_for(byzfl: Any, faulty: int) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def server_rows(seed: int, steps: int = 100) -> Iterator[Row]:
+def server_rows(seed: int, steps: int = STEPS) -> Iterator[Row]:
     """One row a setting: mean accuracy over three seeds and its standard error, by rule; twice the steps without faults."""
     settings = []
     for alpha, counts in ((0.5, (0, 1, 2, 3)), (math.inf, (0, 3))):

@@ -5,9 +5,10 @@ gets all attackers' vectors and those of n - 2f - 1 random honest others (the fi
 
     vectors   A (rule, seed, side, n, d): what is sent to receivers of even and of odd number (two-faced attackers)
     a rule    the received set as a mask (rule, seed, h, n), distances to the own vector -> weights W, result W @ A      `MIXES`
-              or entry by entry (trimmed mean) on the gathered vectors
+              or entry by entry on the gathered vectors: trimmed mean, median, Bulyan                              `ENTRYWISE`
 
-The rules are those of weft.comm.rules for many receivers at once; `check_rules` holds them against ByzFL's own.
+The rules are those of weft.comm.rules for many receivers at once; `check_rules` holds them against ByzFL's own. Krum counts
+neighbours as ByzFL's does (`spare = 1`). Bulyan needs 4f + 3 vectors: of the n - f = 12 that come at f = 3 it has too few.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from weft.bench.byzfl_rules import load
 from weft.bench.robust import LENGTH, Digits, accuracy, gradients, side_by_side, start
 from weft.bench.system import Row
 from weft.comm.attacks import Attack, DataAttack, InnerProduct, LabelFlip, LittleIsEnough, Mimic, SignFlip, TwoFaced
-from weft.comm.rules.sorting import sorted_rows
+from weft.comm.rules import sorting
 
-__all__ = ["ATTACKS", "MIXES", "Peers", "check_rules", "peer_rows", "trimmed"]
+__all__ = ["ATTACKS", "ENTRYWISE", "MIXES", "Peers", "check_rules", "peer_rows", "rules_for", "trimmed"]
 
 ATTACKS: dict[str, Attack | DataAttack] = {
     "sign flip x 10": SignFlip(10.0),
@@ -39,6 +40,7 @@ ATTACKS: dict[str, Attack | DataAttack] = {
     "mimic": Mimic(),
     "two-faced": TwoFaced(),
 }
+STEPS = 300
 SEEDS = 3
 
 
@@ -78,29 +80,89 @@ def geometric_median(square: Tensor, got: Tensor, inner: Tensor, f: int) -> Tens
     return weight
 
 
+def _krum_order(inner: Tensor, got: Tensor, neighbours: int) -> Tensor:
+    """Numbers (seed, h, n) from best to worst Krum score among what each peer has got; what it has not comes last."""
+    size = inner.diagonal(dim1=-2, dim2=-1)
+    square = (size[:, :, None] + size[:, None, :] - 2 * inner).clamp(min=0)[:, None]  # (seed, 1, n, n)
+    here = got > 0
+    away = torch.where(here[..., None, :], square, torch.inf)
+    total = torch.where(here, torch.where(here[..., None, :], square, 0.0).sum(-1), torch.inf)
+    away.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    score = torch.where(here, away.sort(-1).values[..., :neighbours].sum(-1), torch.inf)
+    second = total.sort(dim=-1, stable=True).indices  # ties go to the one nearer to all, then to the first
+    return second.gather(-1, score.gather(-1, second).sort(dim=-1, stable=True).indices)
+
+
+def _received_count(got: Tensor) -> int:
+    return int(got[..., 0, :].sum(-1).flatten()[0])
+
+
+def krum(square: Tensor, got: Tensor, inner: Tensor, f: int) -> Tensor:
+    """The one received vector with the most others close by."""
+    best = _krum_order(inner, got, _received_count(got) - f - 1)[..., :1]
+    return torch.zeros_like(got).scatter_(-1, best, 1.0)
+
+
+def multi_krum(square: Tensor, got: Tensor, inner: Tensor, f: int) -> Tensor:
+    """The mean of those of least Krum score, f fewer than there are."""
+    count = _received_count(got)
+    best = _krum_order(inner, got, count - f - 1)[..., : count - f]
+    return torch.zeros_like(got).scatter_(-1, best, 1.0 / (count - f))
+
+
 Mix = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-MIXES: dict[str, Mix | None] = {  # None: entry by entry
+MIXES: dict[str, Mix] = {
     "averaging": average,
     "monna": nearest_to_own,
     "monna_beta_0": nearest_to_own,
     "self_centred_clipping": self_centred_clipping,
     "geometric_median": geometric_median,
-    "trimmed_mean": None,
+    "krum": krum,
+    "multi_krum": multi_krum,
 }
+
+
+def everybody(inner: Tensor, got: Tensor, f: int) -> Tensor:
+    """Numbers (seed, h, q) of all that was received."""
+    return got.sort(dim=-1, descending=True, stable=True).indices[..., : _received_count(got)]
+
+
+def by_krum(inner: Tensor, got: Tensor, f: int) -> Tensor:
+    """Bulyan's choice of 2f fewer, one by one by Krum with scores made anew each time."""
+    left, count, picked = got.clone(), _received_count(got), []
+    for taken in range(count - 2 * f):
+        best = _krum_order(inner, left, max(count - taken - f - 2, 1))[..., :1]
+        picked.append(best)
+        left.scatter_(-1, best, 0.0)
+    return torch.cat(picked, -1).sort(-1).values
 
 
 def trimmed(stack: Tensor, drop: int) -> Tensor:
     """Entry by entry the mean of (q, ...) without the `drop` smallest and largest."""
-    flat = stack.flatten(1)
-    count = len(flat)
-    result = torch.empty_like(flat[0])
-    for begin in range(0, flat.shape[1], 8192):
-        rows = sorted_rows(flat[:, begin : begin + 8192].unbind(0), tuple(range(drop, count - drop)) if drop else ())
-        total = rows[drop].clone()
-        for row in rows[drop + 1 : count - drop]:
-            total += row
-        result[begin : begin + 8192] = total / (count - 2 * drop)
-    return result.view_as(stack[0])
+    return sorting.trimmed_mean(stack.flatten(1), drop).view_as(stack[0])
+
+
+def median(stack: Tensor, f: int) -> Tensor:
+    """Entry by entry the median of (q, ...)."""
+    return sorting.median(stack.flatten(1)).view_as(stack[0])
+
+
+def near_median(stack: Tensor, f: int) -> Tensor:
+    """Entry by entry the mean of (q, ...) without the 2f farthest from the median."""
+    return sorting.mean_near_median(stack.flatten(1), 2 * f).view_as(stack[0])
+
+
+Choice = Callable[[Tensor, Tensor, int], Tensor]
+ENTRYWISE: dict[str, tuple[Choice, Callable[[Tensor, int], Tensor]]] = {  # which of the received, what is made of them
+    "trimmed_mean": (everybody, trimmed),
+    "median": (everybody, median),
+    "bulyan": (by_krum, near_median),
+}
+
+
+def rules_for(f: int, workers: int = 15) -> list[str]:
+    """The rules that n - f received vectors are enough for."""
+    return [rule for rule in (*MIXES, *ENTRYWISE) if rule != "bulyan" or workers - f >= 4 * f + 3]
 
 
 @dataclass(frozen=True)
@@ -108,7 +170,7 @@ class Peers:
     """Training among peers; attributes as in `weft.bench.robust.Server`, beta as in MoNNA."""
 
     workers: int = 15
-    steps: int = 300
+    steps: int = STEPS
     batch: int = 16
     rate: float = 1.0
     beta: float = 0.99
@@ -171,15 +233,15 @@ class Peers:
     def _combine(self, rule: str, vectors: Tensor, got: Tensor, f: int, receivers: slice = slice(None)) -> Tensor:
         """(seed, receivers, d) from what all were sent, (seed, n, d), and who got what, (seed, active, n)."""
         active = got.shape[1]
-        mix = MIXES[rule]
-        if mix is None:
-            members = got.sort(dim=-1, descending=True, stable=True).indices[:, receivers, : int(got[0, 0].sum())]
-            return torch.stack([trimmed(v[m.T], f) for v, m in zip(vectors, members, strict=True)])
         centred = vectors - vectors[:, :1]  # inner products about one of them: distances lose no digits
         inner = (centred @ centred.transpose(-1, -2)).double()
+        if rule in ENTRYWISE:
+            choose, combine = ENTRYWISE[rule]
+            members = choose(inner, got, f)[:, receivers]
+            return torch.stack([combine(v[m.T], f) for v, m in zip(vectors, members, strict=True)])
         size = inner.diagonal(dim1=-2, dim2=-1)
         square = (size[:, :, None] + size[:, None, :] - 2 * inner).clamp(min=0)
-        weights = mix(square[:, :active], got, inner, f)[:, receivers]
+        weights = MIXES[rule](square[:, :active], got, inner, f)[:, receivers]
         return weights.float() @ vectors
 
     def _received(self, repeat: int, active: int, f: int, generator: torch.Generator) -> Tensor:
@@ -208,6 +270,9 @@ def check_rules(f: int = 2, count: int = 13) -> float:
             ("monna", byzfl.MoNNA(f, idx=own)),
             ("trimmed_mean", byzfl.TrMean(f)),
             ("geometric_median", byzfl.GeometricMedian(nu=1e-6, T=200)),
+            ("krum", byzfl.Krum(f)),
+            ("multi_krum", byzfl.MultiKrum(f)),
+            ("median", byzfl.Median()),
         ):
             ours = peers._combine(rule, x, got, f)[0, own]
             expected = torch.from_numpy(np.asarray(theirs(x[0].double().numpy()))).float()
@@ -216,7 +281,7 @@ def check_rules(f: int = 2, count: int = 13) -> float:
     return worst
 
 
-def peer_rows(seed: int, steps: int = 300) -> Iterator[Row]:
+def peer_rows(seed: int, steps: int = STEPS) -> Iterator[Row]:
     """One row a setting: mean accuracy over peers and seeds, its standard error, and the worst honest peer's, by rule."""
     print(f"peer rules against ByzFL's: relative difference {check_rules():.1e}", file=sys.stderr)
     settings = []
@@ -234,7 +299,7 @@ def peer_rows(seed: int, steps: int = 300) -> Iterator[Row]:
 
 def _measured(seed: int, steps: int, alpha: float, f: int, name: str, attack: Attack | DataAttack | None) -> Row:
     seeds = tuple(range(SEEDS * seed, SEEDS * (seed + 1)))
-    found = Peers(alpha=alpha, steps=steps, seeds=seeds).run(list(MIXES), f, attack)
+    found = Peers(alpha=alpha, steps=steps, seeds=seeds).run(rules_for(f), f, attack)
     return _row(f"{name}, f = {f}, alpha = {alpha:g}", found)
 
 

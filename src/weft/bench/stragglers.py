@@ -96,6 +96,7 @@ def replays(seed: int) -> Iterator[Row]:
                 m_sgc_against_gc=seconds["MSGC"] / seconds["GC"],
                 m_sgc_against_gc_cyclic=seconds["MSGC"] / seconds["GCcyclic"],
                 fit_load=chosen[0][1].load,
+                fit_seconds=seconds[type(chosen[0][1]).__name__],
                 **fitted,
             )
 

@@ -4,20 +4,23 @@
     Claim     a number computed from the rows, with the bound it must keep
     Row       what one method measured in one run
     Results   rows by method, medians over seeds: what claims read
+    constants the settings of a run that stand in the code: what records keep of them
 
 Nothing here imports torch, so that `weft systems` lists the catalogue at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Claim", "Results", "Row", "System", "difference", "ratio", "value"]
+__all__ = ["Claim", "Results", "Row", "System", "constants", "difference", "ratio", "value"]
 
 Measure = Callable[["Results"], float]
 
@@ -41,6 +44,12 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.method, **self.values}
 
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Row:
+        """The row of a record. What is null there, infinite seconds among it, is NaN here: no claim holds on it."""
+        values = {name: math.nan if number is None else number for name, number in found.items() if name != "method"}
+        return cls(found["method"], **values)
+
 
 class Results:
     """Rows of all seeds: `results[method, measure]` is the median over the seeds."""
@@ -57,8 +66,10 @@ class Results:
         return list(dict.fromkeys(name for row in self.rows for name in row.values))
 
     def get(self, method: str, measure: str) -> float | None:
-        """The median, or None if no row of the method has the measure."""
+        """The median, NaN if a seed's is, or None if no row of the method has the measure."""
         found = [row.values[measure] for row in self.rows if row.method == method and measure in row.values]
+        if any(math.isnan(number) for number in found):
+            return math.nan
         return statistics.median(found) if found else None
 
     def __getitem__(self, key: tuple[str, str]) -> float:
@@ -126,6 +137,10 @@ class System:
         minutes: about how long `run` takes on two cores.
         cite: one line for a bibliography.
         axes: what x and y are of the curves that its rows have; none where there are no curves.
+        repeats: what a run repeats and averages within one seed, as a clause: "accuracies are means of three draws".
+        settings: modules (`weft.bench.games`) and dataclasses (`weft.bench.robust:Server`) whose `constants` are the run's
+            settings, besides those of the entry's own module.
+        beside: sentences that belong beside the numbers, made from the rows: what they were measured on, where it loses.
     """
 
     name: str
@@ -140,9 +155,45 @@ class System:
     cite: str = ""
     keywords: tuple[str, ...] = field(default=())
     axes: tuple[str, str] | None = None
+    repeats: str = ""
+    settings: tuple[str, ...] = ()
+    beside: Callable[[Results], Iterable[str]] | None = None
+
+    def said_beside(self, results: Results) -> list[str]:
+        """The sentences of `beside`; none if the rows that they need are missing."""
+        try:
+            return list(self.beside(results)) if self.beside is not None else []
+        except KeyError:
+            return []
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.name):
             raise ValueError(f"System: name must be lower case words joined by dashes, got {self.name!r}")
         if not self.use or not self.claims or not self.tests:
             raise ValueError(f"System {self.name}: needs at least one name in `use`, one claim and one test file")
+
+
+def constants(place: str) -> dict[str, Any]:
+    """What a module's names in capitals hold, or a dataclass's fields by default: numbers, and tuples and dicts of plain values.
+
+    >>> constants("weft.bench.robust:Server")["workers"]
+    15
+    """
+    module, _, name = place.partition(":")
+    found = importlib.import_module(module)
+    if name:
+        fields = dataclasses.fields(getattr(found, name))
+        return {
+            one.name: one.default for one in fields if _plain(one.default) and one.default is not dataclasses.MISSING
+        }
+    held = {key: value for key, value in vars(found).items() if re.fullmatch(r"[A-Z][A-Z0-9_]*", key)}
+    return {key: value for key, value in held.items() if not isinstance(value, str | bool) and _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    """Whether JSON can hold it."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str | int) and _plain(one) for key, one in value.items())
+    if isinstance(value, tuple | list):
+        return all(_plain(one) for one in value)
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.bench import CATALOGUE, Outcome, Row, System, entry, every_system, render, run_system
-from weft.bench.record import find_records, write_record
+from weft.bench.record import check_committed, commit, find_records, write_record
 from weft.paths import to_folder
 
 __all__ = ["add_bench", "add_systems"]
@@ -43,7 +43,8 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--record",
         action="store_true",
-        help="write the result into --folder as SYSTEM-MACHINE.json, curves beside it as .svg",
+        help="write the result into --folder as SYSTEM-MACHINE.json, curves beside it as .svg; refused where files differ "
+        "from the commit, which the record names",
     )
     command.add_argument(
         "--folder", default="benchmarks", metavar="DIR", help="where records are kept (default benchmarks)"
@@ -85,13 +86,14 @@ def bench(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     if arguments.record:
         to_folder("--folder", folder)
+    at = check_committed(folder) if arguments.record else commit(folder)  # now: files may change while it runs
     outcomes, written = [], []
     for system, run in chosen:
         before = find_records(folder, system.name) if folder.is_dir() else []
         outcome = run_system(system, run, range(arguments.seeds), _progress(system))
         outcomes.append(outcome)
         if arguments.record:
-            record = write_record(outcome.to_record(), folder)
+            record = write_record(outcome.to_record(at), folder)
             written.append(str(record))
             if picture := outcome.picture():
                 record.with_suffix(".svg").write_text(picture)
@@ -99,7 +101,7 @@ def bench(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             _show(outcome, before)
     if arguments.json:
-        print(json.dumps([outcome.to_record() for outcome in outcomes], indent=1))
+        print(json.dumps([outcome.to_record(at) for outcome in outcomes], indent=1))
     for path in written:
         print(f"recorded in {path}", file=sys.stderr)
     return 0 if all(outcome.met for outcome in outcomes) else 1

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from weft.comm.controllers import (
         CONTROLLERS,
         Accordion,
+        BudgetTooSmall,
         LayerwiseBudget,
         Schedule,
         Uniform,
         greedy_layers,
         plan_layers,
+        uniform_layers,
     )
     from weft.comm.ddp import Handle, attach
     from weft.comm.exchange import Exchange
@@ -80,7 +82,11 @@ _HOME = {  # public name -> the module that has it
     **dict.fromkeys(("Arrival", "Combine", "Info"), "combine"),
     "Controller": "controller",
     **dict.fromkeys(
-        ("CONTROLLERS", "Accordion", "LayerwiseBudget", "Schedule", "Uniform", "greedy_layers", "plan_layers"), "controllers"
+        (
+            "CONTROLLERS", "Accordion", "BudgetTooSmall", "LayerwiseBudget", "Schedule", "Uniform", "greedy_layers",
+            "plan_layers", "uniform_layers",
+        ),
+        "controllers",
     ),
     **dict.fromkeys(("Handle", "attach"), "ddp"),
     "Exchange": "exchange",
@@ -104,13 +110,13 @@ _HOME = {  # public name -> the module that has it
 
 __all__ = [
     "ATTACKS", "CODECS", "CONTROLLERS", "MASHA", "MDA", "MEMORIES", "NNM", "RULES", "WAITS",
-    "Accordion", "AllGather", "Arrival", "Bucketing", "Bulyan", "Cast", "CenteredClip", "Codec", "Combine", "Controller",
-    "Decision", "ErrorFeedback", "Exchange", "Flag", "GeometricMedian", "Gossip", "Handle", "Identity", "Info", "Krum",
-    "LayerwiseBudget", "LinearCodec", "LowRank", "Mean", "Meamed", "Median", "Memory", "MoNNA", "MomentumCorrection",
+    "Accordion", "AllGather", "Arrival", "Bucketing", "BudgetTooSmall", "Bulyan", "Cast", "CenteredClip", "Codec", "Combine",
+    "Controller", "Decision", "ErrorFeedback", "Exchange", "Flag", "GeometricMedian", "Gossip", "Handle", "Identity", "Info",
+    "Krum", "LayerwiseBudget", "LinearCodec", "LowRank", "Mean", "Meamed", "Median", "Memory", "MoNNA", "MomentumCorrection",
     "MultiKrum", "NearestToOwn", "NoMemory", "NormEqualisedMean", "Peer", "Quantise", "RandK", "Report", "Ring",
     "ScalarSeed", "ScatterGather", "Schedule", "SharedRandK", "Shift", "Sign", "Spec", "Star", "Task", "TopK", "Topology",
     "TrimmedMean", "Uniform", "Wait",
-    "attach", "attach_peer", "auto", "dgc", "greedy_layers", "plan_layers",
+    "attach", "attach_peer", "auto", "dgc", "greedy_layers", "plan_layers", "uniform_layers",
 ]  # fmt: skip
 
 

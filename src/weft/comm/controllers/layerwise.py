@@ -27,6 +27,7 @@ from torch import Tensor
 
 from weft.comm.codec import Codec, Setting, Spec
 from weft.comm.controller import Controller, Total, alone
+from weft.errors import WeftError
 
 __all__ = ["BudgetTooSmall", "Choose", "LayerwiseBudget", "plan_layers"]
 
@@ -38,7 +39,7 @@ Choose = Callable[
 FRONT = 20_000  # points up to which the exact front is followed; reached by hundreds of layers at most
 
 
-class BudgetTooSmall(ValueError):
+class BudgetTooSmall(WeftError, ValueError):
     """No choice of settings keeps the budget; `need` is the least total that there is, `have` the budget."""
 
     def __init__(self, need: float, have: float):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from weft.bench.system import Claim, Results, Row, System, ratio, value
+from weft.bench.system import Claim, Measure, Results, Row, System, ratio, value
 
 __all__ = ["SYSTEM", "run"]
 
@@ -23,16 +23,27 @@ EQUAL = "quadratics, {}, equal"
 SHOWN = ("asynchronous", "FedFix(0.2)", "FedFix(0.5)")  # closed forms of the surrogate's weights
 
 
+AUTO = "FedFix(auto)"  # its clock is chosen from the clients' times, before the run
+BUFFERS = ("FedBuff(5)", "FedBuff(10)")  # as published: d = 1/c
+CLOCKS = "FedFix with the best of 4 clocks, picked afterwards"
+
+
 def best(results: Results) -> str:
-    """FedFix with the clock that gets to the target first and does not pay for it: it ends no higher than FedAvg."""
+    """FedFix with the clock that gets to the target first and does not pay for it: it ends no higher than FedAvg.
+
+    Picked by the rows that it is judged on, of `DELTAS` and `AUTO`.
+    """
     names = [name for name in results.methods if name.startswith("FedFix") and "@" not in name]
     good = [name for name in names if results[name, "final_loss"] <= results["FedAvg", "final_loss"]]
     return min(good or names, key=lambda name: results[name, "seconds_to_loss_1"])
 
 
-def gain(results: Results) -> float:
-    """Time to the loss, tuned FedAvg over the best tuned FedFix."""
-    return results["FedAvg", "seconds_to_loss_1"] / results[best(results), "seconds_to_loss_1"]
+def gain(*baselines: str, clock: str = "") -> Measure:
+    """Time to the loss: the best of tuned baselines over tuned FedFix, with this clock or the best."""
+    return lambda results: (
+        min(results[name, "seconds_to_loss_1"] for name in baselines)
+        / results[clock or best(results), "seconds_to_loss_1"]
+    )
 
 
 def gain_at_equal_speed(results: Results) -> float:
@@ -46,6 +57,8 @@ SYSTEM = System(
     paper="arXiv:2206.10189",
     cite="Fraboni, Vidal, Kameni, Lorenzi, JMLR 24 (110), 2023",
     minutes=9,
+    repeats="times, losses and accuracies are medians over three draws of the problem",
+    settings=("weft.bench.unlike_clients",),
     axes=("virtual seconds", "federated loss"),
     solves="federated or cross-site training where clients differ in speed: no waiting for the slowest, and the right optimum",
     keywords=("federated", "asynchronous", "stragglers", "FedFix", "FedBuff", "FedAvg", "staleness"),
@@ -76,9 +89,12 @@ SYSTEM = System(
             value("bias", EQUAL.format(SHOWN[0])),
             at_least=0.05,
         ),
-        Claim("F-80: time to loss < 1, tuned FedAvg / FedFix with the best clock", gain, at_least=1.4),
+        Claim(f"F-80: time to loss < 1, tuned FedAvg / {CLOCKS}", gain("FedAvg"), at_least=1.4),
+        Claim("F-80: time to loss < 1, tuned FedAvg / FedFix(auto)", gain("FedAvg", clock=AUTO), at_least=1.4),
+        Claim(f"F-80: time to loss < 1, better tuned FedBuff / {CLOCKS}", gain(*BUFFERS), at_least=1.4),
+        Claim("F-80: time to loss < 1, better tuned FedBuff / FedFix(auto)", gain(*BUFFERS, clock=AUTO), at_least=1.4),
         Claim(
-            "F-80: FedFix with the best clock, largest / mean loss in the last quarter",
+            f"F-80: {CLOCKS}, largest / mean loss in the last quarter",
             lambda results: results[best(results), "unrest"],
             at_most=1.2,
         ),
@@ -88,7 +104,7 @@ SYSTEM = System(
             at_least=1.2,
         ),
         Claim(
-            "F-0: time to loss < 1, tuned FedAvg / FedFix with the best clock",
+            "F-0: time to loss < 1, tuned FedAvg / FedFix with the best of 3 clocks, picked afterwards",
             gain_at_equal_speed,
             at_most=1.05,
         ),

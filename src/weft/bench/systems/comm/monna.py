@@ -8,7 +8,8 @@ Rival rules run for all peers at once and are compared with ByzFL's code first; 
 Where it loses: momentum does not matter here. The peers' vectors differ because their data do, which no momentum averages away,
 and little-is-enough moves the peers without momentum by nothing: z as large as hides is 0.1 at n = 15, f = 2, and at z = 1.5, 3
 and 8 they keep 96 % as well (MoNNA: 94.5 %). What is left is that momentum 0.99 learns later, without any attack too. Against the
-best of four rivals, in whichever setting suits it, three seeds leave MoNNA within a fraction of a point.
+best of eight rivals, in whichever setting suits it, three seeds leave MoNNA 0.2 points behind beyond two standard errors.
+Multi-Krum by every peer, on what it has got and wherever its own vector lies, does as well here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from weft.bench.system import Claim, Measure, Results, Row, System, value
 
 __all__ = ["SYSTEM", "run"]
 
-RIVALS = ("averaging", "trimmed_mean", "geometric_median", "self_centred_clipping")
+RIVALS = {
+    "averaging": "averaging", "trimmed_mean": "trimmed mean", "geometric_median": "geometric median",
+    "self_centred_clipping": "self centred clipping", "krum": "Krum", "multi_krum": "Multi-Krum",
+    "bulyan": "Bulyan (f = 1, 2)", "median": "median",
+}  # fmt: skip
+SERVER = ("krum", "multi_krum", "bulyan", "median")  # of servers; here of each peer, on what it has got
 
 
 def attacked(results: Results, alpha: str = "alpha = ") -> list[str]:
@@ -38,11 +44,16 @@ def behind_fault_free(alpha: int) -> Measure:
     return measure
 
 
-def worst(rule: str, alpha: str = "alpha = ") -> Measure:
+def runs(rule: str, setting: str) -> bool:
+    """Whether n - f vectors are enough for a rule: Bulyan's 4f + 3 are not among 12."""
+    return rule != "bulyan" or ", f = 3" not in setting
+
+
+def worst(rule: str) -> Measure:
     """Worst case over all attacks, MoNNA - rule, in points."""
 
     def measure(results: Results) -> float:
-        rows = attacked(results, alpha)
+        rows = [m for m in attacked(results) if runs(rule, m)]
         return 100 * (min(results[m, "monna"] for m in rows) - min(results[m, rule] for m in rows))
 
     return measure
@@ -52,7 +63,7 @@ def against_best(results: Results) -> float:
     """The least of MoNNA - best rival + two standard errors of that difference, in points, over all settings."""
     found = []
     for m in attacked(results):
-        best = max(RIVALS, key=lambda rule: results[m, rule])
+        best = max((rule for rule in RIVALS if runs(rule, m)), key=lambda rule: results[m, rule])
         noise = (results[m, "monna_error"] ** 2 + results[m, f"{best}_error"] ** 2) ** 0.5
         found.append(results[m, "monna"] - results[m, best] + 2 * noise)
     return 100 * min(found)
@@ -63,6 +74,16 @@ def unlike_data(rule: str) -> Measure:
 
     def measure(results: Results) -> float:
         rows = attacked(results, "alpha = 1")
+        return 100 * sum(results[m, "monna"] - results[m, rule] for m in rows) / len(rows)
+
+    return measure
+
+
+def above(rule: str) -> Measure:
+    """MoNNA - rule in points, mean over all settings with attackers."""
+
+    def measure(results: Results) -> float:
+        rows = [m for m in attacked(results) if runs(rule, m)]
         return 100 * sum(results[m, "monna"] - results[m, rule] for m in rows) / len(rows)
 
     return measure
@@ -86,6 +107,8 @@ SYSTEM = System(
     paper="arXiv:2209.10931",
     cite="Farhadkhani et al., 2023",
     minutes=47,
+    repeats="accuracies are means over three seeds",
+    settings=("weft.bench.robust_peers", "weft.bench.robust_peers:Peers", "weft.bench.robust"),
     solves="train together with peers of whom some may send anything, with no server that everybody trusts",
     keywords=("Byzantine", "decentralised", "peer to peer", "momentum", "nearest neighbour averaging"),
     use=("weft.comm.peer.MoNNA", "weft.comm.peer.attach_peer", "weft.comm.rules.NearestToOwn"),
@@ -94,6 +117,7 @@ SYSTEM = System(
         "trimmed mean",
         "geometric median (RFA)",
         "self-centred clipping",
+        "Krum, Multi-Krum, Bulyan and median by every peer",
         "ByzFL 0.0.11 (combine time)",
     ),
     tests=("tests/comm/test_peer.py", "tests/bench/test_robust.py"),
@@ -101,9 +125,10 @@ SYSTEM = System(
         Claim("fault-free averaging - MoNNA, worst attack, f = 2, alpha = 5, points", behind_fault_free(5), at_most=2),
         Claim("fault-free averaging - MoNNA, worst attack, f = 2, alpha = 1, points", behind_fault_free(1), at_most=5),
         *(
-            Claim(f"worst case over attacks, MoNNA - {rule.replace('_', ' ')}, points", worst(rule), at_least=0)
-            for rule in RIVALS
+            Claim(f"worst case over attacks, MoNNA - {said}, points", worst(rule), at_least=0)
+            for rule, said in RIVALS.items()
         ),
+        *(Claim(f"MoNNA - {RIVALS[rule]}, mean over all settings, points", above(rule), at_least=0) for rule in SERVER),
         Claim("MoNNA - best rival + 2 standard errors, least over all settings, points", against_best, at_least=0),
         *(
             Claim(f"unlike data (alpha = 1), MoNNA - {said}, mean over attacks, points", unlike_data(rule), at_least=0)

@@ -1,9 +1,10 @@
 """One byte per gradient: tuning by forward passes whose results alone are exchanged, against exchanging gradients.
 
 Digits (4,810 parameters, a small model: hard for this method's case) and a transformer of 3.2 million parameters on a second
-text. `sent_bytes` are those of one machine: codes, with `header_bytes` beside them where they travel. Rows with `_in_budget`
-say how far each method has come when it has sent no more than one byte per gradient sends in all: loss against bytes. One and
-four machines have the learning rates that suit them; a row of its own has one machine at that of four.
+text. `sent_bytes` are those of one machine: codes, with `header_bytes` beside them where they travel; what is claimed of bytes
+counts both. Rows with `_in_budget` say how far each method has come when it has sent no more than the codes of one byte per
+gradient are in all, without headers: loss against bytes; LoRA averages as often as the same bytes allow. One and four machines
+have the learning rates that suit them; a row of its own has one machine at that of four.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ def _points(ours: str, baseline: str) -> Measure:
     return lambda results: results[ours, "accuracy"] - results[baseline, "accuracy"]
 
 
+def _dense_over_digits(results: Results) -> float:
+    ours = "4 machines, byte, rademacher"
+    return results["dense gradients", "sent_bytes"] / (results[ours, "sent_bytes"] + results[ours, "header_bytes"])
+
+
 def _dense_over_ours(results: Results) -> float:
     return results["text", "dense_step_bytes"] / results["text", "step_bytes"]
 
@@ -30,6 +36,8 @@ SYSTEM = System(
     paper="arXiv:2306.10015",
     cite="Zelikman et al., 2023",
     minutes=12,
+    repeats="accuracies are means of the last five looks at a test set of 500",
+    settings=("weft.bench.one_byte",),
     solves="fine-tune one model on machines that can hardly talk to each other, come and go, and have memory for inference only",
     keywords=("MeZO", "zeroth-order", "shared randomness", "low bandwidth", "volunteers"),
     use=("weft.comm.zeroth.SharedSeed", "weft.comm.zeroth.Rendezvous", "weft.comm.zeroth.Log"),
@@ -49,8 +57,7 @@ SYSTEM = System(
         ),
         Claim("accuracy, 4 machines - 1 machine, points, same steps and options",
               _points("4 machines, byte, rademacher", "1 machine, byte, rademacher, the learning rate of 4"), at_least=5.0),
-        Claim("bytes for the same steps, dense / ours, 4,810 parameters",
-              ratio("sent_bytes", "dense gradients", "4 machines, byte, rademacher"), at_least=1000),
+        Claim("bytes for the same steps with headers, dense / ours, 4,810 parameters", _dense_over_digits, at_least=1000),
         Claim("bytes per step with header, dense / ours, 3.2 M parameters", _dense_over_ours, at_least=1e5),
         Claim("fall of the loss on a second text, relative", value("loss_fall", "text"), at_least=0.05),
         Claim("bytes sent for it, with headers", value("sent_bytes", "text"), at_most=20_000),
