@@ -96,7 +96,8 @@ def identities(view, dtype):
         ddp, optimizer, handle = setting(exchange, momentum=0.9, gradient_as_bucket_view=view, dtype=dtype)
         train(ddp, optimizer, 3)
         if handle is not None:
-            assert handle.exchange.report().steps == 3
+            report = handle.exchange.report()
+            assert report.steps == 3 and report.exposed_seconds > 0
             handle.remove()
         train(ddp, optimizer, 2, 3)  # plain again
         found.append(weights(ddp))
@@ -280,17 +281,20 @@ def test_memory_sees_one_gradient_per_synchronised_step(pool):
 # ---- R6: clipping and momentum
 
 
-def clipped(clip):
-    ddp, optimizer, handle = setting(momentum_correction(0.5), momentum=0.9)
+def clipped(clip, scale=1.0):
+    ddp, optimizer, _ = setting(None, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    handle = attach(ddp, momentum_correction(0.5), optimizer, scaler=scaler)
     assert optimizer.param_groups[0]["momentum"] == 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(4):
             optimizer.zero_grad()
-            ddp(batch(step)).square().mean().backward()
+            scaler.scale(ddp(batch(step)).square().mean()).backward()
             if clip:
                 torch.nn.utils.clip_grad_norm_(ddp.parameters(), 1e-3)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
     handle.remove()
     assert optimizer.param_groups[0]["momentum"] == 0.9
     return [str(w.message) for w in caught if "velocities" in str(w.message)]
@@ -300,6 +304,10 @@ def test_clipping_a_velocity_is_warned_of_once(pool):
     for said in pool(2).run(clipped, True):
         assert len(said) == 1 and "Clip inside the memory" in said[0]
     assert pool(2).run(clipped, False) == [[], []]
+    assert pool(2).run(clipped, False, 1024.0) == [
+        [],
+        [],
+    ]  # a scaler makes gradients shorter before the step: that is no clipping
 
 
 def momentum_moves(nesterov, decay):

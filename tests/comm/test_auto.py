@@ -96,10 +96,11 @@ def forced(keep):
     ddp = DistributedDataParallel(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4)))
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
     handle = attach(ddp, auto(Link(1e-3, 1e6), free, trial=2), optimizer)
-    handle._choice = _Chooses(handle._choice)
+    tryout = handle._tryout
+    tryout._choice = _Chooses(tryout._choice)
     for step in range(8):
-        if handle.chosen == "velocity" and handle._choice is not None:
-            handle._plain_step = 1e9 if keep else 0.0
+        if handle.chosen == "velocity" and tryout._choice is not None:
+            tryout._plain_step = 1e9 if keep else 0.0
             assert optimizer.param_groups[0]["momentum"] == 0
         optimizer.zero_grad()
         g = torch.Generator().manual_seed(step)

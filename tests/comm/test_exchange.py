@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from weft.comm.agree import mix
+from weft.comm.agree import hashed
 from weft.comm.codec import Spec
 from weft.comm.codecs.low_rank import LowRank
 from weft.comm.codecs.plain import Cast, Identity
@@ -17,8 +18,10 @@ from weft.comm.codecs.quantise import Quantise
 from weft.comm.codecs.top_k import TopK
 from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
+from weft.comm.memories.momentum_correction import MomentumCorrection
 from weft.comm.memories.shift import Shift
 from weft.comm.memory import NoMemory
+from weft.comm.routes import overflowed
 from weft.comm.rules.centre import GeometricMedian
 from weft.comm.rules.elementwise import Median, TrimmedMean
 from weft.comm.rules.flag import Flag
@@ -89,7 +92,8 @@ def coded_in_one_process(codec, memory, steps):
     """All-gather by the book: y = memory(x), message = encode(y), result = mean of decode(message)."""
     specs = {name: Spec(name, shape) for name, shape in SHAPES.items()}
     states = [
-        {name: {"seed": mix(0, name, rank), "shared_seed": mix(0, name)} for name in SHAPES} for rank in range(RANKS)
+        {name: {"seed": hashed(0, name, rank), "shared_seed": hashed(0, name)} for name in SHAPES}
+        for rank in range(RANKS)
     ]
     found = []
     for step in range(steps):
@@ -236,6 +240,46 @@ def test_a_rule_skips_a_step_in_which_nobody_is_finite(pool, rule, topology):
     for first, second, third in ranks:
         assert torch.equal(first, ranks[0][0]) and torch.equal(third, ranks[0][2])
         assert first.isfinite().all() and third.isfinite().all() and second.isnan().any()
+
+
+def twice_in_a_bad_step():
+    """A tensor in two buckets of a step, of which the second is not finite on one rank; then on from a checkpoint."""
+    exchange, own = Exchange(TopK(0.5), ErrorFeedback(), select=everything, timeout=20), dist.get_rank()
+    exchange.reduce({"w": data(0, own)["b"]}, 0).wait()
+    before, over = exchange.state_dict()["states"]["w"]["error"], [threading.Event() for _ in range(2)]
+    for last, event in enumerate(over):
+        flat = data(1, own)["b"]
+        flat[3] = math.nan if last and own == 1 else 1.0
+        exchange.submit([(Spec("w", (11,)), flat)], 1, bool(last), lambda error, event=event: event.set())
+    assert all(event.wait(20) for event in over)
+    assert exchange.state_dict()["states"]["w"]["error"] is before and exchange.skipped == 1
+    exchange.close()
+    again = Exchange(TopK(0.5), ErrorFeedback(), select=everything, timeout=20)
+    again.load_state_dict(exchange.state_dict())
+    again.open([Spec("w", (11,))])
+    found = again.skipped, again.next_step
+    again.close()
+    return found
+
+
+def test_a_tensor_that_comes_twice_in_a_bad_step_has_the_memory_of_before_both(pool):
+    assert pool(RANKS).run(twice_in_a_bad_step) == [(1, 2)] * RANKS
+
+
+def too_long():
+    """A velocity that grows out of float16, of a tensor that goes as it is."""
+    exchange, skipped = Exchange(Cast("float16"), MomentumCorrection(0.9), timeout=20), []
+    for step in range(3):
+        exchange.reduce({"v": torch.full((3,), 3e4, dtype=torch.float16)}, step).wait()
+        skipped.append(exchange.skipped)
+    exchange.close()
+    return skipped
+
+
+def test_a_ring_looks_at_results_that_a_code_or_a_narrow_dtype_may_have_spoiled(pool):
+    assert pool(2).run(too_long) == [[0, 0, 1]] * 2
+    spec, message = Spec("w", (2,)), (torch.tensor([1.0, math.inf]),)
+    assert overflowed([(Cast(), spec, 16)], [message]) and not overflowed([(Identity(), spec, 32)], [message])
 
 
 def too_large(topology, memory, combine):

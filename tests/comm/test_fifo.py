@@ -91,6 +91,23 @@ def test_an_error_on_the_wire_fails_every_job_and_every_later_one():
     thread.close()
 
 
+def test_close_waits_for_what_was_submitted():
+    import queue
+
+    log, wires = [], queue.SimpleQueue()
+    thread = Fifo("test", 20.0, lambda error: None, lambda: None)
+    jobs = [Recorded(log, name, 1, wires) for name in "ab"]
+    for job in jobs:
+        thread.submit(job)
+    first = wires.get(timeout=10)
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    first.future.set_result(None)
+    wires.get(timeout=10).future.set_result(None)
+    closing.join(10)
+    assert not closing.is_alive() and thread.error is None and [job.error for job in jobs] == [None, None]
+
+
 def test_silence_ends_by_timeout_and_news_of_a_failure_ends_it_sooner(monkeypatch):
     import queue
 

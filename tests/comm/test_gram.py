@@ -60,6 +60,21 @@ def test_messages_whose_squares_underflow_keep_their_digits():
     torch.testing.assert_close(gram(x), x.double() @ x.double().T, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e7])
+def test_what_a_common_offset_costs(offset):
+    """As `gram` says it: squared distances are right to rounding of the squared lengths, not of themselves."""
+    x = torch.randn(7, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + offset
+    exact = (x[:, None] - x[None]).square().sum(2)
+    sums = x.square().sum(1)[:, None] + x.square().sum(1)[None, :]
+    assert float(((distances(gram(x)) - exact).abs() / sums).max()) < 1e-15
+
+
+def test_beyond_float64_it_is_as_if_infinite_or_zero():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert not torch.isfinite(gram(x * 1e160).diagonal()).any()
+    assert not gram(x * 1e-170).any()
+
+
 def test_segments_add_up():
     x = torch.randn(5, 1000, dtype=torch.float64)
     torch.testing.assert_close(sum(gram(part) for part in x.split(333, 1)), gram(x))

@@ -12,7 +12,9 @@ from weft.comm.exchange import Exchange
 from weft.comm.masha import MASHA, Anchor, coin, masha, rate, step_size
 from weft.comm.memories.error_feedback import ErrorFeedback
 from weft.comm.memories.shift import Shift
-from weft.comm.variational import Ask, Game, Simulated, descent, extragradient, optimistic
+from weft.comm.rules import Median, NearestToOwn
+from weft.comm.topology import Gossip, Peer
+from weft.comm.variational import Adam, Ask, Game, Simulated, descent, extragradient, optimistic
 
 MODES = {
     "rand-k": (1, RandK(0.2), None),
@@ -147,6 +149,46 @@ def test_the_proven_rate_holds_at_the_proven_step_size(codec):
         for k in range(steps):
             assert sum(r[k] for r in runs) / 3 <= rate(gamma, game.modulus, k + 1)
         assert sum(r[-1] for r in runs) / 3 < 0.97  # it moves, too
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_a_rate_for_each_player_is_one_rate_in_scaled_coordinates(mode):
+    """z = s u turns F into s F(s u): the same steps for u with one rate."""
+    game, scale = small(), torch.cat([torch.full((10,), 1.0), torch.full((10,), 2.0)]).double()
+    codec = (RandK(0.2), TopK(0.2, "exact"))[mode - 1]
+
+    def split(z):
+        return {"x": z[:10], "y": z[10:]}
+
+    def point(f, scales=None):
+        scales = torch.ones(20, dtype=torch.float64) if scales is None else scales
+        return lambda z: split(scales * f({"z": scales * torch.cat([z["x"], z["y"]])})["z"])
+
+    def walk(operators, gamma, start):
+        simulated, anchors, z = star(codec, ErrorFeedback if mode == 2 else None), [Anchor() for _ in range(4)], start
+        for number in range(20):
+            coins = coin(0, number, 0.7)
+            pairs = zip(anchors, operators, strict=True)
+            z = simulated.run([masha(z, a, f, gamma, 0.7, mode, coins) for a, f in pairs])[0]
+        return torch.cat([z["x"], z["y"]])
+
+    ours = walk([point(f) for f in game.operators], {"x": 0.1, "y": 0.4}, split(game.start))
+    scaled = walk([point(f, scale) for f in game.operators], 0.1, split(game.start / scale))
+    torch.testing.assert_close(ours, scale * scaled, rtol=1e-10, atol=1e-10)
+    assert float((ours - game.start).norm()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": (1.0, 0.9)}, "betas must be in"),
+        ({"betas": (0.9, -0.1)}, "betas must be in"),
+        ({"eps": 0.0}, "eps > 0"),
+    ],
+)
+def test_adam_outside_its_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Adam(0.1, **options)
 
 
 def test_step_sizes():
@@ -345,6 +387,52 @@ def test_adam_inside_goes_to_the_solution_too(pool):
     assert float((near - solution(2)).norm()) < 0.1 * float((far - solution(2)).norm())
 
 
+def rates(inner, mode):
+    """What becomes of two players of which one is given no rate, or another one than the other."""
+    rank = torch.distributed.get_rank()
+    found = []
+    for changed in (0.0, 0.02):
+        x, y, loss, _ = players(rank)
+        name = "rand-k" if mode == 1 else "top-k"
+        optimizer = MASHA([x], [y], exchange_of(name), lr=0.1, tau=0.7, mode=mode, inner=inner)
+        optimizer.param_groups[1]["lr"] = changed
+        for _ in range(6):
+            optimizer.step(loss)
+        optimizer.close()
+        found.append([float((p - 1).abs().max()) for p in (x, y)])
+    return found
+
+
+@pytest.mark.parametrize(("inner", "mode"), [("sgd", 1), ("adam", 1), ("sgd", 2), ("adam", 2)])
+def test_each_player_moves_by_its_own_rate(pool, inner, mode):
+    (frozen, slow), _ = pool(2).run(rates, inner, mode)
+    assert frozen[1] == 0 < 0.05 < frozen[0]
+    assert 0 < slow[1] < slow[0]
+
+
+def noisy(steps):
+    """The random numbers that a closure draws at the points of each step."""
+    x = torch.nn.Parameter(torch.ones(4, 5))
+    drawn = []
+
+    def loss():
+        drawn[-1].append(float(torch.rand(())))
+        return x.square().sum()
+
+    optimizer = MASHA([x], [], Exchange(RandK(0.3)), lr=0.1, tau=0.7, paired=True)
+    for _ in range(steps):
+        drawn.append([])
+        optimizer.step(loss)
+    optimizer.close()
+    return drawn
+
+
+def test_dropout_is_the_same_at_all_points_of_a_step_and_another_one_in_the_next(pool):
+    for drawn in pool(2).run(noisy, 4):
+        assert all(len(step) >= 2 and len(set(step)) == 1 for step in drawn)
+        assert len({step[0] for step in drawn}) == 4
+
+
 def train_with_a_bad_step(rank):
     x, y, loss, _ = players(rank)
     optimizer = MASHA([x], [y], exchange_of("top-k"), lr=0.1, tau=0.7, mode=2)
@@ -405,6 +493,11 @@ def test_minibatches_with_full_snapshots_have_no_noise_floor(pool):
         ({"exchange": Exchange(RandK(0.1), ErrorFeedback()), "mode": 2}, "contraction as codec, got RandK"),
         ({"exchange": Exchange(TopK(0.1)), "mode": 2}, "needs ErrorFeedback"),
         ({"refresh": Exchange(Quantise(8))}, r"memory Shift\(1.0\)"),
+        ({"exchange": Exchange(topology=Peer(), combine=NearestToOwn())}, "same mean, got topology Peer"),
+        ({"exchange": Exchange(topology=Gossip(((0.5, 0.5), (0.5, 0.5))))}, "same mean, got topology Gossip"),
+        ({"exchange": Exchange(RandK(0.1), combine=Median())}, "combine must be Mean.* got Median"),
+        ({"refresh": Exchange(Quantise(8), Shift(1.0), combine=Median())}, "combine must be Mean.* got Median"),
+        ({"refresh": Exchange(topology=Gossip(((0.5, 0.5), (0.5, 0.5))))}, "same mean, got topology Gossip"),
         ({"params_min": []}, "no parameters"),
         ({"params_min": [1.0]}, "tensors or"),
         ({"params_min": [torch.zeros(2)]}, "min.0 takes no gradient"),
@@ -448,5 +541,11 @@ def test_closures_that_do_not_fit_are_named():
         optimizer.step(lambda: x.sum())
     with pytest.raises(ValueError, match=r"no gradient for min\.0"):
         optimizer.step(lambda: torch.zeros(()))
+    total = (x + y).sum()
+    for loss, said in ((1.0, "1.0"), (None, "None"), (x, r"shape \(30, 30\)"), ((total, total, total), "shape")):
+        with pytest.raises(ValueError, match=f"a tensor of one entry, or a pair of them, got {said}"):
+            optimizer.step(lambda loss=loss: loss)
+    with pytest.raises(ValueError, match="all parameters must be given to the constructor"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
     with pytest.raises(ValueError, match="another optimizer"):
         optimizer.load_state_dict({"state": {}})

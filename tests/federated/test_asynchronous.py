@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from weft.comm.rules.elementwise import Median, TrimmedMean
 from weft.comm.rules.krum import MultiKrum
 from weft.comm.rules.mean import Mean
 from weft.comm.rules.mixing import NNM
+from weft.comm.rules.subset import NearestToOwn
 from weft.comm.waits import All, Any, Clock, Count, First
 from weft.federated import Asynchronous, Client, LocalSGD, NothingCame
 from weft.federated.local import flatten
@@ -36,6 +38,10 @@ def setting(schedule, weights="unbiased", work=None, people=None, **options) -> 
     people = clients() if people is None else people
     work = Pull(0.01, len(people)) if work is None else work
     return Asynchronous(Point(), people, half_square, schedule, weights, work, evaluate=lambda model: 0.0, **options)
+
+
+def of(model) -> Asynchronous:
+    return Asynchronous(model, clients(), half_square, work=still)
 
 
 def q_of_equal(schedule, seconds) -> torch.Tensor:
@@ -354,6 +360,32 @@ def test_changes_travel_through_a_codec_with_memory():
     assert coded < whole + 0.1
 
 
+def test_a_robust_rule_waits_for_as_many_as_it_takes():
+    """Ticks of a fast clock bring one or two of seven clients; Multi-Krum with f = 1 takes five."""
+    people = clients(seconds=(0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5), importance=None, jitter=0.5)
+    _, trace = setting(Clock(0.1), people=people, work=still, robust=MultiKrum(1)).simulate(30)
+    sizes = [len(done.who) for done in trace.aggregations if done.who]
+    assert len(sizes) > 10 and min(sizes) >= 5
+    assert {client for done in trace.aggregations for client in done.who} == set(range(7))
+
+
+def test_a_robust_rule_that_never_gets_enough_says_so():
+    people = clients()
+    people[3:] = [dataclasses.replace(client, seconds=math.inf, declared=None) for client in people[3:]]
+    with pytest.raises(NothingCame, match=r"3 of 6 clients .* takes no fewer than 5") as found:
+        setting(Clock(0.5), people=people, robust=MultiKrum(1), limit=5.0).simulate(30)
+    assert found.value.least == 5
+
+
+def test_an_error_says_how_many_results_were_rejected():
+    run = setting(Clock(1.0), work=lambda start, client, job: start * math.nan, limit=5.0)
+    with pytest.raises(NothingCame, match=r"\d+ results came and were rejected, being not finite") as found:
+        run.simulate(30)
+    again = pickle.loads(pickle.dumps(found.value))
+    assert "slowest" not in str(again)
+    assert again.rejected == sum(again.trace.rejected.values()) > 10
+
+
 # -- what is refused
 
 
@@ -372,6 +404,23 @@ def test_changes_travel_through_a_codec_with_memory():
         (lambda: setting("clok"), "did you mean clock"),
         (lambda: setting("count"), "known are all, any, clock"),
         (lambda: setting(All(), server_lr=0.0), "server_lr must be > 0"),
+        (lambda: setting(All(), Median()), r"rule on arrivals, such as Polynomial\(\), got Median"),
+        (lambda: setting(All(), MultiKrum(1)), "rule on arrivals.* got MultiKrum"),
+        (lambda: setting(All(), lambda info: None), "rule on arrivals.* got <function"),
+        (lambda: setting(All(), robust=lambda stack: None), "robust must be a rule"),
+        (lambda: setting(All(), robust=NearestToOwn(1)), "decide among 6 clients, got NearestToOwn.*own message"),
+        (lambda: setting(All(), robust=MultiKrum(2)), "decide among 6 clients, got MultiKrum"),
+        (lambda: setting(Any(), robust=MultiKrum(1)), r"wait for the 5 results .* got Any\(\), which waits for 1"),
+        (lambda: setting(Count(4), robust=MultiKrum(1)), "wait for the 5 results .* which waits for 4"),
+        (lambda: setting(First(4), robust=NNM(1, MultiKrum(1))), "wait for the 5 results .* which waits for 4"),
+        (lambda: of(nn.Linear(2, 2).requires_grad_(False)), "trained parameters, all of one dtype, got none"),
+        (lambda: of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())), r"\['torch.float32', 'torch.float64'\]"),
+        (
+            lambda: setting(All(), people=[Client((torch.zeros(0, 2), torch.zeros(0)))], work=LocalSGD()).simulate(1.0),
+            "client 0 must have as many inputs as targets, at least one, got 0 and 0",
+        ),
+        (lambda: setting(All(), work=lambda *_: torch.zeros(3)).simulate(1.0), r"a vector \(2,\), got shape \(3,\)"),
+        (lambda: setting(All(), work=lambda *_: None).simulate(1.0), r"a vector \(2,\), got None"),
         (lambda: setting(All(), limit=0.0), "limit must be seconds > 0"),
         (lambda: setting(All()).simulate(0.0), "seconds must be > 0 and finite"),
         (lambda: Client(seconds=0.0), "seconds must be > 0"),

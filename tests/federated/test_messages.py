@@ -45,3 +45,20 @@ def test_a_change_that_is_not_finite_leaves_the_memory_alone():
 def test_a_memory_with_momentum_is_refused():
     with pytest.raises(ValueError, match="memory must not carry momentum, got MomentumCorrection"):
         Coder(SPECS, TopK(0.1), MomentumCorrection(0.9))
+
+
+def test_a_change_of_another_type_is_sent_as_this_one():
+    coder = Coder(SPECS)
+    for x in (torch.arange(24), torch.randn(24, dtype=torch.float64), torch.randn(24).half()):
+        (message,) = coder.encode(x, 0, 0, {})
+        assert message.dtype == torch.float32 and torch.equal(message, x.float())
+    for wrong in (torch.zeros(23), torch.zeros(24, 1), None, [0.0] * 24):
+        with pytest.raises(ValueError, match=r"a vector \(24,\), got"):
+            coder.encode(wrong, 0, 0, {})
+
+
+def test_what_means_something_else_has_another_fingerprint():
+    coders = [Coder(SPECS), Coder(SPECS[:1]), Coder(SPECS, TopK(0.1)), Coder(SPECS, TopK(0.2)), Coder(SPECS[::-1])]
+    coders.append(Coder([Spec("weight", (5, 4)), Spec("bias", (4,))]))
+    assert len({coder.fingerprint() for coder in coders}) == len(coders)
+    assert Coder(SPECS).fingerprint() == coders[0].fingerprint()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import pickle
 import socket
 import struct
 import threading
@@ -14,10 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.federated.problems import Point, Pull, centres, half_square
+from torch import nn
 
+from weft.comm.codecs import CODECS
 from weft.comm.waits import All, Any, Clock, Count
 from weft.errors import PeerLost
-from weft.federated import Asynchronous, Client, NothingCame, join, listen, serve, spawn
+from weft.federated import Asynchronous, Client, ClientRefused, NothingCame, join, listen, serve, spawn
+from weft.federated.processes import _Serving
 
 P = (0.5, 0.2, 0.3)
 
@@ -170,18 +175,22 @@ def test_changes_that_are_not_finite_are_rejected_and_counted():
     assert not any(0 in done.who for done in trace.aggregations)
 
 
+FORM = setting(All(), Pull(0.1, 3)).coder().fingerprint()
+
+
 def raw_client(answer):
     """A client that speaks the protocol by hand; `answer(sock)` once it has its model."""
 
     def run(address, token):
         with socket.create_connection(address) as sock:
             sock.settimeout(10.0)
-            text = json.dumps({"kind": "hello", "token": token, "client": 0}).encode()
+            text = json.dumps({"kind": "hello", "token": token, "client": 0, "form": FORM}).encode()
             sock.sendall(struct.pack(">IQ", len(text), 0) + text)
             sock.recv(1 << 16)
-            answer(sock)
-            while sock.recv(1 << 16):
-                pass
+            with contextlib.suppress(ConnectionError):  # whoever is not let in may be cut off in the middle of a word
+                answer(sock)
+                while sock.recv(1 << 16):
+                    pass
 
     return run
 
@@ -226,6 +235,90 @@ def test_a_client_that_lies_or_stalls_is_left_out(rogue):
         aggregations=10,
     )
     assert {client for done in trace.aggregations for client in done.who} == {1, 2}
+
+
+class Matrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(20, 30))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_no_bytes_end_the_server(name):
+    """Positions beyond the tensor, sizes of nothing: what no encoder writes is rejected, or is some change."""
+    run = Asynchronous(Matrix(), [Client()], None, Any(), "equal", Pull(0.1, 1), codec=CODECS[name]())
+    serving, random = _Serving(run, listen(), "secret", 1.0, None, 1.0), torch.Generator().manual_seed(0)
+    try:
+        size = serving.coder.nbytes()
+        noise = bytes(torch.randint(256, (size,), generator=random, dtype=torch.uint8).tolist())
+        found = [serving.read(fill) for fill in (b"\0" * size, b"\x7f" * size, b"\x80" * size, b"\xff" * size, noise)]
+        assert all(change is None or change.shape == (600,) for change in found)
+        assert name != "top-k" or found[1] is None
+    finally:
+        serving.stop()
+
+
+@contextlib.contextmanager
+def served(run: Asynchronous, polled, **options):
+    """A server all of whose clients are there, and whose next poll gives `polled`; no sockets."""
+    serving = _Serving(run, listen(), "secret", 60.0, options.get("aggregations"), 1.0)
+    count = len(run.clients)
+    serving.server.begin(0)
+    serving.jobs, serving.links = [2] * count, dict.fromkeys(range(count))
+    serving.board.put = lambda *frame, **how: None
+    serving.poll = lambda seconds: polled
+    yield serving
+    serving.board.close()
+
+
+CHANGE = torch.ones(2, dtype=torch.float64)
+
+
+def test_a_run_of_k_aggregations_makes_no_more():
+    """Three results come at once."""
+    with served(setting(Any(), Pull(0.1, 3)), [(client, 2, CHANGE) for client in range(3)], aggregations=2) as serving:
+        serving.once()
+        assert serving.done == len(serving.server.trace.aggregations) == 2
+
+
+def test_a_result_from_before_a_client_came_back_is_void():
+    with served(setting(Any(), Pull(0.1, 3)), [(0, 1, CHANGE), (1, 2, CHANGE)]) as serving:
+        serving.once()
+        assert [done.who for done in serving.server.trace.aggregations] == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("client", "token", "model", "why"),
+    [
+        (1, "guess", Point(), "token is not the server's"),
+        (7, "secret", Point(), r"clients are 0\.\.2"),
+        (True, "secret", Point(), r"clients are 0\.\.2"),
+        (1, "secret", Point(3), "model, or its codec, is not the server's"),
+        (1, "secret", Point().float(), "model, or its codec, is not the server's"),
+    ],
+    ids=["token", "number", "no number", "size", "dtype"],
+)
+def test_who_is_not_let_in_is_told_why(client, token, model, why):
+    run, said = setting(Any(), Tired(0.1, (0.01, 0.01, 0.01))), []
+
+    def other(address, _):
+        with pytest.raises(ClientRefused, match=why) as refused:
+            join(dataclasses.replace(run, model=model), client, address, token, timeout=20.0)
+        said.append(pickle.loads(pickle.dumps(refused.value)))
+
+    with_threads(run, clients=(0,), before=[other], join_seconds=1.0, seconds=0.2)
+    assert said[0].client == client
+
+
+def test_work_of_another_type_means_the_same_over_sockets():
+    class Whole(Pull):
+        def __call__(self, start, client, job):
+            return torch.ones(2, dtype=torch.int64)
+
+    run = setting(All(), Whole(0.1, 3))
+    real, _ = with_threads(run, aggregations=3)
+    assert torch.equal(real.theta, run.simulate(3.0).model.theta)
+    assert real.theta.tolist() == pytest.approx([3.0, 3.0])
 
 
 def test_a_second_result_for_one_model_is_rejected():

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from weft.errors import ExchangeMismatch, together
 
-__all__ = ["agree", "announce", "describe", "mix", "shared"]
+__all__ = ["agree", "announce", "describe", "hashed", "shared"]
 
 
 def describe(thing: Any) -> str:
@@ -42,10 +42,10 @@ def describe(thing: Any) -> str:
     return type(thing).__qualname__
 
 
-def mix(*parts: object) -> int:
+def hashed(*parts: object) -> int:
     """A 62-bit number from names and numbers: seeds that differ wherever a part differs.
 
-    >>> mix("layer.weight", 0) != mix("layer.weight", 1)
+    >>> hashed("layer.weight", 0) != hashed("layer.weight", 1)
     True
     """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 2

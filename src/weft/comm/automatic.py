@@ -17,6 +17,7 @@ Source     ours; costs as in Patarasuk and Yuan 2009 and the topologies' own.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from weft.cluster import Link
+from weft.comm.agree import announce
 from weft.comm.codec import LinearCodec, Spec, State
 from weft.comm.codecs.low_rank import LowRank
 from weft.comm.codecs.plain import Cast
@@ -33,8 +35,9 @@ from weft.comm.codecs.top_k import TopK
 from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
 from weft.comm.topology import AllGather, Peer, Ring
+from weft.comm.wired import Wired
 
-__all__ = ["Auto", "Trial", "auto", "codec_seconds", "exposed", "measure_link", "tried", "wire_seconds"]
+__all__ = ["Auto", "Trial", "Tryout", "auto", "codec_seconds", "exposed", "measure_link", "tried", "wire_seconds"]
 
 PROBES = (1 << 18, 1 << 20, 1 << 22, 1 << 24)  # bytes of all-reduces that measure a link
 ENOUGH = 0.05  # seconds that such an all-reduce should take: shorter ones pass in the burst of a token bucket
@@ -100,6 +103,64 @@ class Auto:
         """The name of the shortest step; "plain" unless the gain is worth it."""
         best = min(predicted, key=lambda name: (predicted[name], name))
         return best if predicted[best] < (1 - self.margin) * predicted["plain"] else "plain"
+
+
+@final
+class Tryout:
+    """An `Auto` at work: plain steps, the choice, steps with what was chosen, and plain again where those are no shorter.
+
+    Args:
+        choice: None where there is nothing to choose.
+        specs: of the model's tensors.
+    Attributes:
+        chosen: the name of the choice once it is made, else "".
+        predicted: step seconds by name.
+    """
+
+    def __init__(self, choice: Auto | None, specs: Sequence[Spec]):
+        self.chosen, self.predicted = "", dict[str, float]()
+        self._choice, self._specs = choice, specs
+        self._began = self._ended = self._plain_step = 0.0
+        self._buckets, self._steps = 0, list[tuple[float, float, float]]()  # of each step, see `Trial`
+
+    def began(self, wired: Wired) -> Exchange | None:
+        """A backward pass begins, and nothing is on the wire: the exchange to go on with, None for the same as before."""
+        found = None
+        if self._choice is not None and len(self._steps) >= self._choice.trial:
+            of_steps = self._steps[1:]  # the first has no beginning
+            medians = [statistics.median(kind) for kind in zip(*of_steps, strict=True)]
+            self._steps.clear()
+            found = (self._confirm if self.chosen else self._decide)(self._choice, medians, wired)
+        self._began = time.perf_counter()
+        return found
+
+    def ended(self, waited: float, buckets: int) -> None:
+        """The results of a backward pass are there, `waited` seconds after its own end."""
+        now = time.perf_counter()
+        if self._choice is not None:
+            self._steps.append((now - self._ended, now - waited - self._began, waited))
+        self._ended, self._buckets = now, buckets
+
+    def _decide(self, choice: Auto, medians: Sequence[float], wired: Wired) -> Exchange | None:
+        trial = Trial(*medians, buckets=max(self._buckets, 1))
+        link = choice.link if choice.link is not None else measure_link(wired.group)
+        found = None
+        if wired.own == 0:
+            predicted = choice.predict(self._specs, wired.ranks, trial, link)
+            found = choice.choose(predicted), predicted
+        self.chosen, self.predicted = announce(found, wired.group, wired.device)
+        self._plain_step = trial.step
+        if self.chosen == "plain":
+            self._choice = None
+            return None
+        return choice.candidates()[self.chosen]
+
+    def _confirm(self, choice: Auto, medians: Sequence[float], wired: Wired) -> Exchange | None:
+        self._choice = None
+        if announce(medians[0] < self._plain_step, wired.group, wired.device):
+            return None
+        self.chosen = "plain"
+        return Exchange()
 
 
 def auto(

@@ -16,7 +16,7 @@ import abc
 import math
 from collections.abc import Generator, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class Codec(abc.ABC):
     """A code for tensors, lossy or not."""
 
     unbiased: bool = False  # E decode(encode(x)) = x
+    # What it makes of finite numbers may not be finite (fewer bits of exponent, products): the exchange looks.
+    narrows: bool = True
 
     @abc.abstractmethod
     def default(self, spec: Spec) -> Setting:
@@ -89,6 +91,11 @@ class Codec(abc.ABC):
     def bypass(self, spec: Spec, setting: Setting) -> bool:
         """Whether the tensor is better sent uncompressed with this setting (rule R8: a plain fallback for every tensor)."""
         return False
+
+    @final
+    def in_force(self, spec: Spec, setting: Setting) -> Setting:
+        """What becomes of a setting: itself, or None where the tensor goes uncompressed."""
+        return None if setting is None or self.bypass(spec, setting) else setting
 
     def contraction(self, spec: Spec, setting: Setting) -> float:
         """The guaranteed c in [0, 1] of E|x - decode(encode(x))|^2 <= (1 - c) |x|^2; 0 promises nothing."""

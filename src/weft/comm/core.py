@@ -9,60 +9,77 @@ what a bucket does last         `end`      undo a bad step, tell those who wait 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
-from weft.comm.agree import announce, describe, mix, shared
+from weft.comm.agree import announce, describe, hashed, shared
 from weft.comm.codec import Codec, Setting, Spec, State
 from weft.comm.combine import Combine, Info
 from weft.comm.controller import Controller, Numbers
-from weft.comm.memory import Memory, NoMemory
+from weft.comm.memory import Memory, NoMemory, VelocityMemory
 from weft.comm.report import Tally
 from weft.comm.rules.mean import Mean
 from weft.comm.topology import Ring, Topology
 from weft.comm.wired import Wired
 
 if TYPE_CHECKING:
-    from weft.comm.exchange import Exchange
     from weft.comm.routes import Bucket, CombiningBucket, Item
 
-__all__ = ["LOOK_EVERY", "Core", "first", "options_of", "seeds"]
+__all__ = ["LOOK_EVERY", "Core", "Options", "seeds"]
 
 LOOK_EVERY = 20  # steps between looks at the norm of delivered velocities, see `attach`
 SMALL = 1 << 16  # bytes of uncompressed tensors that ride along in a bucket's message; more are all-reduced
 
 
 @final
-class Core:
-    """See the module's header. The options are those of `Exchange`."""
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What an exchange goes by; `Exchange` says what each is."""
 
-    def __init__(
-        self,
-        codec: Codec,
-        memory: Memory,
-        combine: Combine,
-        topology: Topology,
-        controller: Controller | None,
-        select: Callable[[Spec], bool],
-        seed: int,
-        measure: int,
-        wired: Wired,
-    ):
-        self.codec, self.memory, self.combine, self.topology, self.controller = (
-            codec,
-            memory.sized(wired.ranks),
-            combine,
-            topology,
-            controller,
-        )
-        self.select, self.seed, self.measure, self.wired = select, seed, measure, wired
-        self.trusting = combine.needs in (
-            "count",
-            "arrivals",
-        )  # a robust rule goes on without a rank whose gradient is bad
-        self.keeps = not isinstance(memory, NoMemory)
+    codec: Codec
+    memory: Memory
+    combine: Combine
+    topology: Topology
+    controller: Controller | None
+    select: Callable[[Spec], bool]
+    seed: int
+    measure: int = field(repr=False)
+
+    @property
+    def words(self) -> str:
+        """One a line: what must be the same on all ranks, and in a checkpoint."""
+        return "\n".join(f"{kind.name} {describe(getattr(self, kind.name))}" for kind in fields(self) if kind.repr)
+
+    def selects(self, spec: Spec) -> bool:
+        """Whether the codec is for this tensor; it never is for one without entries."""
+        return spec.numel > 0 and self.select(spec)
+
+    def in_force(self, spec: Spec, decided: Mapping[str, Setting]) -> Setting:
+        """A tensor's setting where a controller has decided so far; None for one that goes uncompressed."""
+        if not self.selects(spec):
+            return None
+        if spec.name in decided:
+            return self.codec.in_force(spec, decided[spec.name])
+        first = self.codec.default(spec)
+        if self.controller is not None:
+            first = self.controller.initial(spec, first)
+        return self.codec.in_force(spec, first)
+
+
+@final
+class Core:
+    """See the module's header."""
+
+    def __init__(self, options: Options, wired: Wired):
+        self.options, self.wired = options, wired
+        self.memory, self.combine = options.memory.sized(wired.ranks), options.combine
+        self.topology, self.controller = options.topology, options.controller
+        # a robust rule goes on without a rank whose gradient is bad
+        self.trusting = options.combine.needs in ("count", "arrivals")
+        self.keeps = not isinstance(options.memory, NoMemory)
         self.states: dict[str, State] = {}
         self.specs: dict[str, Spec] = {}
         self.settings: dict[str, Setting] = {}
@@ -99,14 +116,14 @@ class Core:
             if self.decides(bucket.step):
                 self._decide(bucket.step)
         for item in bucket.items:
-            item.assign(self.codec, self.setting(item.spec), self.selects(item.spec), self.keeps)
+            item.assign(self.options.codec, self.setting(item.spec), self.options.selects(item.spec), self.keeps)
             self.tally(item.spec.name).steps += 1
         bucket.key = (bucket.specs, tuple(item.setting for item in bucket.items))
 
     def _decide(self, step: int) -> None:
         controller = self.controller
         assert controller is not None
-        chosen = {name: spec for name, spec in self.specs.items() if self.selects(spec)}
+        chosen = {name: spec for name, spec in self.specs.items() if self.options.selects(spec)}
         alone = controller.agreed or self.wired.ranks == 1
         decision: dict[str, Setting] = {}
         if alone or self.wired.own == 0:
@@ -158,20 +175,12 @@ class Core:
         pieces = tuple(f"owner of {name}[" for name in names)
         self._restore({id(state) for key, state in self.states.items() if key in used or key.startswith(pieces)})
 
-    def selects(self, spec: Spec) -> bool:
-        """Whether the codec is for this tensor; it never is for one without entries."""
-        return spec.numel > 0 and self.select(spec)
-
     def setting(self, spec: Spec) -> Setting:
-        """In force now; None for a tensor that goes uncompressed."""
-        if not self.selects(spec):
-            return None
-        setting = self.settings[spec.name] if spec.name in self.settings else first(self.codec, self.controller, spec)
-        return None if setting is None or self.codec.bypass(spec, setting) else setting
+        return self.options.in_force(spec, self.settings)
 
     def words(self, specs: Sequence[Spec]) -> str:
         lines = [f"{spec.name}{spec.part} {spec.shape} {spec.dtype} setting {self.setting(spec)}" for spec in specs]
-        return "\n".join((options_of(self), *lines))
+        return "\n".join((self.options.words, *lines))
 
     # ---- states
 
@@ -179,14 +188,14 @@ class Core:
         """Of one tensor, or of a server's part of one; seeds depend on the name and `Spec.part`, never on the bucket."""
         found = self.states.get(name)
         if found is None:
-            found = self.states[name] = seeds(self.seed, name + part, self.wired.own)
+            found = self.states[name] = seeds(self.options.seed, name + part, self.wired.own)
         return found
 
     def inner(self, state: State, spec: Spec) -> State:
         """The state of a segment of a tensor, inside the tensor's."""
         found = state.get(spec.name)
         if found is None:
-            found = seeds(self.seed, spec.name + spec.part, self.wired.own)
+            found = seeds(self.options.seed, spec.name + spec.part, self.wired.own)
         state[spec.name] = found = dict(found)  # replaced, so that the undo keeps the old one
         return found
 
@@ -267,12 +276,12 @@ class Core:
         return found
 
     def measures(self, step: int) -> bool:
-        return self.measure > 0 and step % self.measure == 0
+        return self.options.measure > 0 and step % self.options.measure == 0
 
     def rounded(self, spec: Spec) -> bool:
         """Whether codec or memory take a float64 tensor as float32."""
-        used = self.setting(spec) is not None or (self.keeps and self.selects(spec))
-        return used and self.codec.precision(spec).itemsize < spec.dtype.itemsize
+        used = self.setting(spec) is not None or (self.keeps and self.options.selects(spec))
+        return used and self.options.codec.precision(spec).itemsize < spec.dtype.itemsize
 
     def count(self, name: str, nbytes: float, coded: Spec | None = None, ring: bool = False) -> None:
         """Add a message of `nbytes` bytes to the report; `coded`: what its result on the way back is of, if that is coded too."""
@@ -283,29 +292,17 @@ class Core:
     def observe(self, item: Item, step: int) -> None:
         """Show the controller this rank's gradient, before any code."""
         controller = self.controller
-        if controller is None or not controller.needs_gradient or not self.selects(item.spec):
+        if controller is None or not controller.needs_gradient or not self.options.selects(item.spec):
             return
         if controller.agreed or self.wired.own == 0:
             controller.observe(item.spec, item.x, step)
 
     def look(self, mean: Tensor, step: int) -> None:
         """Now and then, add up the squared norm of what a velocity memory delivers."""
-        if self.memory.velocity and step % LOOK_EVERY == 1:
+        if isinstance(self.memory, VelocityMemory) and step % LOOK_EVERY == 1:
             self.delivered += float(mean.square().sum())
-
-
-def first(codec: Codec, controller: Controller | None, spec: Spec) -> Setting:
-    """The setting to begin with."""
-    default = codec.default(spec)
-    return default if controller is None else controller.initial(spec, default)
 
 
 def seeds(seed: int, name: str, own: int) -> dict[str, Any]:
     """What a state begins with: a seed of this rank's own, and one that all ranks have."""
-    return {"seed": mix(seed, name, own), "shared_seed": mix(seed, name)}
-
-
-def options_of(exchange: Core | Exchange) -> str:
-    """An exchange's options in words, one a line: what must be the same on all ranks, and in a checkpoint."""
-    kinds = ("codec", "memory", "combine", "topology", "controller", "select", "seed")
-    return "\n".join(f"{kind} {describe(getattr(exchange, kind))}" for kind in kinds)
+    return {"seed": hashed(seed, name, own), "shared_seed": hashed(seed, name)}

@@ -23,7 +23,6 @@ checkpoint fits any `bucket_cap_mb`. With `no_sync()` the exchange sees one accu
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 import warnings
@@ -36,11 +35,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from weft.comm.agree import announce
-from weft.comm.automatic import Auto, Trial, measure_link
+from weft.comm.automatic import Auto, Tryout
 from weft.comm.codec import Spec
 from weft.comm.core import LOOK_EVERY
 from weft.comm.exchange import Exchange
+from weft.comm.memory import VelocityMemory
 from weft.comm.moved_momentum import MovedMomentum, held_by
 from weft.errors import together
 
@@ -154,8 +153,6 @@ class Handle:
     Attributes:
         exchange: at work; with `auto` plain at first, then the one chosen.
         step: number of steps so far.
-        chosen: with `auto`, the name of the choice once it is made, else "".
-        predicted: with `auto`, step seconds by name.
     """
 
     def __init__(
@@ -166,9 +163,6 @@ class Handle:
         scaler: torch.amp.GradScaler | None,
         choice: Auto | None = None,
     ):
-        self.chosen, self.predicted = "", dict[str, float]()
-        self._choice, self._trials = choice, list[tuple[float, float, float]]()
-        self._began, self._ended, self._buckets, self._plain_step = 0.0, 0.0, 0, 0.0
         self.ddp, self.exchange, self.optimizers, self.scaler = ddp, exchange, optimizers, scaler
         self._switch: _Switch | None = None
         self._parameters = {id(p): name for name, p in ddp.module.named_parameters()}
@@ -177,6 +171,7 @@ class Handle:
         self._trained = _trained(ddp)  # once: DDP's buckets are of those that were to be trained when it was made
         self._listening: list[Any] = []
         self._unused = self._piled = self._told = False  # see `_count_passes`
+        self._tryout = Tryout(choice, _specs(self._trained))
         self._open(exchange)
         self._works: list[tuple[dist.Work, Tensor]] = []
         self._over = threading.Event()
@@ -185,7 +180,6 @@ class Handle:
         self._awaited: set[int] = set()  # parameters whose gradients have not come in this backward pass
         self._scale = 1.0
         self._skip = False
-        self._arrived = 0.0  # norm of what was delivered, on steps where clipping is looked for
         self._warned = False
         self._due: set[int] = set()  # optimizers that have not taken their step since the last backward pass
         self._hooks = [
@@ -198,15 +192,21 @@ class Handle:
             )
         ]
 
+    @property
+    def chosen(self) -> str:
+        """With `auto`, the name of the choice once it is made, else ""."""
+        return self._tryout.chosen
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """With `auto`, step seconds by name."""
+        return self._tryout.predicted
+
     def _open(self, exchange: Exchange) -> None:
         """Begin with an exchange: its group, its momentum."""
         momentum = MovedMomentum(exchange, self.optimizers, self._parameters)
-        given, exchange.group = exchange.group, exchange.group or self.ddp.process_group
-        try:
-            exchange.open(_specs(self._trained))
-        finally:
-            exchange.group = given  # the group is the model's, and another model may have another
-        self.exchange, self.step, self._momentum = exchange, exchange.core.step + 1, momentum
+        exchange.open(_specs(self._trained), group=self.ddp.process_group)
+        self.exchange, self.step, self._momentum = exchange, exchange.next_step, momentum
         momentum.take()
         self._listen_no_more()
         if exchange.core.keeps and self.optimizers:
@@ -228,10 +228,9 @@ class Handle:
         self._awaited.difference_update(map(id, parameters))
         last = bucket.is_last() or not self._awaited
         if self.exchange.plain:
-            group = self.exchange.core.wired.group
-            work = dist.all_reduce(buffer.mul_(1 / self.exchange.core.wired.ranks), group=group, async_op=True)
+            wired = self.exchange.wired
+            work = dist.all_reduce(buffer.mul_(1 / wired.ranks), group=wired.group, async_op=True)
             self._works.append((work, buffer))
-            self._buckets += 1
             result = work.get_future().then(_first)
             if last:
                 self._end_soon()
@@ -269,17 +268,19 @@ class Handle:
         return found
 
     def _begin(self) -> None:
-        if self._choice is not None:
-            if len(self._trials) >= self._choice.trial:
-                (self._confirm if self.chosen else self._decide)(self._choice)
-            self._began, self._buckets = time.perf_counter(), 0
+        following = self._tryout.began(self.exchange.wired)
+        if following is not None:
+            last = self.exchange
+            self._momentum.give_back()
+            self._open(following)
+            last.close()
         self._under_way, self._skip, self._error = True, False, None
         self._over.clear()
         self._works.clear()
         self._awaited = set(map(id, self._trained.values()))
         self._before = self.exchange.skipped
         self._scale = float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
-        self.step = self.exchange.core.step + 1  # which a checkpoint may have set
+        self.step = self.exchange.next_step
 
     def _end_soon(self) -> None:
         """All buckets are on their way: `_end` when the pass that brought the last is over.
@@ -302,12 +303,9 @@ class Handle:
             with together("the all-reduce of gradients"):
                 for work, _ in self._works:
                     work.wait()
-            core = self.exchange.core
             if self.optimizers and not all(bool(buffer.sum().isfinite()) for _, buffer in self._works):
                 self._skip = not all(bool(buffer.isfinite().all()) for _, buffer in self._works)
-                core.skipped += self._skip
-            core.step = self.step
-            core.plain_steps += 1
+            self.exchange.count_plain(self.step, self._skip)
         else:
             self._over.wait()  # the exchange thread answers within its timeout, with results or an error
             if self._error is not None:
@@ -316,20 +314,16 @@ class Handle:
             self._skip = self.exchange.skipped > self._before
             if self.ddp.find_unused_parameters and not self.ddp.static_graph and self._backward:
                 grads = [(p, p.grad, None if p.grad is None else p.grad._version) for p in self.ddp.module.parameters()]
-                torch.autograd.Variable._execution_engine.queue_callback(  # type: ignore[attr-defined]
-                    lambda: self._give_back(
-                        grads
-                    )  # after DDP's own callback, which hands the results to the parameters
-                )
+                # after DDP's own callback, which hands the results to the parameters
+                after = partial(self._give_back, grads)
+                torch.autograd.Variable._execution_engine.queue_callback(after)  # type: ignore[attr-defined]
         if self._skip and self.optimizers and self.scaler is None and self._backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._drop)  # type: ignore[attr-defined]
         self._due = set(map(id, self.optimizers))
         self._unused, self._piled = bool(self._due) and not self._skip, False
-        ended = time.perf_counter()
-        self.exchange.waited(ended - began)
-        if self._choice is not None:
-            self._trials.append((ended - self._ended, began - self._began, ended - began))
-            self._ended = ended
+        waited = time.perf_counter() - began
+        self.exchange.waited(waited)
+        self._tryout.ended(waited, len(self._works))
         self.step += 1
 
     def _count_passes(self) -> None:
@@ -342,7 +336,7 @@ class Handle:
         memory = self.exchange.memory
         name = type(memory).__name__
         self._momentum.check_all_held(self._trained)
-        if self._piled and memory.velocity:
+        if self._piled and isinstance(memory, VelocityMemory):
             raise ValueError(
                 f"attach: a second synchronised backward pass before the optimizer's step, onto gradients that {name} has "
                 "delivered: they are velocities, and went through its momentum again. Accumulate under ddp.no_sync(), all passes "
@@ -377,40 +371,6 @@ class Handle:
             if id(parameter) not in held:
                 parameter.grad = None
 
-    def _decide(self, choice: Auto) -> None:
-        """End the trial of `auto`: nothing is on the wire, and the momentum is where plain steps left it."""
-        core = self.exchange.core
-        steps = self._trials[1:]  # the first has no beginning
-        trial = Trial(*(statistics.median(kind) for kind in zip(*steps, strict=True)), buckets=max(self._buckets, 1))
-        link = choice.link if choice.link is not None else measure_link(core.wired.group)
-        found = None
-        if core.wired.own == 0:
-            predicted = choice.predict(_specs(self._trained), core.wired.ranks, trial, link)
-            found = choice.choose(predicted), predicted
-        self.chosen, self.predicted = announce(found, core.wired.group, core.wired.device)
-        self._trials.clear()
-        if self.chosen == "plain":
-            self._choice = None
-            return
-        self._plain_step = trial.step
-        self._replace(choice.candidates()[self.chosen])
-
-    def _confirm(self, choice: Auto) -> None:
-        """End the trial of what `auto` chose: back to plain where steps are in fact no shorter."""
-        core = self.exchange.core
-        step = statistics.median(steps[0] for steps in self._trials[1:])
-        shorter = announce(step < self._plain_step, core.wired.group, core.wired.device)
-        self._choice = None
-        if not shorter:
-            self.chosen = "plain"
-            self._momentum.give_back()
-            self._replace(Exchange())
-
-    def _replace(self, exchange: Exchange) -> None:
-        last = self.exchange
-        self._open(exchange)
-        last.close()
-
     # ---- at the optimizer's step
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -435,7 +395,8 @@ class Handle:
             for parameter in self.ddp.module.parameters():
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
             return
-        if not self.exchange.memory.velocity:
+        memory = self.exchange.memory
+        if not isinstance(memory, VelocityMemory):
             return
         for group in optimizer.param_groups:
             if group.get("momentum", 0):
@@ -446,19 +407,18 @@ class Handle:
         if not due:
             return
         if (self.step - 1) % LOOK_EVERY == 1 and not self._warned:
-            self._look_for_clipping()
+            self._look_for_clipping(memory)
         self._momentum.decay(optimizer)
 
-    def _look_for_clipping(self) -> None:
+    def _look_for_clipping(self, memory: VelocityMemory) -> None:
         """Warn where velocities are made shorter between the exchange and the optimizer: their norm is not a gradient's."""
-        memory = self.exchange.memory
         here = [p.grad for p in self.ddp.module.parameters() if p.grad is not None]
         now = float(torch.stack([g.float().square().sum() for g in here]).sum().sqrt()) if here else 0.0
         sent = self.exchange.core.delivered**0.5 * self._scale
         if self._scale != 1.0 or now > 0.99 * sent:
             return
         self._warned = True
-        gain = 1 / (1 - memory.momentum)  # type: ignore[attr-defined]
+        gain = 1 / (1 - memory.momentum)
         warnings.warn(
             f"gradients are clipped after the exchange, from norm {sent:.3g} to {now:.3g}, but {type(memory).__name__} delivers "
             f"velocities, up to {gain:.3g} times as long as a gradient: this slows training. Clip inside the memory instead.",

@@ -25,8 +25,8 @@ from weft.comm.codec import Codec, LinearCodec, Spec
 from weft.comm.codecs.plain import Identity
 from weft.comm.combine import Combine, Info
 from weft.comm.controller import Controller
-from weft.comm.core import Core, first, options_of
-from weft.comm.memory import Memory, NoMemory
+from weft.comm.core import Core, Options
+from weft.comm.memory import Memory, NoMemory, VelocityMemory
 from weft.comm.report import Report, TensorReport
 from weft.comm.routes import Bucket, GatherBucket, Item, RingBucket, StarBucket
 from weft.comm.rules.mean import Mean
@@ -103,6 +103,7 @@ class Exchange:
                 raise ValueError(f"Exchange: topology must be 'auto' or a Topology, got {topology!r}")
             topology = choose(self.codec, self.combine)
         self.topology: Topology = topology
+        self._options = Options(self.codec, self.memory, self.combine, topology, controller, select, seed, measure)
         self._check()
         self._core: Core | None = None
         self._loaded: Mapping[str, Any] | None = None
@@ -130,7 +131,7 @@ class Exchange:
                 "use weft.comm.straggler or weft.federated"
             )
         kept = getattr(self.topology, "memory", None)
-        if kept is not None and (kept.velocity or type(kept).delivered is not Memory.delivered):
+        if kept is not None and (isinstance(kept, VelocityMemory) or type(kept).delivered is not Memory.delivered):
             raise ValueError(
                 f"Exchange: memory of {type(self.topology).__name__} must keep what was not sent, and nothing else, got {kept}: "
                 "ranks decode results as they come; use ErrorFeedback() there"
@@ -159,12 +160,12 @@ class Exchange:
 
     def selects(self, spec: Spec) -> bool:
         """Whether the codec is for this tensor; it never is for one without entries."""
-        return spec.numel > 0 and self.select(spec)
+        return self._options.selects(spec)
 
     @property
     def options(self) -> str:
         """In words, one a line; exchanges of the same options understand each other, and each other's checkpoints."""
-        return options_of(self)
+        return self._options.words
 
     @property
     def skipped(self) -> int:
@@ -173,7 +174,12 @@ class Exchange:
 
     # ---- the work
 
-    def open(self, specs: Sequence[Spec] = (), rows: Sequence[Sequence[int]] = ()) -> None:
+    def open(
+        self,
+        specs: Sequence[Spec] = (),
+        rows: Sequence[Sequence[int]] = (),
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Make the process group and compare options and tensors over the ranks; every rank calls this at the same time.
 
         `reduce` does it on first use. Open again after `close` with the same states.
@@ -182,6 +188,7 @@ class Exchange:
             specs: the tensors, so far as they are known.
             rows: groups of the ranks, equally long, that exchange side by side, each by itself: ranks of a row are numbered in
                 its order. A step that is not finite in one is undone in all. Ask `one_group` whether that may be.
+            group: the ranks this time, where the exchange was given none.
         Raises:
             ExchangeMismatch: on every rank, if any has other options or tensors; or a loaded checkpoint is of others.
             PeerLost: a rank did not come.
@@ -199,18 +206,8 @@ class Exchange:
                 )
             if len(rows) > 1 and self.group is not None:
                 raise ValueError("Exchange: rows are groups of all ranks; leave group out")
-            wired = Wired(self.group, self.timeout, rows)
-            self._core = Core(
-                self.codec,
-                self.memory,
-                self.combine,
-                self.topology,
-                self.controller,
-                self.select,
-                self.seed,
-                self.measure,
-                wired,
-            )
+            wired = Wired(self.group or group, self.timeout, rows)
+            self._core = Core(self._options, wired)
         core = self._core
         assert core is not None
         try:
@@ -261,6 +258,21 @@ class Exchange:
             self.open()
         assert self._core is not None
         return self._core
+
+    @property
+    def wired(self) -> Wired:
+        """Its own process group: who the ranks are, where their messages lie."""
+        return self.core.wired
+
+    @property
+    def next_step(self) -> int:
+        """The number of the step to come, which a checkpoint may have set."""
+        return self.core.step + 1
+
+    def count_plain(self, step: int, bad: bool) -> None:
+        """Take note of a step that a `plain` exchange's owner all-reduced by itself; `bad`: its result is not finite."""
+        core = self.core
+        core.step, core.plain_steps, core.skipped = step, core.plain_steps + 1, core.skipped + bad
 
     def submit(
         self,
@@ -335,7 +347,7 @@ class Exchange:
             if not -tensor.dim() <= dim < tensor.dim():
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} has no dimension {dim} to cut")
             dims.append(dim % tensor.dim())
-        ranks, own = self.core.wired.ranks, self.core.wired.own
+        ranks, own = self.wired.ranks, self.wired.own
         future: torch.futures.Future[dict[str, Tensor]] = torch.futures.Future()
         pairs = _flat(named)
         cuts = [Cut.of(spec.shape, dim, ranks) for (spec, _), dim in zip(pairs, dims, strict=True)]
@@ -451,16 +463,13 @@ class Exchange:
             ranks: how many; None for those of the group.
             scatter: each rank wants a piece of it (`reduce_scatter`).
         """
-        hops, nbytes = self.wire([spec], ranks if ranks is not None else self.core.wired.ranks, scatter)
+        hops, nbytes = self.wire([spec], ranks if ranks is not None else self.wired.ranks, scatter)
         coded = self.setting_of(spec) is not None
         return (self._seconds(spec, None) if coded else 0.0) + hops * link.latency + nbytes / link.bandwidth
 
     def setting_of(self, spec: Spec) -> Any:
         """The codec's setting for a tensor: in force now, or the one to begin with; None for a tensor that goes as it is."""
-        if self._core is not None:
-            return self._core.setting(spec)
-        setting = first(self.codec, self.controller, spec) if self.selects(spec) else None
-        return None if setting is None or self.codec.bypass(spec, setting) else setting
+        return self._options.in_force(spec, {} if self._core is None else self._core.settings)
 
     def _seconds(self, spec: Spec, setting: Any) -> float:
         """Codec seconds of one tensor, measured so far; what a controller is told that budgets time."""

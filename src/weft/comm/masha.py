@@ -13,12 +13,14 @@ Method     a snapshot w, at which all know F(w) and worker m its F_m(w). A step:
            worker alike and is not sent. With inner="adam" the two moves are Adam's, along F(w) and F(w) + g.
 Guarantee  what is coded is a difference that vanishes at the solution, so the fixed points are those of F. MASHA-1, F mu-strongly
            monotone, gamma as in `step_size`:   E|z^k - z*|^2 <= 2 (1 - gamma mu/2)^k |z^0 - z*|^2                  `rate`
+           A gamma for each player is the method in scaled coordinates, where F stays monotone: tensors are coded one by one.
 Source     Beznosikov, Richtarik, Diskin, Ryabinin, Gasnikov, arXiv:2110.03313; the snapshot at z+ rather than z, with the same
            constants: Alacaoglu, Malitsky, arXiv:2102.08352. The constant in `step_size` is ours: it counts the L of F itself.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,13 +29,14 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from weft.comm.agree import mix
+from weft.comm.agree import hashed
 from weft.comm.codec import Codec, Spec
 from weft.comm.exchange import Exchange
 from weft.comm.memories.shift import Shift
 from weft.comm.memory import NoMemory
-from weft.comm.topology import ScatterGather, Star
-from weft.comm.variational import Adam, Ask, Inner, Named, Operator, Rounds, finite, moved
+from weft.comm.rules.mean import Mean
+from weft.comm.topology import Gossip, Peer, ScatterGather, Star
+from weft.comm.variational import Adam, Ask, Inner, Named, Operator, Rate, Rounds, finite, moved, rate_of
 
 __all__ = ["MASHA", "Anchor", "coin", "masha", "rate", "step_size"]
 
@@ -53,7 +56,7 @@ def masha(
     z: Named,
     anchor: Anchor,
     operator: Operator,
-    gamma: float,
+    gamma: Rate,
     tau: float,
     mode: Literal[1, 2],
     refresh: bool,
@@ -68,7 +71,7 @@ def masha(
         z: this step's point, the same on all workers.
         anchor: read, and replaced entry by entry where the snapshot moves.
         operator: F_m.
-        gamma: step size.
+        gamma: step size, or one by name.
         tau: weight of z against the snapshot, in [0, 1]; 1 - tau is the probability of a refresh.
         mode: 1 or 2, as above.
         refresh: the coin.
@@ -79,17 +82,19 @@ def masha(
     if not anchor.w and not (yield from _refreshed(z, anchor, at_anchor or operator)):
         return None
     middle = {name: torch.lerp(anchor.w[name], tensor, tau) for name, tensor in z.items()}
-    half = moved(middle, anchor.mean, -gamma) if inner is None else inner(middle, anchor.mean, False)
+    rates = {name: rate_of(gamma, name) for name in z}
+    back = {name: -rate for name, rate in rates.items()}
+    half = moved(middle, anchor.mean, back) if inner is None else inner(middle, anchor.mean, False)
     here = operator(half)
     there = operator(anchor.w) if paired else anchor.own
-    unit = gamma if mode == 2 else 1.0
-    g = yield Ask({name: (tensor - there[name]) * unit for name, tensor in here.items()}, True)
+    g = yield Ask({n: (tensor - there[n]) * (rates[n] if mode == 2 else 1.0) for n, tensor in here.items()}, True)
     if g is None:
         return None
     if inner is None:
-        z = moved(half, g, -gamma / unit)
-    else:
-        z = inner(middle, moved(anchor.mean, g, 1 / unit), True)
+        z = moved(half, g, -1.0 if mode == 2 else back)
+    else:  # a rate of 0 moves nothing, whatever the direction
+        unscaled = {name: 1 / rate if rate else 0.0 for name, rate in rates.items()}
+        z = inner(middle, moved(anchor.mean, g, unscaled if mode == 2 else 1.0), True)
     if refresh:
         yield from _refreshed(z, anchor, at_anchor or operator)
     return z
@@ -109,7 +114,7 @@ def _refreshed(z: Named, anchor: Anchor, operator: Operator) -> Generator[Ask, N
 
 def coin(seed: int, step: int, tau: float) -> bool:
     """Whether the snapshot is refreshed after a step: the same on every worker, true with probability 1 - tau."""
-    return mix(seed, "coin", step) / 2**62 >= tau
+    return hashed(seed, "coin", step) / 2**62 >= tau
 
 
 def step_size(
@@ -159,8 +164,10 @@ class MASHA(torch.optim.Optimizer):
     Args:
         params_min: parameters, or (name, parameter) pairs.
         params_max: the same for the maximising player; may be empty (perturbations local to a rank belong in the closure).
-        exchange: codec, memory and topology; it must not be attached to a model.
-        lr: gamma, > 0; a schedule may change it (mode 2 keeps it inside the memories).
+        exchange: codec, memory and topology, of which all ranks get one mean (no Gossip, no Peer, no robust rule: the method
+            is proven for the mean, and ranks must stay equal); it must not be attached to a model.
+        lr: gamma, > 0; a schedule may change it (mode 2 keeps it inside the memories), also for the two players apart: each is
+            a parameter group.
         tau: in (0, 1); None for 1 - tau = bytes of a message / bytes uncompressed, so that refreshes cost as much as messages.
         mode: 1 or 2.
         inner: "sgd", or "adam" with `betas` and `eps`.
@@ -212,6 +219,9 @@ class MASHA(torch.optim.Optimizer):
         specs = [Spec(name, tuple(p.shape), p.dtype) for name, p in named.items()]
         coded = [spec for spec in specs if exchange.selects(spec)]
         _check(exchange, coded, mode)
+        for each in (exchange, refresh):
+            if each is not None:
+                _check_mean(each)
         if refresh is not None and (refresh.memory != Shift(1.0) or paired):
             raise ValueError(
                 "MASHA: refresh must be an Exchange with memory Shift(1.0), and does not go with paired=True"
@@ -238,6 +248,12 @@ class MASHA(torch.optim.Optimizer):
         self._plain = refresh or Exchange(group=exchange.group, timeout=exchange.timeout, seed=exchange.seed, measure=0)
         self._calls = 0  # of the uncompressed exchange
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds groups: snapshots and the sides of the game are made there."""
+        if hasattr(self, "_parameters"):
+            raise ValueError("MASHA: all parameters must be given to the constructor; make a new optimizer with them")
+        super().add_param_group(param_group)
+
     @property
     def skipped(self) -> int:
         """Steps left out because F was not finite on some rank."""
@@ -257,18 +273,18 @@ class MASHA(torch.optim.Optimizer):
         Returns:
             the closure's (first) loss at the point looked ahead to, on this rank's data, detached.
         Raises:
-            ValueError: no closure, or the loss does not depend on some parameter, which is named.
+            ValueError: no closure, it returns no loss, or the loss does not depend on some parameter, which is named.
         """
         if closure is None:
             raise ValueError("MASHA: step needs a closure that returns the loss; F is evaluated at several points")
-        group = self.param_groups[0]
-        number, gamma = int(group["step"]), float(group["lr"])
+        number, gamma = int(self.param_groups[0]["step"]), self._rates()
         seen: list[Tensor] = []
-        generator_state = torch.get_rng_state()
+        draws = _draws({p.device for p in self._parameters.values()})
 
         def operator(loss: Callable[[], Loss]) -> Operator:
             def evaluate(point: Named) -> Named:
-                torch.set_rng_state(generator_state)  # the same dropout at both points, as the same data
+                for restore in draws:  # the same dropout at both points, as the same data
+                    restore()
                 gradient, value = self._gradient(point, loss)
                 seen.append(value)
                 return gradient
@@ -329,8 +345,7 @@ class MASHA(torch.optim.Optimizer):
             for name, parameter in self._parameters.items():
                 parameter.copy_(point[name])
         with torch.enable_grad():
-            loss = closure()
-            own, other = loss if isinstance(loss, tuple) else (loss, -loss)
+            own, other = _pair(closure())
             gradients: dict[str, Tensor | None] = {}
             for value, maximised in ((own, False), (other, True)):
                 names = [name for name in self._parameters if (name in self._maximised) is maximised]
@@ -351,7 +366,12 @@ class MASHA(torch.optim.Optimizer):
             )
         return {name: gradients[name].detach() for name in self._parameters}, own.detach()
 
-    def _adam(self, gamma: float) -> Inner | None:
+    def _rates(self) -> dict[str, float]:
+        """gamma of each parameter: its group's."""
+        of = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        return {name: of[id(parameter)] for name, parameter in self._parameters.items()}
+
+    def _adam(self, gamma: Rate) -> Inner | None:
         if self.inner != "adam":
             return None
         return Adam(gamma, self.betas, self.eps, {name: self.state[p] for name, p in self._parameters.items()})
@@ -398,14 +418,46 @@ def _named(params: Iterable[Any], side: str) -> dict[str, Tensor]:
     return found
 
 
+def _pair(loss: Any) -> tuple[Tensor, Tensor]:
+    """The losses that the two sides minimise."""
+    losses = loss if isinstance(loss, tuple) else (loss,)
+    if not 1 <= len(losses) <= 2 or not all(isinstance(one, Tensor) and one.numel() == 1 for one in losses):
+        said = [f"shape {tuple(one.shape)}" if isinstance(one, Tensor) else repr(one) for one in losses]
+        raise ValueError(
+            f"MASHA: the closure must return the loss, a tensor of one entry, or a pair of them, got {', '.join(said)}"
+        )
+    return (losses[0], losses[1]) if len(losses) == 2 else (losses[0], -losses[0])
+
+
+def _draws(devices: set[torch.device]) -> list[Callable[[], None]]:
+    """Functions that set the random generators of the CPU and of `devices` back to where they are now."""
+    found = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
+    for device in devices:
+        if device.type != "cpu":
+            module = torch.get_device_module(device)
+            found.append(functools.partial(module.set_rng_state, module.get_rng_state(device), device))
+    return found
+
+
 def _share(exchange: Exchange, specs: Sequence[Spec]) -> float:
     """Bytes of a message / bytes of the tensors."""
     sent = 0.0
     for spec in specs:
-        setting = exchange.codec.default(spec) if exchange.selects(spec) else None
-        plain = setting is None or exchange.codec.bypass(spec, setting)
-        sent += spec.numel * spec.dtype.itemsize if plain else exchange.codec.nbytes(spec, setting)
+        setting = exchange.codec.in_force(spec, exchange.codec.default(spec)) if exchange.selects(spec) else None
+        sent += spec.numel * spec.dtype.itemsize if setting is None else exchange.codec.nbytes(spec, setting)
     return sent / sum(spec.numel * spec.dtype.itemsize for spec in specs)
+
+
+def _check_mean(exchange: Exchange) -> None:
+    """That all ranks get one result, and that it is the mean."""
+    topology, rule = exchange.topology, exchange.combine
+    if isinstance(topology, (Gossip, Peer)):
+        raise ValueError(
+            f"MASHA: all ranks must get the same mean, got topology {type(topology).__name__}, by which they drift apart; use "
+            "AllGather, ScatterGather or Star"
+        )
+    if not isinstance(rule, Mean):
+        raise ValueError(f"MASHA: combine must be Mean, for which the method is proven, got {type(rule).__name__}")
 
 
 def _check(exchange: Exchange, specs: Sequence[Spec], mode: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import abc
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from weft.comm.codec import Spec, State
 
-__all__ = ["Memory", "NoMemory"]
+__all__ = ["Memory", "NoMemory", "VelocityMemory"]
 
 
 class Memory(abc.ABC):
@@ -19,15 +19,10 @@ class Memory(abc.ABC):
     `after` may write into what `before` put there in the same step. x itself must not be kept: its memory is used again.
 
     Attributes:
-        velocity: what is exchanged is a velocity: the optimizer must add no momentum, and clipping comes before. Such a memory
-            has attributes `momentum` and `nesterov`.
-        buffer: the entry of `state` that continues the optimizer's momentum buffer, for a velocity memory.
         additive: what all ranks together owe is the mean of their tensors in `state`, so that a checkpoint may go on on another
             number of ranks (see regroup.py).
     """
 
-    velocity: bool = False
-    buffer: str = ""
     additive: bool = False
 
     def sized(self, ranks: int) -> Memory:
@@ -49,6 +44,39 @@ class Memory(abc.ABC):
     def delivered(self, mean: Tensor, spec: Spec, state: State) -> Tensor:
         """What a coded tensor delivers on every rank, given the combined result: by default that (`Shift` adds its reference)."""
         return mean
+
+
+class VelocityMemory(Memory):
+    """What is exchanged is a velocity: the optimizer must add no momentum, and clipping comes before.
+
+    Attributes:
+        momentum: m in [0, 1), taken out of the optimizer.
+        nesterov: the Nesterov form.
+        buffer: the entry of `state` that continues the optimizer's momentum buffer.
+    """
+
+    momentum: float
+    nesterov: bool
+    buffer: ClassVar[str]
+
+    def carry_decay(self, gradient: Tensor, weight: Tensor, buffer: Tensor, decay: float, sign: float = 1.0) -> None:
+        """Add to a gradient what momentum makes of the weight decay of earlier steps; the optimizer adds this step's.
+
+        b <- m b + decay w is the decay's part of momentum SGD's buffer, the same on every rank as the weights are. Without it the
+        decay would be 1/(1 - m) times too weak beside velocities. It is not part of what is exchanged (Lin et al.'s optimizer).
+
+        Args:
+            gradient: what the exchange delivered, changed in place. weight: of the same shape.
+            buffer: b of the last step, zero at the start; b of this one afterwards.
+            decay: the optimizer's weight_decay.
+            sign: of the gradient in the update, times its scale.
+        """
+        buffer.mul_(self.momentum)
+        if not self.nesterov:
+            gradient.add_(buffer, alpha=sign)
+        buffer.add_(weight, alpha=decay)
+        if self.nesterov:
+            gradient.add_(buffer, alpha=sign * self.momentum)
 
 
 @final

@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weft.comm.exchange import Exchange
-from weft.comm.memories.momentum_correction import carry_decay
-from weft.comm.memory import Memory
+from weft.comm.memory import VelocityMemory
 
 __all__ = ["MovedMomentum", "held_by"]
 
@@ -41,12 +40,13 @@ class MovedMomentum:
 
     def __init__(self, exchange: Exchange, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]):
         self.exchange, self.optimizers, self.names = exchange, optimizers, names
-        self.moved = _check(exchange.memory, optimizers, names)
+        self.memory = exchange.memory if isinstance(exchange.memory, VelocityMemory) else None
+        self.moved = _check(self.memory, optimizers, names)
         self._all_held = False  # as far as `check_all_held` knows
 
     def take(self) -> None:
-        memory, core = self.exchange.memory, self.exchange.core
-        if not memory.velocity:
+        memory, core = self.memory, self.exchange.core
+        if memory is None:
             return
         for optimizer, group in groups(self.optimizers):
             group["momentum"], group["nesterov"] = 0.0, False
@@ -60,19 +60,18 @@ class MovedMomentum:
 
     def saved(self, optimizer: Any, state: dict[str, Any]) -> None:
         """Say in an optimizer's state dict that it has its momentum, as before."""
-        memory = self.exchange.memory
-        for group in state["param_groups"] if self.moved else ():
-            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov  # type: ignore[attr-defined]
+        for group in state["param_groups"] if self.memory is not None and self.moved else ():
+            group["momentum"], group["nesterov"] = self.memory.momentum, self.memory.nesterov
 
     def loaded(self, optimizer: Any) -> None:
         """A loaded optimizer has its momentum again."""
-        self.moved |= _check(self.exchange.memory, (optimizer,), self.names)
+        self.moved |= _check(self.memory, (optimizer,), self.names)
         self.take()
 
     def give_back(self) -> None:
         """Raises what torch's all-reduce raises; the memory has it still then."""
-        memory, core = self.exchange.memory, self.exchange.core
-        if not self.moved:
+        memory, core = self.memory, self.exchange.core
+        if memory is None or not self.moved:
             return
         means = []
         for optimizer, group in groups(self.optimizers):
@@ -81,9 +80,9 @@ class MovedMomentum:
                 held, decayed = state.get(memory.buffer), state.get(DECAY)
                 if held is None:
                     continue
-                share = core.wired.ranks * _unit(memory, group)
+                share = self.exchange.wired.ranks * _unit(memory, group)
                 mean = held / share  # ranks hold their own; equal ones again keep the ranks bit-identical
-                dist.all_reduce(mean, group=core.wired.group)
+                dist.all_reduce(mean, group=self.exchange.wired.group)
                 if decayed is not None:
                     mean.add_(decayed)
                 means.append((optimizer, parameter, state, mean))
@@ -92,11 +91,13 @@ class MovedMomentum:
             del state[memory.buffer]
             state.pop(DECAY, None)
         for _, group in groups(self.optimizers):
-            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov  # type: ignore[attr-defined]
+            group["momentum"], group["nesterov"] = memory.momentum, memory.nesterov
 
     def decay(self, optimizer: Any) -> None:
         """Add to an optimizer's gradients, which are velocities, the momentum of its weight decay; see `carry_decay`."""
-        memory, core = self.exchange.memory, self.exchange.core
+        memory, core = self.memory, self.exchange.core
+        if memory is None:
+            return
         scale = float(getattr(optimizer, "grad_scale", None) or 1.0)  # a fused optimizer divides gradients by it
         for group in optimizer.param_groups:
             decay, sign = group["weight_decay"], -scale if group.get("maximize") else scale
@@ -108,7 +109,7 @@ class MovedMomentum:
                 if last is None and not decay:
                     continue
                 now = torch.zeros(parameter.numel(), device=parameter.device) if last is None else last.clone()
-                carry_decay(memory, parameter.grad, parameter.detach(), _shaped(now, parameter), decay, sign)
+                memory.carry_decay(parameter.grad, parameter.detach(), _shaped(now, parameter), decay, sign)
                 core.state(name)[DECAY] = now
 
     def check_all_held(self, trained: Mapping[str, Tensor]) -> None:
@@ -117,13 +118,13 @@ class MovedMomentum:
         Raises:
             ValueError: some is not.
         """
-        if self._all_held or not self.exchange.memory.velocity:
+        if self._all_held or self.memory is None:
             return
         held = held_by(self.optimizers)
         for name, parameter in trained.items():
             if id(parameter) not in held:
                 raise ValueError(
-                    f"attach: optimizer must hold all trained parameters with {type(self.exchange.memory).__name__}, {name} is "
+                    f"attach: optimizer must hold all trained parameters with {type(self.memory).__name__}, {name} is "
                     "in none: a velocity arrives there, too. Give attach all optimizers, as a list, or freeze it before the "
                     "model is wrapped"
                 )
@@ -153,22 +154,24 @@ def _shaped(flat: Tensor, parameter: Tensor) -> Tensor:
     return flat.as_strided(parameter.shape, parameter.stride())
 
 
-def _unit(memory: Memory, group: dict[str, Any]) -> float:
+def _unit(memory: VelocityMemory, group: dict[str, Any]) -> float:
     """A velocity memory's u over the optimizer's momentum buffer: Nesterov's u <- m (u + g) is ahead of it by the factor m."""
-    ahead = float(memory.momentum) if memory.nesterov else 1.0  # type: ignore[attr-defined]
+    ahead = float(memory.momentum) if memory.nesterov else 1.0
     return -ahead if group.get("maximize") else ahead
 
 
-def _check(memory: Memory, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> bool:
+def _check(
+    memory: VelocityMemory | None, optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]
+) -> bool:
     """Whether momentum moves from the optimizers into the memory, to be given back."""
-    if not memory.velocity:
+    if memory is None:
         return False
     name = type(memory).__name__
     if not optimizers:
         raise ValueError(
             f"attach: optimizer must be given with {name}, which exchanges velocities: momentum moves out of the optimizer"
         )
-    own, nesterov = float(getattr(memory, "momentum", 0.0)), bool(getattr(memory, "nesterov", False))
+    own, nesterov = float(memory.momentum), memory.nesterov
     found = set()
     for optimizer, group in groups(optimizers):
         if not isinstance(optimizer, torch.optim.SGD):

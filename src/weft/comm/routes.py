@@ -138,7 +138,7 @@ class Bucket(Job):
     @property
     def noted(self) -> bool:
         """Whether anybody asks what was sent of a tensor: a memory, or the report."""
-        return not isinstance(self.exchange.memory, NoMemory) or self.exchange.measures(self.step)
+        return self.exchange.keeps or self.exchange.measures(self.step)
 
     def take_note(self, item: Item, sent: Tensor, where: Tensor | None) -> None:
         """Tell the memory, and now and then the report, what of item.y was sent."""
@@ -197,9 +197,9 @@ class RingBucket(Bucket):
             device = live[0][0].out.device
             number = float(self.step % STEPS)
             head = [math.nan if self.bad else 0.0, number, number * number]
-            kinds: dict[torch.dtype, list[Tensor]] = (
-                {torch.float32: [torch.tensor(head, device=device)]} if first else {}
-            )
+            kinds: dict[torch.dtype, list[Tensor]] = {}
+            if first:
+                kinds[torch.float32] = [torch.tensor(head, device=device)]
             for item, _, part in live:
                 assert part is not None
                 kinds.setdefault(part.dtype, []).append(part.reshape(-1))
@@ -213,9 +213,8 @@ class RingBucket(Bucket):
             if first:
                 flag, mean_step, square = flats[torch.float32][:3].tolist()
                 poisoned, places[torch.float32] = math.isnan(flag), 3
-                if (
-                    square - mean_step**2 > 0.5 * (self.ranks - 1) / self.ranks**2
-                ):  # one rank that is one off: twice as much
+                # one rank that is one off: twice as much
+                if square - mean_step**2 > 0.5 * (self.ranks - 1) / self.ranks**2:
                     raise self.out_of_step("another one (steps vary over the ranks)")
             following = []
             for item, talk, part in live:
@@ -227,7 +226,7 @@ class RingBucket(Bucket):
                 if answer is not None:
                     following.append((item, talk, answer))
             live, first = following, False
-        yield from self.finish(poisoned or self.overflowed())
+        yield from self.finish(poisoned or self.spoiled())
 
     def go_on(self, item: Item, talk: Any, mean: Tensor) -> Tensor | None:
         """Give an average to a codec; its next tensor to average, or None when the tensor is done."""
@@ -251,9 +250,10 @@ class RingBucket(Bucket):
         finally:
             exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
 
-    def overflowed(self) -> bool:
-        """A result that is not finite though every gradient was (float16 overflows): the same bits on all ranks."""
-        return not all(finite(item.out) for item in self.items)
+    def spoiled(self) -> bool:
+        """A result is not finite though every gradient was, by its code or its own dtype: the same bits on all ranks."""
+        narrow = [item.out for item in self.items if item.codec.narrows or item.out.dtype != item.x.dtype]
+        return not all(map(finite, narrow))
 
 
 class CombiningBucket(Bucket):
@@ -397,7 +397,7 @@ class GatherBucket(PackedBucket):
     """Everybody gets every row."""
 
     def up(self) -> Iterator[dist.Work]:
-        found, self.rows = self.exchange.wired.rows((*self.key, "all"), self.packing, self.ranks, self.device)
+        found, self.rows = self.exchange.wired.received((*self.key, "all"), self.packing, self.ranks, self.device)
         yield dist.all_gather_single(found, self.send, group=self.group, async_op=True)
         headers = found.view(self.ranks, -1)[:, :HEADER].contiguous().view(torch.int64).flatten().tolist()
         self.broken = self.check(headers)
@@ -423,7 +423,7 @@ class StarBucket(PackedBucket):
         self.root, self.serves = dist.get_global_rank(self.group, star.root), star.root == self.own
         key, parts = (*self.key, "all"), None
         if self.serves:
-            found, self.rows = self.exchange.wired.rows(key, self.packing, self.ranks, self.device)
+            found, self.rows = self.exchange.wired.received(key, self.packing, self.ranks, self.device)
             parts = list(found.view(-1, self.packing.nbytes).unbind())
         yield dist.gather(self.send, parts, dst=self.root, group=self.group, async_op=True)
         if parts is not None:
@@ -459,7 +459,7 @@ class StarBucket(PackedBucket):
 def overflowed(parts: Sequence[tuple[Codec, Spec, Setting]], messages: Sequence[tuple[Tensor, ...]]) -> bool:
     """Whether a code has made numbers that are not finite (float16 ends at 65,504) of finite ones."""
     return any(
-        codec is not PLAIN and any(part.is_floating_point() and not finite(part) for part in message)
+        codec.narrows and any(part.is_floating_point() and not finite(part) for part in message)
         for (codec, _, _), message in zip(parts, messages, strict=True)
     )
 

@@ -23,7 +23,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from weft.comm.agree import mix
+from weft.comm.agree import hashed
 from weft.comm.codec import Codec, Spec, State
 from weft.comm.memories.shift import Shift
 from weft.comm.memory import Memory, NoMemory
@@ -32,6 +32,7 @@ __all__ = ["Adam", "Ask", "Game", "Named", "Rounds", "Simulated", "descent", "ex
 
 Named = dict[str, Tensor]
 Operator = Callable[[Named], Named]  # F_m at a point
+Rate = float | Mapping[str, float]  # a step size, or one by name
 Inner = Callable[[Named, Named, bool], Named]  # (from, direction, is it the last move of the step) -> to
 
 
@@ -57,9 +58,16 @@ def finite(named: Mapping[str, Tensor]) -> bool:
     return all(bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all()) for tensor in named.values())
 
 
-def moved(z: Mapping[str, Tensor], direction: Mapping[str, Tensor], by: float) -> Named:
+def rate_of(rate: Rate, name: str) -> float:
+    """The step size of one tensor."""
+    return rate[name] if isinstance(rate, Mapping) else rate
+
+
+def moved(z: Mapping[str, Tensor], direction: Mapping[str, Tensor], by: Rate) -> Named:
     """z + by * direction."""
-    return {name: torch.add(tensor, direction[name].to(tensor.dtype), alpha=by) for name, tensor in z.items()}
+    return {
+        name: torch.add(tensor, direction[name].to(tensor.dtype), alpha=rate_of(by, name)) for name, tensor in z.items()
+    }
 
 
 @final
@@ -69,14 +77,14 @@ class Adam:
     Moments take in the direction of a step's last move; moves before it are only scaled by them. One object per worker.
 
     Args:
-        lr: gamma.
+        lr: gamma, or one by name.
         betas, eps: as for torch.optim.Adam.
         state: count, "m" and "v" by name, to go on from.
     """
 
     def __init__(
         self,
-        lr: float,
+        lr: Rate,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         state: Mapping[str, MutableMapping[str, Any]] | None = None,
@@ -100,7 +108,7 @@ class Adam:
             if last:
                 kept.update(count=count, m=m, v=v)
             scale = (v / (1 - second**count)).sqrt().add_(self.eps)
-            found[name] = start[name] - self.lr * (m / (1 - first**count) if last else d) / scale
+            found[name] = start[name] - rate_of(self.lr, name) * (m / (1 - first**count) if last else d) / scale
         return found
 
 
@@ -327,5 +335,5 @@ class Simulated:
     def _state(self, worker: int, name: str) -> State:
         key = (worker, name)
         if key not in self._states:
-            self._states[key] = {"seed": mix(self.seed, name, worker), "shared_seed": mix(self.seed, name)}
+            self._states[key] = {"seed": hashed(self.seed, name, worker), "shared_seed": hashed(self.seed, name)}
         return self._states[key]

@@ -90,7 +90,7 @@ class Wired:
             found = self._rows[key] = packing, row, packing.views(row)
         return found
 
-    def rows(
+    def received(
         self, key: tuple[object, ...], packing: Packing, ranks: int, device: torch.device
     ) -> tuple[Tensor, list[Views]]:
         """A buffer of one row per rank, and the views into each."""

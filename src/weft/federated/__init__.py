@@ -19,7 +19,7 @@ long clients need and how often they take part, declared at first and then count
 from weft.federated.asynchronous import Asynchronous, Client, Trained
 from weft.federated.local import LocalSGD
 from weft.federated.participation import Participation
-from weft.federated.processes import join, listen, serve, spawn
+from weft.federated.processes import ClientRefused, join, listen, serve, spawn
 from weft.federated.server import Aggregation, NothingCame, Server, Step, Trace
 from weft.federated.virtual_clock import VirtualClock
 
@@ -27,6 +27,7 @@ __all__ = [
     "Aggregation",
     "Asynchronous",
     "Client",
+    "ClientRefused",
     "LocalSGD",
     "NothingCame",
     "Participation",

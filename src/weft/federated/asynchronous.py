@@ -110,14 +110,16 @@ class Asynchronous:
             staleness, seconds, participations and importance).
         work: `LocalSGD(...)`, or a function that does a client's work.
         server_lr: multiplies every step, > 0.
-        robust: a rule (`MultiKrum`, a median, ...) that decides whose changes to believe, before the weights.
+        robust: a rule (`MultiKrum`, a median, ...) that decides whose changes to believe, before the weights. A round waits
+            until as many results are there as it takes; `Any`, and `Count` of fewer, are refused.
         codec, memory: how changes travel.
         evaluate: model -> loss for the trace; by default sum_i p_i F_i if the clients' data are here.
         every: least seconds between two evaluations.
         limit: seconds without an aggregation after which a run ends in `NothingCame`.
         seed: of batches, jitter and codecs.
     Raises:
-        ValueError: importance negative or not adding up to 1 (within 1e-6), an impossible schedule, rate or limit.
+        ValueError: importance negative or not adding up to 1 (within 1e-6), nothing to train or mixed dtypes, an impossible
+            schedule, rule, rate or limit.
     """
 
     model: nn.Module
@@ -147,8 +149,8 @@ class Asynchronous:
         if not self.limit > 0:
             raise ValueError(f"Asynchronous: limit must be seconds > 0, got {self.limit}; inf waits for ever")
         self.importance()
-        self.server()  # refuses an impossible schedule
-        self.coder()
+        self.coder()  # refuses a model without trained parameters
+        self.server()  # and an impossible schedule
 
     def importance(self) -> tuple[float, ...]:
         """p_i of all clients."""

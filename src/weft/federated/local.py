@@ -63,8 +63,16 @@ class LocalSGD:
 
 
 def specs(model: nn.Module) -> list[Spec]:
-    """The tensors that are trained, in the order in which they lie in the flat vector."""
-    return [Spec(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters() if p.requires_grad]
+    """The tensors that are trained, in the order in which they lie in the flat vector.
+
+    Raises:
+        ValueError: there are none, or they are of several dtypes: one vector has one.
+    """
+    found = [Spec(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters() if p.requires_grad]
+    if len({spec.dtype for spec in found}) != 1:
+        said = sorted({str(spec.dtype) for spec in found}) or "none that requires a gradient"
+        raise ValueError(f"the model must have trained parameters, all of one dtype, got {said}")
+    return found
 
 
 def flatten(model: nn.Module) -> Tensor:
@@ -101,10 +109,6 @@ class Trainer:
         )
         self._vectorised = True
         self.specs = specs(model)
-        if not self.specs or len({spec.dtype for spec in self.specs}) > 1:
-            raise ValueError(
-                f"the model must have trained parameters, all of one dtype, got {len(self.specs)} parameters"
-            )
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
                 raise ValueError(
@@ -113,7 +117,7 @@ class Trainer:
         for client, pair in enumerate(self.data):
             if pair is not None and (len(pair[0]) < 1 or len(pair[0]) != len(pair[1])):
                 raise ValueError(
-                    f"client {client} must have as many inputs as targets, got {len(pair[0])} and {len(pair[1])}"
+                    f"client {client} must have as many inputs as targets, at least one, got {len(pair[0])} and {len(pair[1])}"
                 )
 
     def changes(self, starts: Tensor, clients: Sequence[int], jobs: Sequence[int]) -> Tensor:

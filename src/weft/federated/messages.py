@@ -10,6 +10,7 @@ the memory: it has no message.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from weft.comm.codec import Codec, Setting, Spec, State
-from weft.comm.memory import Memory, NoMemory
+from weft.comm.memory import Memory, NoMemory, VelocityMemory
 
 __all__ = ["Coder"]
 
@@ -29,7 +30,7 @@ class Coder:
     """Codes flat changes (d,) of a model with tensors `specs`; without a codec a message is the change itself."""
 
     def __init__(self, specs: Sequence[Spec], codec: Codec | None = None, memory: Memory | None = None, seed: int = 0):
-        if memory is not None and memory.velocity:
+        if isinstance(memory, VelocityMemory):
             raise ValueError(
                 f"memory must not carry momentum, got {type(memory).__name__}: clients send changes, not gradients; "
                 "use ErrorFeedback, and momentum in LocalSGD"
@@ -39,7 +40,16 @@ class Coder:
         self.settings = [self._setting(spec) for spec in self.specs]
 
     def encode(self, change: Tensor, client: int, job: int, states: dict[str, State]) -> tuple[Tensor, ...] | None:
-        """The message of a change (d,), None if it cannot be coded, not being finite; `states`: of this client, by tensor."""
+        """The message of a change (d,), None if it cannot be coded, not being finite; `states`: of this client, by tensor.
+
+        Raises:
+            ValueError: it is no vector (d,).
+        """
+        length = sum(spec.numel for spec in self.specs)
+        if not isinstance(change, Tensor) or change.shape != (length,):
+            said = f"shape {tuple(change.shape)}" if isinstance(change, Tensor) else repr(change)
+            raise ValueError(f"a client's work must give the change of the model, a vector ({length},), got {said}")
+        change = change.detach().to(self.dtype)  # the bytes of another type would be read as this one
         if self.codec is None:
             return (change,)  # the server looks at what it adds
         if not bool(torch.isfinite(change).all()):
@@ -82,6 +92,12 @@ class Coder:
             found += [((spec.numel,), self.dtype)] if setting is None else self.codec.message(spec, setting)
         return found
 
+    def fingerprint(self) -> str:
+        """Equal where messages mean the same: the same tensors through the same codec."""
+        tensors = [(spec.name, tuple(spec.shape), str(spec.dtype)) for spec in self.specs]
+        said = (tensors, type(self.codec).__name__, [(tuple(shape), str(dtype)) for shape, dtype in self.layout()])
+        return hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
+
     def nbytes(self) -> int:
         """Bytes of one message."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.layout())
@@ -89,8 +105,7 @@ class Coder:
     def _setting(self, spec: Spec) -> Setting:
         if self.codec is None or len(spec.shape) < 2:
             return None
-        setting = self.codec.default(spec)
-        return None if setting is None or self.codec.bypass(spec, setting) else setting
+        return self.codec.in_force(spec, self.codec.default(spec))
 
     def _split(self, vector: Tensor) -> tuple[Tensor, ...]:
         return vector.split([spec.numel for spec in self.specs])

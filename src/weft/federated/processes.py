@@ -4,8 +4,8 @@
     client side   join(setting, client, address, token)          anywhere the address can be reached, with that client's data
     one machine   spawn(setting, seconds=60)                     both, with one process per client
 
-    client -> server   hello {token, client}      result {job} + message       the first opens, each later one answers a model
-    server -> client   model {job} + parameters   stop {}
+    client -> server   hello {token, client, form}   result {job} + message    the first opens, each later one answers a model
+    server -> client   model {job} + parameters      stop {}                   refused {why}
 
 `serve` feeds a `Server` (the state machine that the simulator runs too) with what comes, and calls `tick` when its clock says so.
 Every wait has an end: for clients to join, for an aggregation (`limit`), for a stopped reader. A client whose connection ends is
@@ -32,15 +32,28 @@ from torch import Tensor
 from weft.comm.codec import State
 from weft.comm.sockets import Broken, Connection, Switchboard, dial
 from weft.comm.waits import nanoseconds
-from weft.errors import PeerLost
+from weft.errors import PeerLost, WeftError
 from weft.federated.asynchronous import Asynchronous, Client, Trained
 from weft.federated.local import LocalSGD
 from weft.federated.server import Step
 from weft.federated.wire import framing, pack, unpack
 
-__all__ = ["join", "listen", "serve", "spawn"]
+__all__ = ["ClientRefused", "join", "listen", "serve", "spawn"]
 
 Address = tuple[str, int]
+
+
+class ClientRefused(WeftError, ValueError):
+    """The server did not let `client` in; `why` is its reason."""
+
+    def __init__(self, client: int, why: str):
+        super().__init__(client, why)
+        self.client, self.why = client, why
+
+    def __str__(self) -> str:
+        return (
+            f"the server refused client {self.client}: {self.why}. Join with the setting and the token that it serves."
+        )
 
 
 def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
@@ -91,11 +104,14 @@ def join(
         setting: as at the server; only this client's data are needed.
         timeout: seconds without a word from the server after which it is given up.
     Raises:
+        ClientRefused: the token is wrong, there is no such client, or it has another model or codec than the server.
         PeerLost: the server does not answer, or is gone.
+        ValueError: the client's work gives no vector of the model's length.
     """
     link = _connect(address, setting, join_seconds)
     try:
-        link.put(pack({"kind": "hello", "token": token, "client": client}))
+        form = setting.coder().fingerprint()
+        link.put(pack({"kind": "hello", "token": token, "client": client, "form": form}))
         return _work(setting, client, link, timeout)
     finally:
         link.close()
@@ -206,6 +222,8 @@ class _Serving:
         moments = [moment for moment in (self.server.due(), self.end) if moment is not None]
         wait = (min(moments) - self.now()) / 1e9 if moments else 1.0
         for client, job, change in sorted(self.poll(wait), key=lambda found: found[0]):
+            if self.over():
+                return
             if client not in self.links or job != self.jobs[client]:
                 continue  # it is gone, or gone and back, since
             if client in self.server.here:
@@ -249,7 +267,7 @@ class _Serving:
         return found
 
     def read(self, payload: bytes) -> Tensor | None:
-        """The change in a message; None if the message has not the size that was agreed, or says that it is not finite."""
+        """The change in a message; None if the message is not of the form that was agreed, or says that it is not finite."""
         layout = self.coder.layout()
         self.server.trace.nbytes += len(payload)
         if len(payload) != self.coder.nbytes():
@@ -262,22 +280,41 @@ class _Serving:
                 torch.frombuffer(piece, dtype=dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
             )
             start += size
-        return self.coder.decode(tensors)
+        try:
+            return self.coder.decode(tensors)
+        except (
+            IndexError,
+            RuntimeError,
+            ValueError,
+        ):  # what codecs raise for positions and sizes that no encoder writes
+            return None
 
     def welcome(self, link: Connection, header: dict[str, Any]) -> None:
         """Let a client in, in place of an earlier connection of its own if there is one."""
-        client, token = header.get("client"), header.get("token")
-        known = isinstance(token, str) and hmac.compare_digest(
-            *(said.encode("utf-8", "surrogatepass") for said in (token, self.token))
-        )
-        if not known or not isinstance(client, int) or not 0 <= client < len(self.jobs):
-            raise Broken("a stranger")
+        why = self.refusal(header)
+        if why:
+            self.board.put(link, pack({"kind": "refused", "why": why}), last=True)
+            return
+        client = header["client"]
         if client in self.links:
             self.drop(self.links[client])
         self.board.trust(link)
         self.links[client], self.who[link] = link, client
         if self.began:
             self.act(self.server.back(client, self.now()))
+
+    def refusal(self, header: dict[str, Any]) -> str:
+        """Why who says this is not let in; empty if it is."""
+        client, token = header.get("client"), header.get("token")
+        if not isinstance(token, str) or not hmac.compare_digest(
+            *(said.encode("utf-8", "surrogatepass") for said in (token, self.token))
+        ):
+            return "the token is not the server's"
+        if type(client) is not int or not 0 <= client < len(self.jobs):
+            return f"clients are 0..{len(self.jobs) - 1}"
+        if header.get("form") != self.coder.fingerprint():
+            return "its model, or its codec, is not the server's: names, shapes and types of the trained tensors must be the same"
+        return ""
 
     def drop(self, link: Connection) -> None:
         """A connection has ended, or shall."""
@@ -317,6 +354,8 @@ def _work(setting: Asynchronous, client: int, link: Connection, timeout: float) 
         header, payload = _next(link, timeout)
         if header.get("kind") == "stop":
             return done
+        if header.get("kind") == "refused":
+            raise ClientRefused(client, str(header.get("why")))
         start = torch.frombuffer(bytearray(payload), dtype=dtype)
         if trainer is not None:
             change = trainer.changes(start[None], [client], [done])[0]

@@ -8,6 +8,7 @@ Aggregate  when the schedule closes the round with results S:                   
            A round that closes with nobody in it is counted (the clock has ticked) and leaves theta as it is.
 Robust     with a robust rule that is a row of weights w over S:  sum_i |S| w_i d_i Delta_i, which is the formula above for
            w_i = 1/|S|; where the rule is no row of weights:  (sum_i d_i) times its result.
+           While fewer results are here than the rule takes, a round goes on, past its deadline too              `least`
 Never      a change that is not finite enters the model: it is counted, and its client gets the model of now and starts again.
 
 The same object runs on a virtual clock (`Asynchronous.simulate`) and on the wall clock (`processes.serve`). Times are in ns.
@@ -28,7 +29,7 @@ from weft.comm.combine import Arrival, Combine, Info
 from weft.comm.gram import gram, weighted
 from weft.comm.rules.arrivals import Equal
 from weft.comm.wait import Wait
-from weft.comm.waits import nanoseconds
+from weft.comm.waits import Any, Count, First, nanoseconds
 from weft.errors import WeftError
 from weft.federated.participation import Participation
 
@@ -36,17 +37,43 @@ __all__ = ["Aggregation", "NothingCame", "Server", "Step", "Trace"]
 
 
 class NothingCame(WeftError, RuntimeError):
-    """No result was aggregated for `limit` seconds; `client`, the slowest, is out for `seconds` and had declared `declared`."""
+    """No result was aggregated for `limit` seconds; `client`, the slowest, is out for `seconds` and had declared `declared`.
 
-    def __init__(self, limit: float, client: int, seconds: float, declared: float, here: int, clients: int):
-        super().__init__(limit, client, seconds, declared, here, clients)
-        self.limit, self.client, self.seconds, self.declared, self.here, self.clients = self.args
+    `here` results wait, of which a round takes at least `least`; `rejected` ones could not be used. `trace` is the run so far.
+    """
+
+    def __init__(
+        self,
+        limit: float,
+        client: int,
+        seconds: float,
+        declared: float,
+        here: int,
+        clients: int,
+        rejected: int = 0,
+        least: int = 1,
+        trace: Trace | None = None,
+    ):
+        super().__init__(limit, client, seconds, declared, here, clients, rejected, least, trace)
+        self.limit, self.client, self.seconds, self.declared, self.here, self.clients = self.args[:6]
+        self.rejected, self.least, self.trace = rejected, least, trace
 
     def __str__(self) -> str:
-        said = "declared nothing" if math.isnan(self.declared) else f"declared {self.declared:g} s"
-        return (
+        needs = f" (the robust rule takes no fewer than {self.least})" if self.least > 1 else ""
+        found = (
             f"no aggregation for {self.limit:g} s: {self.here} of {self.clients} clients have returned a result that waits to be "
-            f"used. The slowest is client {self.client}, which {said} and has been out for {self.seconds:g} s. "
+            f"used{needs}. "
+        )
+        if self.rejected:
+            found += (
+                f"{self.rejected} results came and were rejected, being not finite or not of the agreed form: lower the clients' "
+                "rate, or look at what their work gives. "
+            )
+            if not self.here:
+                return found.rstrip()
+        said = "declared nothing" if math.isnan(self.declared) else f"declared {self.declared:g} s"
+        return found + (
+            f"The slowest is client {self.client}, which {said} and has been out for {self.seconds:g} s. "
             "Use a schedule that does not wait for everybody (Clock, Count, Any), leave that client out, or raise `limit`."
         )
 
@@ -111,6 +138,9 @@ class Server:
         robust: a rule that decides whose changes to believe, before the weights.
         server_lr: multiplies every step.
         limit: seconds without an aggregation after which `NothingCame` is raised.
+    Raises:
+        ValueError: weights that are made from the messages, a robust rule that cannot decide among so many clients, or one
+            that takes more results than the schedule waits for.
     """
 
     def __init__(
@@ -134,13 +164,27 @@ class Server:
         self.wait = schedule.sized(clients, declared)
         if isinstance(weights, str):
             weights = Equal(1 / sum(self.wait.shares(times)))
+        if not isinstance(weights, Combine) or weights.needs not in ("arrivals", "count"):
+            raise ValueError(
+                f"weights must be a rule on arrivals, such as Polynomial(), got {weights!r}; one on messages goes into `robust`"
+            )
         self.rule = weights
+        self.least = 1 if robust is None else least(robust, clients)
+        taken = (
+            1 if isinstance(schedule, Any) else schedule.count if isinstance(schedule, (Count, First)) else self.least
+        )
+        if taken < self.least:
+            raise ValueError(
+                f"the schedule must wait for the {self.least} results that {robust} takes at least, got {schedule}, which waits "
+                f"for {taken}; use Count({self.least}) or Clock"
+            )
         self.void: dict[int, int] = {}  # of a late client: results of versions before this one do not count
         self.here: dict[int, Tensor] = {}  # results that wait, by client
         self.arrivals: list[Arrival] = []  # what the schedule sees of them, in the order in which they came
         self.sent = [(0, 0)] * clients  # (version, when) of the model each client holds
         self.gone: set[int] = set()
         self.began = self.progress = 0  # of the round; of the last aggregation of anything
+        self.rejected = 0  # results, since the last aggregation of anything
         self.asked = False  # the schedule knows that this round's deadline has passed
         self.trace = Trace()
 
@@ -177,6 +221,7 @@ class Server:
 
     def reject(self, client: int) -> None:
         """Count a result that cannot be used."""
+        self.rejected += 1
         self.trace.rejected[client] = self.trace.rejected.get(client, 0) + 1
 
     def tick(self, now: int) -> Step:
@@ -206,7 +251,10 @@ class Server:
         slowest = max(out, key=lambda client: (now - self.sent[client][1], self.books.longest(client), -client))
         waited = (now - self.progress) / 1e9
         since = (now - self.sent[slowest][1]) / 1e9
-        return NothingCame(waited, slowest, since, self.declared[slowest], len(self.here), len(self.sent))
+        said = self.declared[slowest]
+        return NothingCame(
+            waited, slowest, since, said, len(self.here), len(self.sent), self.rejected, self.least, self.trace
+        )
 
     def aggregate(self, who: Sequence[int], now: int) -> Aggregation:
         """Step the model by the results of `who`."""
@@ -218,18 +266,10 @@ class Server:
                 raise ValueError(f"weights must be one number per message, ({len(who)},), got {tuple(row.shape)}")
             if self.robust is None:
                 change = weighted(row, stack)
-            elif self.robust.needs == "elementwise":
-                change = float(row.sum()) * self.robust.elementwise(stack)
             else:
-                found = gram(stack) if self.robust.needs == "gram" else None
-                believed = self.robust.weights(Info(len(who), found, arrivals=arrivals))
-                if believed.ndim == 1:  # a choice among messages: those that it leaves keep their weights
-                    row = len(who) * believed * row
-                    change = self.robust.finish(weighted(row, stack))
-                else:  # a mixture, of which its second stage makes one
-                    change = float(row.sum()) * self.robust.finish(weighted(believed, stack))
+                row, change = believed(self.robust, row, stack, arrivals)
             self.model = torch.add(self.model, change, alpha=self.server_lr)
-            self.progress = now
+            self.progress, self.rejected = now, 0
         else:
             row = torch.zeros(0)
         done = Aggregation(
@@ -254,8 +294,10 @@ class Server:
         decision = self.wait.close(self.version, self.arrivals, (now - self.began) / 1e9)
         if decision is None:
             return Step()
-        self.arrivals = []
         who = [client for client in sorted(self.here) if client not in decision.late]
+        if 0 < len(who) < self.least:
+            return Step()
+        self.arrivals = []
         done = self.aggregate(who, now)
         self.void.update(dict.fromkeys(decision.late, self.version))
         idle = [client for client in sorted(decision.late) if self.here.pop(client, None) is not None]
@@ -294,3 +336,35 @@ class Server:
         for client in send:
             self.sent[client] = (self.version, now)
         return Step(send)
+
+
+def believed(rule: Combine, row: Tensor, stack: Tensor, arrivals: tuple[Arrival, ...]) -> tuple[Tensor, Tensor]:
+    """Weights (n,), as a robust rule leaves them, and the step (d,) that it makes of changes (n, d)."""
+    if rule.needs == "elementwise":
+        return row, float(row.sum()) * rule.elementwise(stack)
+    chosen = rule.weights(Info(len(stack), gram(stack) if rule.needs == "gram" else None, arrivals=arrivals))
+    if chosen.ndim == 1:  # a choice among messages: those that it leaves keep their weights
+        row = len(stack) * chosen * row
+        return row, rule.finish(weighted(row, stack))
+    return row, float(row.sum()) * rule.finish(
+        weighted(chosen, stack)
+    )  # a mixture, of which its second stage makes one
+
+
+def least(rule: Combine, clients: int) -> int:
+    """The fewest results that a robust rule decides among: found by asking it, for rules before rules need more than each.
+
+    Raises:
+        ValueError: it refuses even those of all clients, or is no rule.
+    """
+    if not isinstance(rule, Combine):
+        raise ValueError(f"robust must be a rule, such as MultiKrum(1), got {rule!r}")
+    why: ValueError | None = None
+    for count in range(1, clients + 1):
+        arrivals = tuple(Arrival(client) for client in range(count))
+        try:
+            believed(rule, torch.ones(count, dtype=torch.float64), torch.zeros(count, 1, dtype=torch.float64), arrivals)
+            return count
+        except ValueError as error:
+            why = error
+    raise ValueError(f"robust must be a rule that can decide among {clients} clients, got {rule}: {why}")

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from weft.comm import Exchange, Gossip, NoMemory, Peer, ScatterGather, Spec
 from weft.comm.agree import agree, describe
-from weft.comm.memories.momentum_correction import carry_decay
+from weft.comm.memory import VelocityMemory
 from weft.comm.regroup import regrouped
 from weft.comm.segments import Cut
 from weft.errors import ExchangeMismatch
@@ -191,7 +191,7 @@ class Coded:
                 f"run: the plan is for {ranks} processes, in {len(rows.ranks)} groups, but exchange.group has "
                 f"{dist.get_world_size(exchange.group)}; leave group out, the plan says who exchanges with whom"
             )
-        if exchange.memory.velocity:
+        if isinstance(exchange.memory, VelocityMemory):
             _check_momentum(exchange, optimizer)
         self.exchange, self.name, self.rows, self._buckets = exchange, name, rows, tuple(buckets)
         self.pieces = pieces(buckets, rows.axes)
@@ -199,7 +199,7 @@ class Coded:
         if aside:
             _agree(exchange, buckets)
         exchange.open([spec for specs in self._specs.values() for spec in specs], rows.ranks)
-        members = dist.get_process_group_ranks(exchange.core.wired.group)
+        members = dist.get_process_group_ranks(exchange.wired.group)
         self._cuts = {id(b): _cuts(b, members, rows.axes) for b in buckets}
         self._first = {id(b): _over_rows(b, rows.axes) for b in buckets}
         self._unsent: Callable[[], None] | None = None  # submits a bucket that rows sum now
@@ -219,7 +219,7 @@ class Coded:
                 bucket.send = self._send
 
     def _catch_up(self) -> None:
-        self._step, self._skipped = self.exchange.core.step + 1, self.exchange.skipped
+        self._step, self._skipped = self.exchange.next_step, self.exchange.skipped
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on where `Exchange.state_dict` was taken."""
@@ -263,14 +263,15 @@ class Coded:
     @torch.no_grad()
     def carry_decay(self, optimizer: torch.optim.Optimizer) -> None:
         """Before its step. What is carried is state of the optimizer, of a piece's shape, and saved and cut anew as such."""
-        if not self.exchange.memory.velocity:
+        memory = self.exchange.memory
+        if not isinstance(memory, VelocityMemory):
             return
         for group in optimizer.param_groups:
             decay, sign = group["weight_decay"], -1.0 if group.get("maximize") else 1.0
             for parameter in group["params"]:
                 if parameter.grad is not None and (decay or DECAY in optimizer.state.get(parameter, ())):
                     buffer = optimizer.state[parameter].setdefault(DECAY, torch.zeros_like(parameter))
-                    carry_decay(self.exchange.memory, parameter.grad, parameter, buffer, decay, sign)
+                    memory.carry_decay(parameter.grad, parameter, buffer, decay, sign)
 
     def skip(self) -> bool:
         """Whether the step just exchanged was not finite on some process: memories are as before, and so parameters must be."""
@@ -363,7 +364,7 @@ def about(coded: Coded | None) -> dict[str, Any] | None:
         return None
     exchange = coded.exchange
     memory = "" if isinstance(exchange.memory, NoMemory) else describe(exchange.memory)
-    found = {"options": exchange.options, "ranks": exchange.core.wired.ranks, "memory": memory}
+    found = {"options": exchange.options, "ranks": exchange.wired.ranks, "memory": memory}
     return {**found, "pieces": coded.pieces, "parts": coded.rows.parts}
 
 
@@ -371,7 +372,7 @@ def save(coded: Coded | None, folder: Path) -> list[Path]:
     """Write this process's memories; the files written. Every process calls it, between steps."""
     if coded is None:
         return []
-    path = folder / file(coded.rows.own * coded.rows.length + coded.exchange.core.wired.own)
+    path = folder / file(coded.rows.own * coded.rows.length + coded.exchange.wired.own)
     torch.save(coded.exchange.state_dict(), path)
     return [path]
 
@@ -393,7 +394,8 @@ def check(exchange: Exchange | None, buckets: Sequence[Bucket], index: Mapping[s
             "without an exchange: what was kept is left out"
         )
     if saved is None:
-        if exchange.memory.velocity and any(group.get("momentum") for group in index["optimizer"]["groups"]):
+        momentum = any(group.get("momentum") for group in index["optimizer"]["groups"])
+        if momentum and isinstance(exchange.memory, VelocityMemory):
             raise ValueError(
                 f"run: {type(exchange.memory).__name__} keeps the momentum, but the checkpoint is of a run whose optimizer had "
                 "it; go on without exchange=, or load the weights alone: trainer.load_state_dict(weft.runtime.read_whole(path))"
@@ -445,7 +447,7 @@ def read(coded: Coded | None, index: Mapping[str, Any]) -> dict[str, Any]:
     if coded is None or saved is None:
         return {}
     exchange, folder = coded.exchange, Path(index["path"])
-    wired = exchange.core.wired
+    wired = exchange.wired
 
     def of(rank: int) -> dict[str, Any]:
         path = folder / file(coded.rows.own * saved["ranks"] + rank)

@@ -16,6 +16,7 @@ from torch import nn
 
 from weft.comm import Exchange, auto
 from weft.comm.automatic import Auto
+from weft.comm.memory import VelocityMemory
 from weft.graph.origins import defining_modules
 from weft.paths import to_folder
 from weft.planner import Plan
@@ -106,7 +107,7 @@ def run(
         raise ValueError(
             f"run: exchange must be a weft.comm.Exchange, 'auto' or None, got {exchange!r}; `weft.comm.dgc()` makes one"
         )
-    if clip_norm is not None and isinstance(exchange, Exchange) and exchange.memory.velocity:
+    if clip_norm is not None and isinstance(exchange, Exchange) and isinstance(exchange.memory, VelocityMemory):
         raise ValueError(
             f"run: {type(exchange.memory).__name__} delivers velocities, and clip_norm={clip_norm} would take them for "
             "gradients; give the memory a clip of its own (weft.comm.dgc(clip=...)) and leave clip_norm out"

@@ -215,6 +215,15 @@ def test_what_hides_behind_the_backward_pass_is_not_squeezed():
     assert controller.decide(2, SPECS) == {"a": 4, "b": 1}
 
 
+@pytest.mark.parametrize(
+    ("err", "size", "budget", "expected"),
+    [([[10, 11], [0, 2]], [[2, 1], [2, 1]], 12, [1, 0]),  # what is added counts, not how much there is already
+     ([[0, 1], [0, 1]], [[100, 98], [4, 0]], 1, [0, 1])],  # and what is saved
+)  # fmt: skip
+def test_greedy_takes_what_adds_least_error_for_what_it_saves(err, size, budget, expected):
+    assert greedy_layers(err, size, budget) == expected
+
+
 def test_gradients_that_are_zero_or_not_finite_keep_the_last_decision():
     controller = bound()
     feed(controller, factor=0.0)

@@ -209,3 +209,38 @@ def test_flag_needs_a_gram_and_says_so():
         Flag().weights(Info(5))
     with pytest.raises(ValueError, match="own"):
         NearestToOwn(1)(cloud(0))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [MultiKrum(0, m=7), MultiKrum(1, m=6), MultiKrum(1, m=4), Flag(m=6), Flag(m=3), Flag(m=7, whole=True)],
+    ids=str,
+)
+@pytest.mark.parametrize("broken", [1, 2, 3])
+def test_a_broken_message_ends_no_rule_that_holds_without_it(rule, broken):
+    """An option that asks for more than are left asks for all that may be taken of them."""
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rule(x)
+    x[:broken] = torch.nan
+    with pytest.warns(BrokenMessage):
+        found = rule(x)
+    left = max(getattr(rule, "f", 0) - broken, 0)
+    most = 7 - broken - (left if isinstance(rule, MultiKrum) else 0 if rule.whole else 1)
+    same = (
+        MultiKrum(left, m=min(rule.m, most))
+        if isinstance(rule, MultiKrum)
+        else Flag(m=min(rule.m, most), whole=rule.whole)
+    )
+    torch.testing.assert_close(found, same(x[broken:]))
+
+
+def test_multi_krum_takes_no_more_than_are_honest():
+    with pytest.raises(ValueError, match="m must be at most n - f = 6, got 7"):
+        MultiKrum(1, m=7)(torch.randn(7, 3))
+
+
+def test_nearest_to_own_needs_both_the_products_and_its_own():
+    products = torch.eye(3, dtype=torch.float64)
+    for info in (Info(3, products), Info(3, products, own=3), Info(3, None, own=0)):
+        with pytest.raises(ValueError, match="needs the inner products and the own message's number"):
+            NearestToOwn().weights(info)

@@ -54,6 +54,16 @@ def test_a_large_code_is_well_conditioned():
     assert np.allclose(weights @ code, 1, atol=1e-10)
 
 
+@pytest.mark.parametrize("n", [16, 32, 80])
+def test_no_two_late_workers_hold_the_same_half_of_a_pair(n):
+    """Where n shares factors with the phases tried, a cosine has the same value at two workers: nothing decodes without both."""
+    code = cyclic(n, 2)
+    for late in late_sets(n, 2):
+        if n < 50 or late[:3].any():
+            weights = decode(code, late)
+            assert weights is not None and np.allclose(weights @ code, 1, atol=1e-9)
+
+
 def test_impossible_codes():
     with pytest.raises(ValueError, match="s must be in"):
         cyclic(4, 4)

@@ -25,9 +25,10 @@ WORKERS, JOBS = 4, 16
 @pytest.fixture(scope="module")
 def crew():
     with Crew(WORKERS) as crew:
-        pids = crew.pids
+        pids, members = crew.pids, crew.members
         yield crew
     assert len(pids) == WORKERS and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert not any(member.mailbox.is_alive() for member in members)
 
 
 def make(seed):
@@ -128,6 +129,35 @@ def test_a_dead_worker_is_late_for_ever():
             assert given_up.exitcode == -signal.SIGKILL  # though SIGSTOP held it
         pids = crew.pids
     assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    with pytest.raises(ValueError, match="ended by `close`"):
+        farm.run(1)
+    with pytest.raises(ValueError, match="crew is closed"):
+        Farm(GC(1), nets, batches(), momentum, crew=crew)
+
+
+def test_farms_that_take_turns_keep_their_own_data(crew):
+    x, y = batches()[0]
+    first, second, alone = make(0), make(1), make(0)
+    a = Farm(Uncoded(), [first], [(x, y)], momentum, crew=crew)
+    b = Farm(Uncoded(), [second], [(-x, (y + 1) % 3)], momentum, crew=crew)
+    expected = []
+    optimizer = momentum(alone.parameters())
+    for _ in range(2):
+        loss = cross_entropy(alone, x, y).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert np.allclose([a.run(1).losses[0], b.run(1) and a.run(1).losses[0]], expected, rtol=0, atol=1e-10)
+    assert_equal([first], [alone])
+
+
+def test_an_interrupt_from_the_terminal_is_not_for_the_workers(crew):
+    """Ctrl-C goes to the whole process group."""
+    with Farm(Uncoded(), [make(0)], batches(), momentum, crew=crew, limit=30.0) as farm:
+        for pid in crew.pids:
+            os.kill(pid, signal.SIGINT)
+        assert farm.run(2).lost == ()
 
 
 def broken_loss(model, x, y):
@@ -150,6 +180,9 @@ def test_errors_of_the_loss_reach_the_master(crew):
         (GC(5), [make(0)], "s must be below"),
         (GC(1), [nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))], "batch norm at '1'"),
         (GC(1), [nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5))], "dropout at '1'"),
+        (GC(1), [nn.Sequential(nn.Linear(6, 3), nn.LSTM(3, 3, 2, dropout=0.5))], "dropout at '1'"),
+        (GC(1), [nn.Sequential(nn.MultiheadAttention(6, 2, dropout=0.5))], "dropout at '0'"),
+        (GC(1), [nn.Sequential(nn.InstanceNorm1d(6, affine=True, track_running_stats=True))], "running stat"),
         (GC(1), [nn.Tanh()], "trainable parameters"),
         (GC(1), [make(0).bfloat16()], "as numpy has them, got .*bfloat16"),
     ],
@@ -159,9 +192,22 @@ def test_bad_farms(policy, models, message):
         Farm(policy, models, batches(), momentum, workers=4)
 
 
+def test_models_that_share_a_parameter(crew):
+    model, other = make(0), make(1)
+    with pytest.raises(ValueError, match="models 0 and 2 share a trainable parameter"):
+        Farm(MSGC(1, 2, 1), [model, other, model], batches(), momentum, crew=crew)
+    other[0].weight = model[0].weight
+    with pytest.raises(ValueError, match="models 0 and 1 share"):
+        Farm(MSGC(1, 2, 1), [model, other], batches(), momentum, crew=crew)
+    with Farm(GC(1), [model], batches(), crew=crew) as farm:
+        farm.run(1)
+
+
 def test_bad_data_and_frozen_batch_norm(crew):
-    with pytest.raises(ValueError, match="data must be batches"):
-        Farm(GC(1), [make(0)], [], crew=crew)
+    whole, empty = batches()[0], (torch.zeros(0, 6).double(), torch.zeros(0).long())
+    for data in ([], [()], [whole, empty], [whole, (whole[0], whole[1][:-1])]):
+        with pytest.raises(ValueError, match="data must be batches"):
+            Farm(GC(1), [make(0)], data, crew=crew)
     frozen = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)).double().eval()
     with Farm(GC(1), [frozen], batches(), crew=crew) as farm:
         farm.run(1)

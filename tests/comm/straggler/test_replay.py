@@ -20,6 +20,12 @@ def record(rounds, n, late=0.1, recover=0.7, seed=0):
     return np.where(pattern, generator.uniform(2, 6, pattern.shape), generator.uniform(1, 1.1, pattern.shape))
 
 
+def never(worker):
+    times = np.ones((20, 4))
+    times[:, worker] = math.inf
+    return times
+
+
 def by_events(scheme, times):
     """Rounds driven by single arrivals and by the clock, through assign and close."""
     n = times.shape[1]
@@ -112,6 +118,9 @@ def test_slope():
         (lambda: fit(np.zeros((20, 4)), 1.0, 1), "seconds > 0"),
         (lambda: fit(np.ones(20), 1.0, 1), "matrix"),
         (lambda: fit(np.ones((20, 4)), 1.0, -1), "max_delay"),
+        (lambda: fit(np.ones((20, 4)), 1.0, 1, among=[]), r"delay of at most max_delay = 1, got delays \[\]"),
+        (lambda: fit(np.ones((20, 4)), 1.0, 0, among=[MSGC(1, 2, 1)]), r"max_delay = 0, got delays \[1\]"),
+        (lambda: fit(never(3), 1.0, 0, among=[Uncoded()]), r"workers \[3\] do not come"),
         (lambda: gilbert_elliott(10, 4, 0.0, 0.5, 0), "must be in"),
     ],
 )

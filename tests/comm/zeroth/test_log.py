@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 
 import pytest
@@ -107,6 +108,28 @@ def test_a_full_disk_leaves_no_part_of_a_record(tmp_path, monkeypatch):
     log.append(third)
     log.close()
     assert Log.load(path).records == [first, second, third]
+
+
+def test_a_disk_that_fails_is_not_a_full_one(tmp_path, monkeypatch):
+    def fails(file, data):
+        raise OSError(errno.EIO, "Input/output error")
+
+    log = Log.open(tmp_path / "run.log", PASSPORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fails)
+        with pytest.raises(OSError, match="Input/output") as found:
+            log.append(filled(1)[0])
+    assert not isinstance(found.value, DiskFull) and len(log) == 0
+    log.close()
+
+
+def test_a_file_is_let_go_with_its_log(tmp_path):
+    log = Log.open(tmp_path / "run.log", PASSPORT)
+    descriptor = log.file
+    del log
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    Log.open(tmp_path / "run.log", PASSPORT).close()
 
 
 def test_altered_anywhere(tmp_path):

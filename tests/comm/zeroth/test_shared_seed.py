@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from tests.comm.zeroth.machines import SAMPLES, loss_fn, network, shard, tuned
+from tests.comm.zeroth.machines import SAMPLES, loss_fn, network, shard, tuned, values
 from torch import nn
 
-from weft.comm.zeroth import Alone, Log, OtherRun, OutOfStep, Record, SharedSeed, seed_of
+from weft.comm.zeroth import Alone, Log, OtherRun, OutOfStep, Record, SharedSeed, Transport, seed_of
 from weft.comm.zeroth.directions import DIRECTIONS
 from weft.comm.zeroth.scalars import LEVEL, WIRES
-from weft.errors import CheckpointDamaged
+from weft.errors import CheckpointDamaged, FolderInUse, PeerLost
 
 
 def equal(a: SharedSeed | list, b: SharedSeed | list) -> bool:
@@ -132,6 +132,64 @@ def test_a_loss_that_raises_leaves_theta(drift):
     assert len(ours.log) == 1
 
 
+class Gone(Transport):
+    """Peers that are lost as soon as something is sent; `enter` fails after a record has been applied."""
+
+    def __init__(self, error, record=None):
+        self.error, self.record = error, record
+
+    def enter(self, replica):
+        if self.record is not None:
+            replica.apply([self.record])
+            raise self.error
+
+    def exchange(self, outgoing, replica):
+        raise self.error
+
+    def leave(self):
+        pass
+
+
+@pytest.mark.parametrize("drift", ["exact", "replay", "free"])
+@pytest.mark.parametrize("error", [PeerLost(1, "step 1", "gone"), KeyboardInterrupt()], ids=["lost", "ctrl-c"])
+def test_a_step_that_ends_early_leaves_theta_in_the_model(error, drift):
+    ours = tuned(drift=drift)
+    ours.step(shard(0, 0))
+    before = values(ours)
+    ours.join(Gone(error))
+    with pytest.raises(type(error)):
+        ours.step(shard(0, 1))
+    for a, b in zip(values(ours), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if drift == "exact" else 1e-6)
+
+
+def test_joining_that_fails_half_way_leaves_theta_in_the_model():
+    whole, ours = tuned(), tuned()
+    whole.step(shard(0, 0))
+    with pytest.raises(KeyboardInterrupt):
+        ours.join(Gone(KeyboardInterrupt(), whole.log[0]))
+    assert len(ours.log) == 1 and equal(ours, whole)
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
+def test_a_rate_that_is_none_is_refused_before_anything_moves(rate):
+    ours = tuned(lr=lambda step: rate)
+    with pytest.raises(ValueError, match=r"lr must be >= 0 and finite, got .* for step 0"):
+        ours.step(shard(0, 0))
+    assert len(ours.log) == 0 and equal(ours, list(network().parameters()))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(torch.zeros(3), r"got shape \(3,\)"), (None, "got None"), ("1", "got '1'")], ids=str
+)
+def test_a_loss_that_is_no_number(found, said):
+    ours = tuned()
+    ours.loss_fn = lambda model, batch: found
+    with pytest.raises(ValueError, match=f"loss must be one number, {said}"):
+        ours.step(shard(0, 0))
+    assert equal(ours, list(network().parameters()))
+
+
 def test_weight_decay_spares_vectors_and_replays():
     ours = tuned(lr=0.5, weight_decay=0.5, wire="float32")
     before = [p.clone() for p in ours.model.parameters()]
@@ -228,6 +286,23 @@ def test_a_run_goes_on_from_its_file(tmp_path):
     again.log.close()
 
 
+def test_a_log_is_free_again_when_its_owner_is_gone(tmp_path, monkeypatch):
+    path = tmp_path / "run.log"
+    ours = tuned(log=path)
+    with pytest.raises(FolderInUse, match="this or another process"):
+        tuned(log=path)
+    del ours
+    with tuned(log=path) as ours:
+        ours.step(shard(0, 0))
+    assert ours.log.file is None and len(ours.log) == 1
+    monkeypatch.setattr(SharedSeed, "_back_up", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as failed:  # its traceback keeps what was half made
+        tuned(log=path)
+    monkeypatch.undo()
+    with tuned(log=path) as ours:
+        assert len(ours.log) == 1 and failed
+
+
 def test_the_log_of_another_run_is_refused(tmp_path):
     ours = tuned(log=tmp_path / "run.log")
     ours.step(shard(0, 0))
@@ -247,7 +322,7 @@ def test_the_log_of_another_run_is_refused(tmp_path):
 
 def test_reload_needs_the_start():
     ours = tuned()
-    with pytest.raises(OutOfStep, match="no start was given"):
+    with pytest.raises(OutOfStep, match=r"no start was given.*\(start=\.\.\.\)"):
         ours.reload()
     wrong = tuned(start=network(seed=2).state_dict())
     with pytest.raises(OtherRun, match="the first values"):
@@ -277,6 +352,8 @@ def test_reload_repairs(drift):
         ({"eps": -1e-3}, "eps must be > 0"),
         ({"eps": float("nan")}, "eps must be > 0"),
         ({"samples": 0}, "samples must be at least 1"),
+        ({"samples": 16384, "wire": "float32"}, "samples must be at most 16383 with wire='float32', got 16384"),
+        ({"samples": 65536}, "samples must be at most 65535"),
         ({"every": 0}, "every must be at least 1"),
         ({"digest_every": -1}, "digest_every must be at least 0"),
         ({"lr": -1.0}, "lr must be >= 0"),

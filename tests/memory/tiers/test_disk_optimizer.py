@@ -393,6 +393,23 @@ def test_bad_options(tmp_path, options):
     run(tmp_path)  # the folder is free
 
 
+def test_no_room_at_all(tmp_path, monkeypatch):
+    """Not even for a folder; when there is some, the folder is free."""
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", full)
+        for folder in (tmp_path, tmp_path / "new" / "below"):
+            with pytest.raises(DiskFull, match="beginning to work") as caught:
+                run(folder)
+            kept.append(caught)
+    run(tmp_path)
+    assert all(caught.value.need > 0 for caught in kept)
+
+
 def test_too_little_room_is_found_before_training(tmp_path, monkeypatch):
     import shutil
     from types import SimpleNamespace

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 import warnings
 
 import pytest
 import torch
 
 from weft.errors import CheckpointDamaged, DiskFull
-from weft.memory.tiers.files import ALIGN, Disk, DiskFile, aligned, describe, measure, round_up
+from weft.memory.tiers.files import ALIGN, Disk, DiskFile, LimitReached, aligned, describe, measure, round_up
 
 MIB = 1 << 20
 SIZES = [1, 511, 512, 513, 4095, 4096, 4097, MIB - 1, MIB, MIB + 1, 3 * MIB + 17]
@@ -96,6 +97,40 @@ def test_a_disk_that_fills_up(tmp_path, disk, monkeypatch, number):
     again = pickle.loads(pickle.dumps(caught.value))  # it travels between ranks
     assert str(again) == str(caught.value) and str(file.path) in str(again)
     assert isinstance(again, OSError)
+    assert ("free some space" in str(again)) == (number == errno.ENOSPC)
+    assert ("quota" in str(again)) == (number == errno.EDQUOT)
+    assert ("no file of that size" in str(again)) == (number == errno.EFBIG)  # of this process no size is limited
+    file.close()
+
+
+@pytest.mark.parametrize("when", ["made", "grown", "written"])
+def test_a_limit_of_the_process_is_named(tmp_path, disk, when):
+    """`ulimit -f`: there is room on the disk, so nobody should go and look for some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = DiskFile(tmp_path / "x", MIB if when == "grown" else 4 * MIB)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * MIB, hard))
+        with pytest.raises(LimitReached, match=rf"no file of more than {2 * MIB} bytes; .*ulimit -f") as caught:
+            if when == "made":
+                DiskFile(tmp_path / "y", 4 * MIB)
+            elif when == "grown":
+                file.grow(4 * MIB)
+            else:
+                disk.write(file, aligned(4 * MIB), 0).wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(caught.value, DiskFull) and "free some" not in str(caught.value)
+    assert file.size == (MIB if when == "grown" else 4 * MIB)
+    file.close()
+
+
+def test_a_file_that_was_longer(tmp_path, disk):
+    """As one that a killed job has left: what is behind its end is not ours."""
+    (tmp_path / "x").write_bytes(bytes(5 * ALIGN))
+    file = DiskFile(tmp_path / "x", 2 * ALIGN)
+    assert file.size == (tmp_path / "x").stat().st_size == 2 * ALIGN
+    with pytest.raises(ValueError, match="outside the file"):
+        disk.write(file, aligned(ALIGN), 2 * ALIGN)
     file.close()
 
 

@@ -241,6 +241,87 @@ def test_a_manifest_of_a_step_that_others_did_not_complete_goes_on_resuming(tmp_
         assert tiered.steps == 2 and not ahead.exists()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_was_left_while_opening_takes_nobodys_room(tmp_path, monkeypatch, resume):
+    """A job that is killed before its first manifest, or that of a new layout, leaves a file as large as the state."""
+
+    def killed(*args):
+        raise Killed
+
+    if resume:
+        Tiered(small(), ADAMW, LOWER, tmp_path, **SMALL).close()
+    options = {**SMALL, "chunk": 60_000, "resume": resume}
+    seen, real = [], StateFile.open
+
+    def watched(self, path, *, fresh):
+        seen.append(sorted(int(layout.name) for layout in manifest.layouts(tmp_path)))
+        real(self, path, fresh=fresh)
+
+    monkeypatch.setattr(StateFile, "open", watched)
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Manifest, "write", killed)
+            Tiered(small(), ADAMW, LOWER, tmp_path, **options)
+    with Tiered(small(), ADAMW, LOWER, tmp_path, **options) as tiered:
+        assert not differing(tiered.state_dict(), trained(0))
+    assert seen == [[0] if resume else []] * 3
+    assert len(manifest.layouts(tmp_path)) == 1
+
+
+TWICE = {
+    "nothing is undone": (Ring, "reset", False),
+    "the manifest is taken back": (States, "_take_back", True),
+    "parameters are to be read back": (States, "load_values", False),
+    "parameters are read back": (States, "load_values", True),
+}
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("place", TWICE)
+def test_interrupted_twice_and_gone_on(tmp_path, monkeypatch, place, update):
+    """The second time while the step is undone, which goes on all the same."""
+    model, (kind, name, after) = small(), TWICE[place]
+    with Tiered(model, ADAMW, STAYS, tmp_path, update=update, **SMALL) as tiered:
+        go_on(model, tiered, 1)
+        before = tiered.state_dict()
+        for times in (1, 2):
+            with monkeypatch.context() as patch:
+                interrupted(patch, Manifest, "write", 1, after=True)
+                for _ in range(times):
+                    interrupted(patch, kind, name, 1, after=after)
+                backward(model, 1)
+                with pytest.raises(KeyboardInterrupt):
+                    tiered.step()
+            assert tiered.steps == 1 and not differing(tiered.state_dict(), before)
+            tiered.zero_grad()
+        assert go_on(model, tiered, 3) == 0
+        assert not differing(tiered.state_dict(), trained(3))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "the disk has a fault")])
+def test_a_step_that_cannot_be_undone_is_the_last(tmp_path, monkeypatch, error):
+    """Some parameters are ahead of others then: nothing may be made of them, and the folder has what to go on from."""
+
+    def fails(*args):
+        raise error
+
+    model = small()
+    with Tiered(model, ADAMW, STAYS, tmp_path, **SMALL) as tiered:
+        go_on(model, tiered, 1)
+        backward(model, 1)
+        with monkeypatch.context() as patch:
+            interrupted(patch, Manifest, "write", 1)
+            patch.setattr(States, "load_values", fails)
+            with pytest.raises(type(error)):
+                tiered.step()
+        tiered.zero_grad()
+        backward(model, 1)
+        with pytest.raises(RuntimeError, match=r"ahead of others; .*resume=True"):
+            tiered.step()
+    with Tiered(small(), ADAMW, STAYS, tmp_path, resume=True, **SMALL) as tiered:
+        assert tiered.steps == 1 and not differing(tiered.state_dict(), trained(1))
+
+
 def test_interrupted_updates_in_backward_do_not_become_a_step(tmp_path, monkeypatch):
     model = small()
     with Tiered(model, ADAMW, LOWER, tmp_path, update="backward", **SMALL) as tiered:

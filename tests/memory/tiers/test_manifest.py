@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-
 import pytest
 import torch
 
-from weft.errors import CheckpointDamaged, FolderInUse
+from weft.errors import CheckpointDamaged
 from weft.memory.tiers.files import aligned
 from weft.memory.tiers.manifest import (
     ChunkEntry,
-    Lock,
     Manifest,
     checksum,
     decode_small,
-    encode_notes,
     encode_small,
     newest,
     read_extra,
@@ -57,6 +52,16 @@ def test_a_step_counts_when_every_rank_has_it(tmp_path):
     write(tmp_path, 0, 6, 7, rank=0, world=2)  # killed between the manifests of step 7
     write(tmp_path, 0, 5, 6, rank=1, world=2)
     assert found(tmp_path) == (0, 6, 2)
+
+
+def test_a_run_that_has_not_begun_on_every_rank_has_not_begun(tmp_path):
+    """Killed while it opened: there is nothing to lose, and so nothing that anybody has to delete first."""
+    write(tmp_path, 0, 0, rank=0, world=2)
+    assert found(tmp_path) is None
+    (tmp_path / "0" / "rank1").mkdir()
+    (tmp_path / "0" / "rank1" / "manifest.0").write_bytes(b"")
+    with pytest.raises(CheckpointDamaged, match="no whole manifest"):
+        found(tmp_path)
 
 
 def test_a_layout_counts_when_every_rank_has_moved(tmp_path):
@@ -150,40 +155,6 @@ def test_extra_tensors(tmp_path):
     assert read_extra(tmp_path, Manifest.read(tmp_path / "manifest.1")) == {}
 
 
-def test_a_lock_is_for_one(tmp_path):
-    lock = Lock(tmp_path, 0)
-    with pytest.raises(FolderInUse, match="rank 0"):
-        Lock(tmp_path, 0)
-    other = Lock(tmp_path, 1)
-    lock.close()
-    Lock(tmp_path, 0).close()
-    other.close()
-
-
-@pytest.mark.parametrize("how", ["closed", "gone"])
-def test_a_forked_child_does_not_hold_the_lock(tmp_path, monkeypatch, how):
-    """As a loader's workers, which outlive what they were forked in."""
-    lock = Lock(tmp_path, 0)
-    if how == "closed":
-        monkeypatch.setattr("weft.memory.tiers.manifest._HELD", set())  # a fork that Python is not told of
-    ready, done = os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.write(ready[1], b".")
-        os.read(done[0], 1)
-        os._exit(0)
-    try:
-        os.read(ready[0], 1)
-        if how == "closed":
-            lock.close()
-        else:
-            lock._file.close()  # what the end of a process does
-        Lock(tmp_path, 0).close()
-    finally:
-        os.write(done[1], b".")
-        os.waitpid(pid, 0)
-
-
 def test_a_step_that_is_withdrawn(tmp_path):
     write(tmp_path, 0, 3, 4, 5)
     own = tmp_path / "0" / "rank0"
@@ -200,34 +171,13 @@ def test_a_step_that_is_withdrawn(tmp_path):
     withdraw(tmp_path / "gone", 5)
 
 
-NOTES = {
-    "epoch": 3,
-    "none": None,
-    "milestones": Counter({2: 1, 6: 2}),
-    "betas": (0.9, (0.99, [1, (2,)])),
-    5: {"a": {1: (True, float("inf"))}, (1, "x"): []},
-    "odd": {"weft:tuple": [1]},
-}
-
-
-def test_notes_come_back_as_they_were(tmp_path):
+def test_notes_go_with_a_step(tmp_path):
     made = manifest(4)
-    made.notes = NOTES
+    made.notes = {"milestones": (1, {2: 3})}
     made.write(tmp_path)
-    back = Manifest.read(tmp_path / "manifest.0").notes
-    assert back == NOTES and repr(back) == repr(NOTES)
-    plain = {"epoch": 1, "list": [{"a": 1.5}]}
-    assert encode_notes(plain) == plain  # as earlier versions wrote them
-
-
-def test_a_note_that_cannot_be_written_is_named(tmp_path):
-    for notes, where in (
-        ({"loss": torch.tensor(1.0)}, r"notes\['loss'\] is a Tensor"),
-        ({"a": [1, {"b": {1, 2}}]}, r"notes\['a'\]\[1\]\['b'\] is a set"),
-        ({"a": {b"x": 1}}, r"a key of notes\['a'\] is a bytes"),
-    ):
-        made = manifest(4)
-        made.notes = notes
-        with pytest.raises(ValueError, match=where):
-            made.write(tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert Manifest.read(tmp_path / "manifest.0").notes == made.notes
+    made.notes = {"loss": torch.tensor(1.0)}
+    before = (tmp_path / "manifest.0").read_bytes()
+    with pytest.raises(ValueError, match="is a Tensor"):
+        made.write(tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]

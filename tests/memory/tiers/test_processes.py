@@ -315,6 +315,73 @@ def test_one_rank_has_no_room(pool, tmp_path):
     assert pool(2).run(worker_full, str(tmp_path), timeout=200) == [("DiskFull", True, True)] * 2
 
 
+def worker_disagrees(kind: str) -> tuple[str, str, bool]:
+    """Rank 1 fails, or both do: what is raised here, and whether it is the very error that was raised here."""
+    import torch.distributed as dist
+
+    from weft.memory.tiers.peers import Peers
+
+    class Local(ValueError):  # cannot be pickled, as the errors of classes made in functions
+        def __init__(self, text: str, number: int):
+            super().__init__(text)
+
+    rank = dist.get_rank()
+    own = {"both": KeyError(rank), "local": Local("its sentence", 1), "args": TwoArguments("its sentence", 1)}[kind]
+
+    def work() -> None:
+        if kind == "both" or rank == 1:
+            raise own
+
+    peers = Peers(dist.group.WORLD)
+    try:
+        peers.agree(work)
+    except Exception as error:
+        peers.wait()  # and nobody sits in a collective
+        return type(error).__name__, str(error), error is own
+    return "", "", False
+
+
+class TwoArguments(ValueError):
+    """Can be pickled, and not be unpickled."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+
+
+def test_everybody_hears_of_an_error(pool):
+    assert pool(2).run(worker_disagrees, "both", timeout=60) == [("KeyError", "0", True), ("KeyError", "1", True)]
+    for kind, name in (("local", "Local"), ("args", "TwoArguments")):
+        assert pool(2).run(worker_disagrees, kind, timeout=60) == [
+            ("RuntimeError", f"{name}: its sentence", False), (name, "its sentence", True)
+        ]  # fmt: skip
+
+
+def worker_refused(folder: str, tier: str) -> bool:
+    """The first manifest cannot be written, by rank 1; whether the model has its values again."""
+    import torch.distributed as dist
+
+    from weft.memory.tiers.manifest import Manifest
+
+    def full(*_):
+        raise DiskFull("manifest.0", 1, 0, "writing")
+
+    model, real = gpt(), Manifest.write
+    try:
+        if dist.get_rank() == 1:
+            Manifest.write = full
+        Tiered(model, ADAMW, Tiers(tier, "host", "disk"), folder, group=dist.group.WORLD, **SMALL)
+    except DiskFull:
+        return not differing(model.state_dict(), gpt().state_dict())
+    finally:
+        Manifest.write = real
+    return False
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_models_are_what_they_were_when_one_cannot_be_put_on_tiers(pool, tmp_path, tier):
+    assert pool(2).run(worker_refused, str(tmp_path), tier, timeout=100) == [True, True]
+
+
 def worker_locked(folder: str) -> str:
     import torch.distributed as dist
 
@@ -326,7 +393,7 @@ def worker_locked(folder: str) -> str:
 
 
 def test_a_folder_in_use_on_one_rank_is_refused_on_all(pool, tmp_path):
-    from weft.memory.tiers.manifest import Lock
+    from weft.memory.tiers.lock import Lock
 
     lock = Lock(tmp_path, 1)
     said = pool(2).run(worker_locked, str(tmp_path), timeout=100)

@@ -22,10 +22,15 @@ from torch.utils.checkpoint import checkpoint
 import weft
 from weft.errors import CheckpointDamaged, DiskFull, FolderInUse, ParameterChanged, ParameterReleased
 from weft.memory import private
+from weft.memory.tiers.backward import Backward
+from weft.memory.tiers.fetch import Fetcher
 from weft.memory.tiers.files import DiskFile
 from weft.memory.tiers.manifest import Manifest
 from weft.memory.tiers.moved import MovedGradient
+from weft.memory.tiers.passes import Passes
 from weft.memory.tiers.prefetch import Mode
+from weft.memory.tiers.presence import Presence
+from weft.memory.tiers.stepping import Steps
 from weft.memory.tiers.store import TIERS, Tiers
 from weft.memory.tiers.tiered import Tiered
 from weft.memory.tiers.traffic import traffic
@@ -627,6 +632,62 @@ def test_a_model_is_what_it_was_when_it_cannot_be_put_on_tiers(tmp_path, monkeyp
     Tiered(model, ADAMW, Tiers(tier, "host", "disk"), tmp_path, **SMALL).close()
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
+PARTS = {
+    "fetcher": (Fetcher, "__init__", 1), "presence": (Presence, "_take_away", 3), "gradients": (Backward, "hook_gradients", 1),
+    "updates": (Steps, "__init__", 1), "modules": (nn.Module, "register_forward_hook", 4),
+    "states": (nn.Module, "register_state_dict_post_hook", 4), "end": (Steps, "share_whole", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "resume"), [*itertools.product(list(PARTS)[:-1], (False, True)), ("end", True)])
+def test_a_model_is_what_it_was_when_its_tiers_cannot_be_connected(tmp_path, monkeypatch, part, resume):
+    tiers, options = Tiers("disk", "disk", "disk", "disk"), {**SMALL, "update": "backward"}
+    if resume:
+        with Tiered(gpt(), ADAMW, tiers, tmp_path, **options):
+            pass
+    model, before, files = gpt(), gpt().state_dict(), len(os.listdir("/proc/self/fd"))
+    kind, name, at = PARTS[part]
+    real, calls = getattr(kind, name), []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Tiered(model, ADAMW, tiers, tmp_path, resume=resume, **options)
+    assert len(os.listdir("/proc/self/fd")) <= files and not list(tmp_path.glob("scratch*"))
+    assert not any(getattr(module, hooks) for module in model.modules() for hooks in HOOKS)
+    assert all(type(module._parameters) is dict for module in model.modules()) and "zero_grad" not in vars(model)
+    assert all(type(p) is nn.Parameter and not p._backward_hooks for p in model.parameters())
+    assert not differing(model.state_dict(), before)
+    with Tiered(model, ADAMW, tiers, tmp_path, resume=True, **options) as tiered:
+        found = train_tiered(model, tiered, range(2))
+    assert found == in_memory(2)[0]
+
+
+@pytest.mark.parametrize("when", ["optimizer", "values", "connecting"])
+def test_a_model_without_values_is_without_them_again(tmp_path, monkeypatch, when):
+    """Else it would be taken the next time for one whose values are zeros."""
+    with torch.device("meta"):
+        model = Normed()
+    made = Normed()
+    optimizer, given = (torch.optim.LBFGS if when == "optimizer" else ADAMW), made.state_dict()
+    if when == "values":
+        del given["head.bias"]
+    with monkeypatch.context() as patch, pytest.raises((ValueError, OSError)):
+        if when == "connecting":
+            patch.setattr(Passes, "watch", failing)
+        Tiered(model, optimizer, LOWER, tmp_path, values=given.items(), **SMALL)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    with Tiered(model, ADAMW, LOWER, tmp_path, values=made.state_dict().items(), resume=True, **SMALL) as tiered:
+        assert not differing(tiered.state_dict(), made.state_dict()) or when == "values"
+
+
 def test_activations_that_cannot_be_written(tmp_path, reference, monkeypatch):
     """The pass that needs them fails; steps after it have nothing to do with them. And closing twice is closing once."""
     losses, final = reference
@@ -651,6 +712,25 @@ def test_activations_that_cannot_be_written(tmp_path, reference, monkeypatch):
     assert not differing(tiered.state_dict(), final)
     tiered.close()
     tiered.close()
+
+
+def test_activations_take_the_room_there_is(tmp_path, reference, monkeypatch):
+    """Their file grows ahead of its use, where the disk has that much."""
+    losses, final = reference
+    real, grown = DiskFile._reserve, []
+
+    def little(self, size):
+        if self.path.name == "activations.bin" and size > 8 << 20:
+            raise DiskFull(str(self.path), size, 8 << 20, "reserving space")
+        grown.append(size)
+        real(self, size)
+
+    monkeypatch.setattr(DiskFile, "_reserve", little)
+    model = gpt()
+    with Tiered(model, ADAMW, DISK, tmp_path, **SMALL) as tiered:
+        assert train_tiered(model, tiered, range(3)) == losses
+        assert not differing(tiered.state_dict(), final)
+    assert len(grown) > 2
 
 
 def test_an_exception_in_forward_or_backward(tmp_path, reference):
@@ -707,15 +787,16 @@ class Unlike(nn.Module):
             nn.Linear(40, 40, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64) * 3
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
+    def forward(self, x: torch.Tensor, used: int = 9) -> torch.Tensor:
+        for layer in self.layers[:used]:
             x = layer(x.to(layer.weight.dtype)).sin()
         return x.square().sum() + self.empty.sum()
 
 
 @pytest.mark.parametrize("tiers", [LOWER, Tiers("host", "device", "disk")])
 def test_clipping_gradients_of_several_dtypes(tmp_path, tiers):
-    """Norms are added dtype by dtype, as torch does: in another order the sum has other bits."""
+    """Norms are added dtype by dtype, as torch does: in another order the sum has other bits. Nor has a layer that was not used
+    a part in it: a zero of its dtype would be a norm too."""
     torch.manual_seed(0)
     model = Unlike()
     ours = copy.deepcopy(model)
@@ -724,14 +805,27 @@ def test_clipping_gradients_of_several_dtypes(tmp_path, tiers):
         for turn in range(6):
             x = torch.randn(5, 40, generator=torch.Generator().manual_seed(turn))
             for each in (model, ours):
-                each(x).backward()
+                each(x, (9, 2, 1)[turn % 3]).backward()
             for most in (0.1, 0.07):
                 wanted = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
-                assert torch.equal(tiered.clip_grad_norm_(most), wanted)
+                found = tiered.clip_grad_norm_(most)
+                assert torch.equal(found, wanted) and found.dtype == wanted.dtype
             tiered.step()
             optimizer.step()
             optimizer.zero_grad()
         assert not differing(tiered.state_dict(), model.state_dict())
+
+
+def test_a_model_with_files_is_not_copied(tmp_path):
+    """Its hooks would be copied with it, and the threads that they move bytes with; an average of weights begins so."""
+    model = gpt()
+    with Tiered(model, ADAMW, Tiers(optimizer="disk"), tmp_path, **SMALL) as tiered:
+        for use in (copy.deepcopy, pickle.dumps, torch.optim.swa_utils.AveragedModel):
+            for each in (model, model.blocks[0]):
+                with pytest.raises(TypeError, match=r"cannot be copied or pickled.*Tiered\.state_dict"):
+                    use(each)
+        train_tiered(model, tiered, range(1))
+    assert not differing(copy.deepcopy(model).state_dict(), model.state_dict())
 
 
 def test_other_memory_under_a_parameter(tmp_path):

@@ -23,6 +23,7 @@ class Identity(LinearCodec):
 
     unbiased = True
     elementwise = True
+    narrows = False
 
     def default(self, spec: Spec) -> Setting:
         return 8 * self.precision(spec).itemsize

@@ -32,9 +32,7 @@ from weft.errors import WeftError
 __all__ = ["BudgetTooSmall", "Choose", "LayerwiseBudget", "plan_layers"]
 
 Table = Sequence[Sequence[float]]  # [layer][setting]
-Choose = Callable[
-    [Table, Table, float], list[int]
-]  # (error, cost, budget of the error) -> one setting's index per layer
+Choose = Callable[[Table, Table, float], list[int]]  # (error, cost, budget of the error) -> a setting's index per layer
 
 FRONT = 20_000  # points up to which the exact front is followed; reached by hundreds of layers at most
 
@@ -289,9 +287,7 @@ class LayerwiseBudget(Controller):
         self.seconds = seconds
         self.decision_seconds = 0.0  # CPU seconds spent on decisions so far
         self.skipped = 0  # decisions not taken because a gradient was not finite
-        self.too_small = (
-            0  # decisions at which no choice kept the budget, and the most accurate (or cheapest) was taken
-        )
+        self.too_small = 0  # decisions at which no choice kept the budget: the most accurate (or cheapest) was taken
         self._sums: dict[str, Tensor] = {}
         self._settings: dict[str, Setting] = {}
         self._rows: dict[str, dict[str, Any]] = {}
@@ -364,14 +360,14 @@ class LayerwiseBudget(Controller):
 
     def _nbytes(self, spec: Spec, setting: Setting) -> int:
         assert self.codec is not None
-        if setting is None or self.codec.bypass(spec, setting):
+        if self.codec.in_force(spec, setting) is None:
             return spec.numel * spec.dtype.itemsize
         return self.codec.nbytes(spec, setting)
 
     def _errors(self, spec: Spec) -> list[float]:
         """Squared errors by setting; none where the tensor goes uncompressed."""
         assert self.codec is not None
-        coded = [s for s in self.settings if s is not None and not self.codec.bypass(spec, s)]
+        coded = [s for s in self.settings if self.codec.in_force(spec, s) is not None]
         found = dict(zip(coded, self.codec.error(self._sums[spec.name], spec, coded), strict=True)) if coded else {}
         return [found.get(setting, 0.0) for setting in self.settings]
 

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from weft.comm.codec import Spec, State
 from weft.comm.memories.error_feedback import forget
-from weft.comm.memory import Memory
+from weft.comm.memory import VelocityMemory
 
-__all__ = ["MomentumCorrection", "carry_decay"]
+__all__ = ["MomentumCorrection"]
 
 
 @final
 @dataclass(frozen=True)
-class MomentumCorrection(Memory):
+class MomentumCorrection(VelocityMemory):
     """State: "momentum" u and "velocity" v, float32 (numel,); tensors that always go dense have u only.
 
     Attributes:
@@ -48,7 +48,6 @@ class MomentumCorrection(Memory):
     clip: float | None = None
     ranks: int | None = field(default=None, repr=False)
 
-    velocity = True
     additive = True
     buffer = "momentum"
 
@@ -97,27 +96,3 @@ class MomentumCorrection(Memory):
             return state["momentum"] + x
         state["momentum"] = torch.add(x, last, alpha=self.momentum)
         return state["momentum"]
-
-
-def carry_decay(
-    memory: Memory, gradient: Tensor, weight: Tensor, buffer: Tensor, decay: float, sign: float = 1.0
-) -> None:
-    """Add to a gradient what momentum makes of the weight decay of earlier steps; the optimizer adds this step's.
-
-    b <- m b + decay w is the decay's part of momentum SGD's buffer, the same on every rank as the weights are. Without it the
-    decay would be 1/(1 - m) times too weak beside velocities. It is not part of what is exchanged (Lin et al.'s optimizer).
-
-    Args:
-        memory: a velocity memory.
-        gradient: what the exchange delivered, changed in place. weight: of the same shape.
-        buffer: b of the last step, zero at the start; b of this one afterwards.
-        decay: the optimizer's weight_decay.
-        sign: of the gradient in the update, times its scale.
-    """
-    momentum: float = memory.momentum  # type: ignore[attr-defined]
-    buffer.mul_(momentum)
-    if not memory.nesterov:  # type: ignore[attr-defined]
-        gradient.add_(buffer, alpha=sign)
-    buffer.add_(weight, alpha=decay)
-    if memory.nesterov:  # type: ignore[attr-defined]
-        gradient.add_(buffer, alpha=sign * momentum)

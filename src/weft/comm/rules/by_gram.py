@@ -1,7 +1,8 @@
 """What all rules that read the Gram matrix share: broken messages are left out, and counted as faulty.
 
 A message that is not finite has a diagonal entry of K that is not (`weft.comm.gram`). It gets weight 0, is named in a
-`BrokenMessage` warning, and is one of the f that the rule tolerates, so the rule goes on with n - b messages and f - b suspects.
+`BrokenMessage` warning, and is one of the f that the rule tolerates, so the rule goes on with n - b messages and f - b suspects,
+and takes fewer where its options ask for more than are left        `among`
 
     distances     |x_i - x_j|^2 = K_ii + K_jj - 2 K_ij      `distances`
 """
@@ -43,6 +44,10 @@ class ByGram(Combine):
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         """Weights (n,) or (m, n) for n finite messages with inner products (n, n), float64 on the CPU."""
 
+    def among(self, count: int, faulty: int) -> ByGram:
+        """The rule for the `count` finite messages that are left, of which `faulty` lie."""
+        return self
+
     @final
     def weights(self, info: Info) -> Tensor:
         if info.gram is None:
@@ -55,8 +60,9 @@ class ByGram(Combine):
             return self.row(found, self.faulty)
         without_broken(type(self).__name__, fine)
         faulty = max(self.faulty - broken, 0)
-        self.check(info.count - broken, faulty)
-        part = self.row(found[fine][:, fine], faulty)
+        rule = self.among(info.count - broken, faulty)
+        rule.check(info.count - broken, faulty)
+        part = rule.row(found[fine][:, fine], faulty)
         whole = torch.zeros(*part.shape[:-1], info.count, dtype=torch.float64)
         whole[..., fine] = part
         return whole

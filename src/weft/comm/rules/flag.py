@@ -17,7 +17,7 @@ Source     Almasi et al., Flag Aggregator, arXiv:2302.05865; the form in n x n i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -68,6 +68,9 @@ class Flag(ByGram):
                 f"Flag: m must be below the number of gradients {count}, got {self.m}: the subspace would hold all of them, "
                 "faulty ones too; lower m, or say whole=True"
             )
+
+    def among(self, count: int, faulty: int) -> Flag:
+        return self if self.m is None or self.whole else replace(self, m=max(1, min(self.m, count - 1)))
 
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         count = len(gram)

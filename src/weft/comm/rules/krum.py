@@ -13,7 +13,7 @@ Source     Blanchard et al., NeurIPS 2017; El Mhamdi et al., The hidden vulnerab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -71,7 +71,7 @@ class Krum(ByGram):
 @final
 @dataclass(frozen=True)
 class MultiKrum(ByGram):
-    """The mean of the `m` messages of least Krum score; m = None takes n - f. `f`, `spare` as in Krum."""
+    """The mean of the `m` messages of least Krum score, m <= n - f; m = None takes n - f. `f`, `spare` as in Krum."""
 
     f: int = 0
     m: int | None = None
@@ -86,8 +86,13 @@ class MultiKrum(ByGram):
 
     def check(self, count: int, faulty: int) -> None:
         check_enough("MultiKrum", count, _least(faulty, self.spare), faulty)
-        if self.m is not None and self.m > count:
-            raise ValueError(f"MultiKrum: m must be at most the number of messages {count}, got {self.m}")
+        if self.m is not None and self.m > count - faulty:
+            raise ValueError(
+                f"MultiKrum: m must be at most n - f = {count - faulty}, got {self.m}: more would hold a faulty message"
+            )
+
+    def among(self, count: int, faulty: int) -> MultiKrum:
+        return self if self.m is None else replace(self, m=max(1, min(self.m, count - faulty)))
 
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         kept = self.m or len(gram) - faulty

@@ -17,6 +17,7 @@ Source     Tandon, Lei, Dimakis, Karampatziakis, Gradient Coding, ICML 2017, arX
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 
@@ -26,6 +27,7 @@ __all__ = ["cyclic", "decode", "repetition"]
 
 STEPS, PHASES, DRAWINGS = 4, 8, 64  # candidates for H, judged by decoding; conditions differ by orders of magnitude
 JUDGED = 512  # late sets times workers by which a candidate is judged
+FEW = 128  # late sets, of which all are looked at
 
 
 @lru_cache(maxsize=64)
@@ -88,29 +90,43 @@ def _decode(code: bytes, n: int, late: bytes) -> np.ndarray | None:
     return weights
 
 
-def _from_null_space(h: np.ndarray, rows: int) -> np.ndarray:
-    """The first rows b_i of a code: H b_i = 0, b_i[i] = 1, support i..i + s."""
+def _from_null_space(h: np.ndarray, rows: int) -> np.ndarray | None:
+    """The first rows b_i of a code: H b_i = 0, b_i[i] = 1, support i..i + s; None if s neighbouring columns of H depend."""
     s, n = h.shape
     code = np.zeros((rows, n))
     for i in range(rows):
         others = (i + 1 + np.arange(s)) % n
         code[i, i] = 1.0
-        code[i, others] = np.linalg.solve(h[:, others], -h[:, i])
+        try:
+            code[i, others] = np.linalg.solve(h[:, others], -h[:, i])
+        except np.linalg.LinAlgError:
+            return None
     return code
 
 
 def _candidates(n: int, s: int) -> list[np.ndarray]:
     """Codes from the step widths whose coefficients are smallest, each with some phases if a row is to be half of a pair."""
-    phases = (0.0,) if (n - s) % 2 else tuple((k + 0.5) / PHASES * math.pi for k in range(PHASES))
+    phases = (0.0,) if (n - s) % 2 else _phases(n, s)
     steps = [step for step in range(1, n // 2 + 1) if math.gcd(step, n) == 1]
     found = [_from_null_space(_frequencies(n, s, step, phases[0]), rows=1) for step in steps]
-    order = sorted(range(len(steps)), key=lambda k: float(np.abs(found[k][0]).sum()))
+    sums = [math.inf if code is None else float(np.abs(code[0]).sum()) for code in found]
+    order = sorted(range(len(steps)), key=sums.__getitem__)
     made = [_from_null_space(_frequencies(n, s, steps[k], phase), rows=n) for k in order[:STEPS] for phase in phases]
     if len(phases) > 1 and n <= DRAWINGS:  # for large n a random H is hopeless: s neighbouring columns nearly depend
         for seed in range(DRAWINGS):
             h = np.random.default_rng(seed).standard_normal((s, n))
             made.append(_from_null_space(h - h.mean(1, keepdims=True), rows=n))
-    return made
+    return [code for code in made if code is not None]
+
+
+def _phases(n: int, s: int) -> tuple[float, ...]:
+    """Phases of a half pair that make unlike codes: others are these with workers renumbered, or numbered backwards.
+
+    Its cosine takes n/g values, g = gcd(n, frequency), one apart by 2 pi g/n: at 0, 1/2 and 1 of half that step some workers'
+    values are the same, whatever n, so none of these is among them.
+    """
+    half = math.pi * math.gcd(n, (n - s) // 2) / n
+    return tuple((k + 1) / (PHASES + 1) * half for k in range(PHASES))
 
 
 def _frequencies(n: int, s: int, step: int, phase: float) -> np.ndarray:
@@ -127,13 +143,14 @@ def _frequencies(n: int, s: int, step: int, phase: float) -> np.ndarray:
 
 
 def _badness(code: np.ndarray) -> float:
-    """How large rounding errors become: the largest |a| times the largest row sum of |C| over some late sets."""
+    """How large rounding errors become: the largest |a| times the largest row sum of |C| over some late sets, or all if few."""
     n = len(code)
     s = int((code[0] != 0).sum()) - 1
     generator, worst = np.random.default_rng(0), 0.0
-    for _ in range(max(4, JUDGED // n)):
+    drawn = (generator.choice(n, s, replace=False) for _ in range(max(4, JUDGED // n)))
+    for chosen in itertools.combinations(range(n), s) if math.comb(n, s) <= FEW else drawn:
         late = np.zeros(n, dtype=bool)
-        late[generator.choice(n, s, replace=False)] = True
+        late[list(chosen)] = True
         weights = decode(code, late)
         worst = max(worst, np.inf if weights is None else float(np.abs(weights).max()))
     return worst * float(np.abs(code).sum(1).max())

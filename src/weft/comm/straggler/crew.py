@@ -9,7 +9,8 @@ number of their round, so that the master can tell those of closed rounds.
                                                                                 or ("error", number, traceback)
 
 A message is the flat gradient of sum_k coefficient_k x (sum of losses over chunk k), with that weighted loss as last entry: the
-loss is decoded by the same weights. A worker ends when its pipe does, so that no process outlives the master.
+loss is decoded by the same weights. A worker ends when its pipe does, so that no process outlives the master; Ctrl-C, which a
+terminal sends to all of them, is the master's affair.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, final
@@ -72,7 +74,10 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 @final
 class Crew:
-    """`size` worker processes, to be used by one `Farm` after the other. A context manager; `close` ends all of them."""
+    """`size` worker processes, to be used by one `Farm` at a time. A context manager; `close` ends all of them.
+
+    A worker holds what one farm needs: a farm that runs after another one loads its own again.
+    """
 
     def __init__(self, size: int):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -92,17 +97,17 @@ class Crew:
         """Process numbers, by worker."""
         return [member.process.pid or 0 for member in self.members]
 
-    def load(self, work: Sequence[Work]) -> None:
-        """Hand every worker what it holds for a run, and wait until all have it.
+    def load(self, work: Sequence[Work], lost: Collection[int] = ()) -> None:
+        """Hand every worker what it holds for a run, all but the `lost` ones, and wait until all have it.
 
         Raises:
             PeerLost: a worker died or did not answer.
         """
         self.loads += 1
-        for member, own in zip(self.members, work, strict=True):
-            member.post(("load", self.loads, pickle.dumps(own)))
+        waiting = {rank: member for rank, member in enumerate(self.members) if rank not in lost}
+        for rank, member in waiting.items():
+            member.post(("load", self.loads, pickle.dumps(work[rank])))
         deadline = time.monotonic() + START_SECONDS
-        waiting = dict(enumerate(self.members))
         while waiting:
             rank = next(iter(waiting))
             answer = waiting[rank].read(deadline - time.monotonic())
@@ -137,7 +142,8 @@ class _Member:
         self.alive = True
         self._newest: Any = None
         self._changed = threading.Condition()
-        threading.Thread(target=self._deliver, daemon=True).start()
+        self.mailbox = threading.Thread(target=self._deliver, name="weft-mailbox", daemon=True)
+        self.mailbox.start()
 
     def post(self, order: Any) -> None:
         """Put an order in the mailbox in place of one that has not been fetched."""
@@ -160,6 +166,7 @@ class _Member:
 
     def join(self) -> None:
         self.process.join(STOP_SECONDS)
+        self.mailbox.join(STOP_SECONDS)
         with contextlib.suppress(OSError):
             self.pipe.close()
 
@@ -179,6 +186,7 @@ class _Member:
 
 def _serve(pipe: Connection, parent: int) -> None:
     """The worker's loop: always the newest order; ends with its pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     work: Work | None = None
     versions: dict[int, int] = {}

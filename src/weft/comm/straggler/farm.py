@@ -76,11 +76,13 @@ class Farm:
         optimizer: makes an optimizer of parameters, for each model.
         loss: a function at module level: (model, *items) -> losses of the samples (rows,).
         workers: how many processes; ignored where a crew is given.
-        crew: processes to use and leave running; otherwise the farm starts its own and ends them in `close`.
+        crew: processes to use and leave running, also after one another with other farms; otherwise the farm starts its own
+            and ends them in `close`.
         limit: seconds that a round waits for a worker before it is given up.
     Raises:
-        ValueError: too few models for the policy's delay, a model with batch statistics or dropout in training mode, empty
-            data, or a policy that does not fit the number of workers.
+        ValueError: too few models for the policy's delay, models that share a trainable parameter, a model with batch
+            statistics or dropout in training mode, an empty batch, a closed crew, or a policy that does not fit the number of
+            workers.
 
     >>> with Farm(GC(1), [model], [(x, y)], lambda p: torch.optim.SGD(p, 0.1), workers=4) as farm:   # doctest: +SKIP
     ...     log = farm.run(jobs=20)
@@ -97,6 +99,8 @@ class Farm:
         crew: Crew | None = None,
         limit: float = 60.0,
     ):
+        if crew is not None and not crew.members:
+            raise ValueError("Farm: the crew is closed; make another one")
         size = len(crew.members) if crew is not None else workers
         self.policy = policy.sized(size)
         blank = np.zeros((self.policy.delay + 1, size), dtype=bool)
@@ -106,23 +110,24 @@ class Farm:
                 f"Farm: {type(policy).__name__} decodes a job {self.policy.delay} rounds late and so needs at least "
                 f"{self.policy.delay + 1} models to train in turn, got {len(models)}; add models or take GC"
             )
-        if not data or not all(len(item) == len(batch[0]) for batch in data for item in batch) or not len(data[0][0]):
-            raise ValueError("Farm: data must be batches, non-empty tuples of tensors with equally many rows")
+        self.data = list(data)
+        _check_data(self.data)
         if not limit > 0:
             raise ValueError(f"Farm: limit must be seconds > 0, got {limit}")
         for number, model in enumerate(models):
             _check(number, model)
-        self.models, self.data, self.limit = list(models), list(data), limit
+        _check_apart(models)
+        self.models, self.loss, self.limit = list(models), loss, limit
         self.optimizers = [optimizer(trainable(model)) for model in models]
         self.jobs = 0  # done so far
         self._own = crew is None
         self.crew = Crew(size) if crew is None else crew
+        self._lost: set[int] = set()
         try:
-            self.crew.load([self._work(worker, loss) for worker in range(size)])
+            self._load()
         except BaseException:
             self.close()
             raise
-        self._lost: set[int] = set()
 
     def close(self) -> None:
         """End the processes, unless the crew was given."""
@@ -139,18 +144,28 @@ class Farm:
         """Do so many jobs more, each one step of one model.
 
         Raises:
+            ValueError: jobs is below 1, or the farm or its crew is closed.
             TooManyLate: more workers are gone than the policy copes with; models keep the steps decoded so far.
             RuntimeError: the model or the loss failed on a worker; its traceback is shown.
         """
         if jobs < 1:
             raise ValueError(f"Farm.run: jobs must be >= 1, got {jobs}")
+        if not self.crew.members:
+            raise ValueError("Farm.run: the processes have been ended by `close`; make another farm")
+        if self.crew.loads != self._loaded:  # the workers hold what another farm gave them since
+            self._lost |= {worker for worker, member in enumerate(self.crew.members) if not member.alive}
+            self._load()
         run = _Run(self, jobs)
         try:
             return run.go()
         finally:
             self.jobs += run.done
 
-    def _work(self, worker: int, loss: PerSample) -> Work:
+    def _load(self) -> None:
+        self.crew.load([self._work(worker) for worker in range(len(self.crew.members))], self._lost)
+        self._loaded = self.crew.loads
+
+    def _work(self, worker: int) -> Work:
         edges = np.concatenate(([0.0], np.cumsum(self.policy.fractions())))
         chunks = []
         for batch in self.data:
@@ -158,7 +173,7 @@ class Farm:
             chunks.append(
                 {c: tuple(item[rows[c] : rows[c + 1]].clone() for item in batch) for c in self.policy.holds(worker)}
             )
-        return Work([copy.deepcopy(model) for model in self.models], chunks, loss)
+        return Work([copy.deepcopy(model) for model in self.models], chunks, self.loss)
 
 
 class _Run:
@@ -329,6 +344,18 @@ class _Run:
         return TooManyLate(type(self.policy).__name__, round, job, gone, self.policy.copes())
 
 
+def _check_data(data: Sequence[tuple[Tensor, ...]]) -> None:
+    """Refuse batches without rows: their mean loss is no number."""
+    if not data:
+        raise ValueError("Farm: data must be batches, got none")
+    for number, batch in enumerate(data):
+        rows = [len(item) for item in batch]
+        if len(set(rows)) != 1 or not rows[0]:
+            raise ValueError(
+                f"Farm: data must be batches, non-empty tuples of tensors with equally many rows, got {rows} in batch {number}"
+            )
+
+
 def _check(number: int, model: nn.Module) -> None:
     """Refuse what would make a gradient depend on how samples are cut into chunks, or on who computes it."""
     found = {parameter.dtype for parameter in trainable(model)}
@@ -340,13 +367,31 @@ def _check(number: int, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not module.training:
             continue
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and (
+            isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats
+        ):
+            kind = "batch norm" if isinstance(module, nn.modules.batchnorm._BatchNorm) else "running statistics"
             raise ValueError(
-                f"Farm: model {number} has batch norm at {name!r}, whose statistics depend on the chunk; freeze it with "
-                ".eval() or use group norm"
+                f"Farm: model {number} has {kind} at {name!r}, whose statistics depend on the chunk; freeze it with .eval() or "
+                "use group norm"
             )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        # recurrent and attention layers, ours and others', keep the probability as a number in `dropout`
+        drop = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0)
+        if isinstance(drop, (int, float)) and drop > 0:
             raise ValueError(
-                f"Farm: model {number} has dropout at {name!r}; workers that repeat a chunk would draw other masks; set p = 0 "
+                f"Farm: model {number} has dropout at {name!r}; workers that repeat a chunk would draw other masks; set it to 0 "
                 "or .eval()"
             )
+
+
+def _check_apart(models: Sequence[nn.Module]) -> None:
+    """Refuse models that train one parameter: a job would not see the steps of the others that are under way."""
+    owner: dict[int, int] = {}
+    for number, model in enumerate(models):
+        for parameter in trainable(model):
+            other = owner.setdefault(id(parameter), number)
+            if other != number:
+                raise ValueError(
+                    f"Farm: models {other} and {number} share a trainable parameter; models that take turns must be different "
+                    "ones, such as copy.deepcopy(model)"
+                )

@@ -215,7 +215,8 @@ def fit(
         carry: as in `replay`; False where late workers do not stay late, such as serverless functions.
         message: as in `replay`; for a `Farm`, seconds of a quiet round of MSGC(1, 2, 0) over those of Uncoded(), less 1.
     Raises:
-        ValueError: the record is too short or not positive, or max_delay is negative.
+        ValueError: the record is too short or not positive, max_delay is negative, no scheme of `among` has a delay of at most
+            `max_delay`, or none bears the workers that never come.
     """
     times = _checked(times, slope, message)
     rounds, workers = times.shape
@@ -223,9 +224,20 @@ def fit(
         raise ValueError(f"fit: a record needs at least 10 rounds, got {rounds}; 80 tell short from long bursts")
     if max_delay < 0:
         raise ValueError(f"fit: max_delay must be >= 0, got {max_delay}; it is the number of models less one")
-    tried = [scheme.sized(workers) for scheme in (among or candidates(workers, max_delay))]
+    tried = [scheme.sized(workers) for scheme in (candidates(workers, max_delay) if among is None else among)]
     fitting = [scheme for scheme in tried if scheme.delay <= max_delay]
+    if not fitting:
+        raise ValueError(
+            f"fit: among must hold a scheme with a delay of at most max_delay = {max_delay}, got delays "
+            f"{sorted({scheme.delay for scheme in tried})}"
+        )
     ranked = ranking(times, slope, fitting, jobs, carry=carry, message=message)
+    if not ranked:
+        never = np.flatnonzero(np.isinf(times).any(0)).tolist()
+        raise ValueError(
+            f"fit: none of {len(fitting)} schemes ends every round of this record, in which workers {never} do not come in some "
+            "rounds; leave them out, or let `among` hold GC with a larger s"
+        )
     if show:
         print(f"{'scheme':<44} {'load':>7} {'T':>3} {'s/round':>9} {'of best':>8}")
         for total, scheme in ranked:

@@ -23,14 +23,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from weft.comm.sockets import Parts
-from weft.comm.zeroth.log import Log, Passport, Record, pack_records
+from weft.comm.zeroth.log import LONGEST, Log, Passport, Record, pack_records
 from weft.comm.zeroth.scalars import WIRES
 from weft.comm.zeroth.transport import HEADER, outliers
 from weft.names import pick
 
 __all__ = ["Frame", "Hub", "Kind"]
-
-LONGEST = 2**16 - 1  # bytes of one member's codes in a record
 
 
 class Kind(IntEnum):

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ HEAD = struct.Struct("<QdH")  # step, learning rate, members
 ENTRY = struct.Struct("<IH")  # member's number, bytes of codes
 LENGTH = struct.Struct("<I")
 EMPTY = b"\0" * 8  # the chain of a log without records
+LONGEST = 2**16 - 1  # bytes of one member's codes in a record, as an ENTRY counts them
 LARGEST = 2**26  # bytes of one record: what is longer was never written by us
 
 
@@ -136,7 +138,8 @@ class Passport:
 class Log(Sequence[Record]):
     """Append-only sequence of records, `log[t]` that of step t; in memory, and in a file as well if it has one.
 
-    Make one by `Log(passport)`, `Log.open(path, passport)` (go on with that file, or begin it) or `Log.load(path)`.
+    Make one by `Log(passport)`, `Log.open(path, passport)` (go on with that file, or begin it) or `Log.load(path)`. A file is
+    locked until `close`, or until nobody holds the log any more.
     """
 
     def __init__(self, passport: Passport):
@@ -144,6 +147,9 @@ class Log(Sequence[Record]):
         self.records: list[Record] = []
         self.chains: list[bytes] = [EMPTY]
         self.file: int | None = None
+        self._let_go: weakref.finalize | None = (
+            None  # closes the file, at the latest when nobody holds the log any more
+        )
 
     @overload
     def __getitem__(self, at: int) -> Record: ...
@@ -200,9 +206,9 @@ class Log(Sequence[Record]):
 
     def close(self) -> None:
         """Let go of the file; the log stays usable in memory."""
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
+        if self._let_go is not None:
+            self._let_go()
+            self.file = self._let_go = None
 
     def save(self, path: str | Path) -> None:
         """Write the whole log to `path`, whole or not at all."""
@@ -242,7 +248,7 @@ class Log(Sequence[Record]):
         Raises:
             OtherRun: the file is the log of another run.
             CheckpointDamaged: it is no log, or altered.
-            FolderInUse: another process appends to it.
+            FolderInUse: this or another process appends to it already.
         """
         path = Path(path)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -250,7 +256,8 @@ class Log(Sequence[Record]):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise FolderInUse(str(path), "another process that appends to this log") from error
+                holder = "this or another process that appends to it (`SharedSeed.close` or `Log.close` lets go)"
+                raise FolderInUse(str(path), holder) from error
             if os.fstat(file).st_size == 0:
                 log = cls(passport)
                 os.write(file, _title(passport))
@@ -262,7 +269,7 @@ class Log(Sequence[Record]):
         except BaseException:
             os.close(file)
             raise
-        log.file = file
+        log.file, log._let_go = file, weakref.finalize(log, os.close, file)
         return log
 
     @classmethod

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.comm.zeroth.directions import DIRECTIONS, Term, mix, seed_of
-from weft.comm.zeroth.log import Log, OtherRun, Passport, Record
+from weft.comm.zeroth.log import LONGEST, Log, OtherRun, Passport, Record
 from weft.comm.zeroth.scalars import WIRES
 from weft.comm.zeroth.tcp import Open
 from weft.comm.zeroth.transport import Alone, Fixed, Outcome, Outgoing, OutOfStep, Transport
@@ -79,9 +79,10 @@ class SharedSeed:
         model: in eval mode, its parameters the same on every machine.
         loss_fn: (model, batch) -> scalar loss; called twice per direction on one batch, and must be a function of the
             parameters and the batch alone.
-        eps: size of the perturbation, > 0.
-        samples: directions per member and step, K.
-        lr: learning rate, or a function of the step (the first member's is used by all).
+        eps: size of the perturbation, > 0. Of weights or losses in bfloat16, which have 3 digits, 1e-3 changes little or
+            nothing, and many scalars are 0: take a larger one, or compute the loss in float32.
+        samples: directions per member and step, K; at most 65535 bytes of codes.
+        lr: learning rate >= 0, or a function of the step (the first member's is used by all).
         wire: "byte", "byte-stochastic" (rounded without bias) or "float32".
         direction: "rademacher" (the same on every device) or "normal" (the paper's; like machines only).
         params: which to tune: "all" that require a gradient, "lora" (those with `lora` in their name), or a predicate of
@@ -96,7 +97,8 @@ class SharedSeed:
         run: seed of the run, >= 0.
         start: parameters by name before step 0, or a function that loads them: with it a machine whose parameters turn
             out to be wrong repairs itself by the log. Not kept in memory if it is a function.
-        log: a file. Records are appended to it as they are made; if it has some, the run goes on from there.
+        log: a file. Records are appended to it as they are made; if it has some, the run goes on from there. It is locked
+            until `close`: `with SharedSeed(..., log=path) as tuned`.
     Raises:
         ValueError: an option out of its range, a module in train mode, a parameter that is not contiguous or not floating
             point, no parameter to tune.
@@ -148,6 +150,11 @@ class SharedSeed:
             raise ValueError(f"SharedSeed: weight_decay and run must be >= 0, got {weight_decay} and {run}")
         self.model, self.loss_fn, self.lr, self.eps, self.samples = model, loss_fn, lr, eps, samples
         self.wire = pick(wire, WIRES, "wire")
+        if samples * self.wire.nbytes > LONGEST:
+            raise ValueError(
+                f"SharedSeed: samples must be at most {LONGEST // self.wire.nbytes} with wire={wire!r}, got {samples}; a record "
+                "holds no more of one member"
+            )
         self.direction = pick(direction, DIRECTIONS, "direction")
         self.divisor, self.drift, self.every, self.digest_every = divisor, drift, every, digest_every
         self.weight_decay, self.clip, self.start = weight_decay, clip, start
@@ -163,14 +170,18 @@ class SharedSeed:
             hashlib.blake2b(repr(shapes).encode(), digest_size=8).hexdigest(), f"{self.digest():016x}",
         )  # fmt: skip
         self.transport: Transport = Alone()
-        self.log = Log(self.passport) if log is None else Log.open(log, self.passport)
-        self._move(self.log.records)
         self.backup: list[Tensor] | None = None
         self.backed_up = 0  # the step that the backup stands at
         if drift == "replay":
             self.backup = [torch.empty_like(tensor, device=backup_device or tensor.device) for tensor in self.tensors]
-        self._back_up()
-        self._settled()
+        self.log = Log(self.passport) if log is None else Log.open(log, self.passport)
+        try:
+            self._move(self.log.records)
+            self._back_up()
+            self._settled()
+        except BaseException:
+            self.log.close()
+            raise
 
     # ---- what a user calls
 
@@ -188,8 +199,10 @@ class SharedSeed:
             peers = Open(peers, name, timeout)
         elif not isinstance(peers, Transport):
             peers = Fixed(peers)
-        peers.enter(self)
-        self._settled()
+        try:
+            peers.enter(self)
+        finally:  # some records may have been applied before it failed
+            self._settled()
         self.transport = peers
         return self
 
@@ -200,12 +213,24 @@ class SharedSeed:
         self.transport = Alone()
         self.transport.own = own or (0,)
 
+    def close(self) -> None:
+        """Part from the peers and let go of the log's file; parameters and log stay as they are."""
+        self.leave()
+        self.log.close()
+
+    def __enter__(self) -> SharedSeed:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     @torch.no_grad()
     def step(self, batches: Sequence[Any]) -> StepInfo:
         """One step on `samples` minibatches, one per direction (for every member that this process stands for).
 
         Raises:
-            ValueError: a module is in train mode, the wrong number of batches, parameters changed from outside.
+            ValueError: a module is in train mode, the wrong number of batches, parameters changed from outside, a rate that is
+                negative or not finite, a loss that is not one number.
             OutOfStep, MemberRefused, PeerLost: see the transports.
         """
         self._check_mode()
@@ -220,21 +245,16 @@ class SharedSeed:
                 "they are; make a new SharedSeed on them"
             )
         number = len(self.log)
+        lr = self._rate(number)
         digest = (self.digest() & 0xFFFFFFFF or 1) if self._digest_due(number) else 0
-        codes, losses, bad = [], [], 0
-        for place, member in enumerate(own):
-            code = b""
-            for k in range(self.samples):
-                seed = seed_of(self.passport.run, number, member, k)
-                plus, minus = self._project(seed, batches[place * self.samples + k])
-                g = (plus - minus) / (2 * self.eps)
-                losses += [loss for loss in (plus, minus) if not math.isnan(loss)]
-                bad += not math.isfinite(g)
-                code += self.wire.encode(g, mix(seed + 1) / 2**64)
-            codes.append(code)
-        lr = float(self.lr(number) if callable(self.lr) else self.lr)
-        outcome = self.transport.exchange(Outgoing(number, lr, digest, tuple(codes)), self)
-        drift = self._settled()
+        try:
+            codes, losses, bad = self._measure(number, batches)
+            outcome = self.transport.exchange(Outgoing(number, lr, digest, codes), self)
+            drift = self._settled()
+        except BaseException:
+            if self.drift == "exact":  # the model holds the values of the last evaluation
+                self._show()
+            raise
         return self._info(outcome, losses, bad, drift)
 
     @torch.no_grad()
@@ -296,21 +316,48 @@ class SharedSeed:
 
     # ---- the arithmetic
 
+    def _measure(self, step: int, batches: Sequence[Any]) -> tuple[tuple[bytes, ...], list[float], int]:
+        """The codes of each member that this process stands for, the losses that are numbers, how many scalars are not finite."""
+        codes, losses, bad = [], [], 0
+        for place, member in enumerate(self.transport.own):
+            code = b""
+            for k in range(self.samples):
+                seed = seed_of(self.passport.run, step, member, k)
+                plus, minus = self._project(seed, batches[place * self.samples + k])
+                g = (plus - minus) / (2 * self.eps)
+                losses += [loss for loss in (plus, minus) if not math.isnan(loss)]
+                bad += not math.isfinite(g)
+                code += self.wire.encode(g, mix(seed + 1) / 2**64)
+            codes.append(code)
+        return tuple(codes), losses, bad
+
+    def _rate(self, step: int) -> float:
+        lr = float(self.lr(step) if callable(self.lr) else self.lr)
+        if not (lr >= 0 and math.isfinite(lr)):
+            raise ValueError(f"SharedSeed.step: lr must be >= 0 and finite, got {lr} for step {step}")
+        return lr
+
+    def _loss(self, batch: Any) -> float:
+        found = self.loss_fn(self.model, batch)
+        if not hasattr(found, "__float__") or (isinstance(found, Tensor) and found.numel() != 1):
+            said = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r}"
+            raise ValueError(f"SharedSeed.step: the loss must be one number, got {said}; return its mean")
+        return float(found)
+
     def _project(self, seed: int, batch: Any) -> tuple[float, float]:
-        """The losses at theta + eps z and theta - eps z; theta is as before, to rounding if it is perturbed in place."""
+        """The losses at theta + eps z and theta - eps z. Perturbed in place theta is as before, to rounding, whatever happens;
+        with "exact" the model is left at the last point, for `step` to set right."""
         exact, eps = self.drift == "exact", self.eps
         away = 0.0
         try:
             self.direction.move(self.tensors, self.home, [(seed, eps)])
             away = eps
-            plus = float(self.loss_fn(self.model, batch))
+            plus = self._loss(batch)
             self.direction.move(self.tensors, self.home, [(seed, -eps if exact else -2 * eps)])
             away = -eps
-            minus = float(self.loss_fn(self.model, batch))
+            minus = self._loss(batch)
         except BaseException:
-            if exact:
-                self._show()
-            elif away:
+            if away and not exact:
                 self.direction.move(self.tensors, self.tensors, [(seed, -away)])
             raise
         if not exact:
@@ -395,7 +442,8 @@ class SharedSeed:
             )
 
     def _versions(self) -> list[tuple[int, int]]:
-        """Changes whenever somebody else writes to a parameter, or gives it other memory: we write to `.data`, uncounted."""
+        """Changes where somebody else writes to a parameter, or gives it other memory. Writes to `.data`, such as ours, are not
+        counted: `p.data.zero_()` goes unseen."""
         return [(parameter._version, parameter.data_ptr()) for parameter in self.named.values()]
 
     def _info(self, outcome: Outcome, losses: list[float], bad: int, drift: float | None) -> StepInfo:

@@ -38,7 +38,7 @@ class OutOfStep(WeftError, RuntimeError):
     def __str__(self) -> str:
         return (
             f"at step {self.step} this machine's parameters are not the group's: {self.why}. Give SharedSeed the values of the "
-            "start (initial=...) so that it can replay the log, or load them and join again."
+            "start (start=...) so that it can replay the log, or load them and join again."
         )
 
 

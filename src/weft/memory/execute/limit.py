@@ -307,18 +307,20 @@ class Limit:
             self._executor.spend()
         self._succession.tell(lambda executor: executor.optimizing(True))
         if self._keeps_as_much(optimizer) and self._listening.can_pause() and self._executor.skip_optimizer():
-            self._listening.pause()
+            self._listening.pause(self._updated)
 
     def _keeps_as_much(self, optimizer: Any) -> bool:
         """Whether an optimizer has the same options on as in its last step: with others (a momentum) it may keep more."""
-        on = [
-            {k for k, v in group.items() if k != "params" and isinstance(v, (int, float)) and v}
-            for group in optimizer.param_groups
-        ]
+        plain = (int, float, str)
+        on = [{k for k, v in group.items() if isinstance(v, plain) and v} for group in optimizer.param_groups]
         before, self._options[optimizer] = self._options.get(optimizer, on), on
         return before == on
 
     def _after_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._updated()
+
+    def _updated(self) -> None:
+        """The optimizer's step is over, or has failed."""
         self._listening.resume()
         self._executor.optimizing(False)
         self._succession.ended = not self._by_hand

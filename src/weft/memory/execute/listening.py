@@ -86,10 +86,11 @@ class Listening:
         """Whether nobody else listens more closely, who would be left with us; and no thread of autograd's asks."""
         return self._here() and is_innermost(self._mode)
 
-    def pause(self) -> None:
-        """Operators pass by until `resume`, or until a module runs: an optimizer that raises does not call its hook."""
+    def pause(self, over: Callable[[], None]) -> None:
+        """Operators pass by until `resume`. If a module runs before, `over` is called: an optimizer that raises does not call its
+        hook."""
         self._mode.__exit__(None, None, None)
-        self._paused = register_module_forward_pre_hook(lambda module, args: self.resume())
+        self._paused = register_module_forward_pre_hook(lambda module, args: over() if self._here() else None)
 
     def resume(self) -> None:
         if self._paused is not None and self._here():

@@ -10,9 +10,10 @@
 A step of `Tiered`, one file each: what runs in the model (`passes`), which parameters are on the device (`presence`), how they
 get there (`fetch`, in the order that `prefetch` records and `rounds` agree on), what autograd saves and gives (`backward`,
 `activations`, `gradients`), updates within backward (`updates`), the end of it (`stepping`); what lives where (`store`).
-What is underneath: bytes past the page cache (`files`), who holds which elements (`layout`, `dense`), optimizers on pieces
-(`elementwise`, `groups`), states on their way through memory (`states`, `ring`) and in two places on disk (`statefile`),
-crash-safe records (`manifest`), resuming on any number of processes (`resume`), states as state dicts have them (`whole`).
+What is underneath: bytes past the page cache (`files`), memory that copies itself (`pinned`), who holds which elements (`layout`,
+`dense`), optimizers on pieces (`elementwise`, `groups`), states on their way through memory (`states`, `ring`) and in two places
+on disk (`statefile`), crash-safe records (`manifest`, `notes`), one job per folder (`workplace`, `lock`), resuming on any number
+of processes (`resume`), states as state dicts have them (`whole`).
 Source: Rajbhandari et al., ZeRO-Infinity, arXiv:2104.07857.
 """
 

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weft.errors import DiskFull
 from weft.memory.tiers.files import Disk, DiskFile, Transfer, aligned, round_up
+from weft.memory.tiers.pinned import host_memory
 
 __all__ = ["Activations", "Saved"]
 
@@ -114,7 +116,7 @@ class Activations:
         self._last = weakref.ref(kept)
         self.saved_bytes += nbytes
         if self.tier == "host":
-            kept.host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=self.device.type == "cuda")
+            kept.host = host_memory(flat.shape, flat.dtype, pin=self.device.type == "cuda")
             kept.host.copy_(flat, non_blocking=True)
             return kept
         while self._writing and sum(k.nbytes for _, k in self._writing) > self.in_flight:
@@ -146,10 +148,14 @@ class Activations:
         if offsets:
             return offsets.pop()
         if self._file is None:
-            self._file = DiskFile(self._path, GROWTH)
-        if self._end + nbytes > self._file.size:
-            self._file.grow(round_up(self._end + nbytes, GROWTH))
-        offset, self._end = self._end, self._end + nbytes
+            self._file = DiskFile(self._path, 0)
+        offset, end = self._end, self._end + nbytes
+        if end > self._file.size:
+            try:
+                self._file.grow(round_up(end, GROWTH))
+            except DiskFull:
+                self._file.grow(end)
+        self._end = end
         return offset
 
     def _give_back(self, nbytes: int, offset: int) -> None:

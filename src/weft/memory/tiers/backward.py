@@ -55,13 +55,12 @@ class Backward:
         self._told_engine = False
         self._saving: Any = None
         self._handles: dict[int, tuple[Any, Any]] = {}  # of gradient hooks
-        self._hook_gradients()
 
     # ---- what autograd saves
 
     def begin(self) -> None:
         """A pass begins whose backward is to come."""
-        self._hook_gradients()
+        self.hook_gradients()
         self._told_engine = False
         self.save()
 
@@ -121,7 +120,7 @@ class Backward:
 
     # ---- gradients
 
-    def _hook_gradients(self) -> None:
+    def hook_gradients(self) -> None:
         """See the gradients of all parameters that have some by now: one that was frozen may not be any more."""
         moved = self.moved
         if moved is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import threading
 import time
@@ -23,17 +24,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from weft.errors import CheckpointDamaged, DiskFull
+from weft.memory.tiers.pinned import host_memory
 
-__all__ = ["ALIGN", "Disk", "DiskFile", "Place", "Transfer", "aligned", "describe", "measure", "named", "round_up"]
+__all__ = [
+    "ALIGN", "Disk", "DiskFile", "LimitReached", "Place", "Transfer", "aligned", "describe", "measure", "named", "round_up",
+]  # fmt: skip
 
 ALIGN = 4096  # bytes; every disk and file system of today takes multiples of it
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LIMITS = {errno.EDQUOT, errno.EFBIG}  # what ends a write while there is room
 
 
 def round_up(number: int, multiple: int = ALIGN) -> int:
@@ -46,9 +50,9 @@ def round_up(number: int, multiple: int = ALIGN) -> int:
 
 
 def aligned(nbytes: int, *, pin: bool = False) -> Tensor:
-    """A new uint8 CPU tensor whose address and length are multiples of `ALIGN`; at least `nbytes` long, pinned if asked."""
+    """A new uint8 CPU tensor of at least `nbytes`, address and length multiples of `ALIGN`; pinned if asked and possible."""
     length = round_up(nbytes)
-    whole = torch.empty(length + ALIGN, dtype=torch.uint8, pin_memory=pin)
+    whole = host_memory((length + ALIGN,), torch.uint8, pin=pin)
     start = -whole.data_ptr() % ALIGN
     return whole[start : start + length]
 
@@ -298,8 +302,11 @@ def _view(file: DiskFile, buffer: Tensor, offset: int) -> memoryview:
 
 def named(error: OSError, path: Path, need: int, doing: str) -> OSError:
     """An error of writing `need` bytes to a file, as one that says so: `DiskFull`, or where the folder went."""
-    if error.errno in FULL:
-        return DiskFull(str(path), need, shutil.disk_usage(path.parent).free, doing)
+    if error.errno == errno.ENOSPC or error.errno in LIMITS:
+        free = shutil.disk_usage(next(above for above in path.absolute().parents if above.exists())).free
+        if error.errno == errno.ENOSPC:
+            return DiskFull(str(path), need, free, doing)
+        return LimitReached(str(path), need, free, doing, _limit(error))
     if error.errno == errno.ENOENT and not path.parent.exists():
         return FileNotFoundError(
             error.errno,
@@ -308,6 +315,34 @@ def named(error: OSError, path: Path, need: int, doing: str) -> OSError:
         )
     error.filename = str(path)
     return error
+
+
+def _limit(error: OSError) -> str:
+    """What ends a write while the file system has room, and what to do about it."""
+    if error.errno == errno.EDQUOT:
+        return "the quota of this user or folder is used up (see `quota`); delete some files, or have it raised"
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if most == resource.RLIM_INFINITY:
+        return "the file system takes no file of that size; name a folder on another disk"
+    return f"this process may write no file of more than {most} bytes; raise its file-size limit (`ulimit -f`)"
+
+
+@final
+class LimitReached(DiskFull):
+    """There is room for a file, and the process may not use it; `limit` says what keeps it from that, and what helps."""
+
+    def __init__(self, path: str, need: int, have: int, doing: str, limit: str):
+        super().__init__(path, need, have, doing)
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.doing}: {self.path} needs {self.need} bytes more, and the disk has room, but {self.limit}. The last complete "
+            "step is intact."
+        )
+
+    def __reduce__(self) -> tuple[type[LimitReached], tuple[str, int, int, str, str]]:  # type: ignore[override]
+        return type(self), (self.path, self.need, self.have, self.doing, self.limit)
 
 
 # ---- what a folder is made of

@@ -32,7 +32,6 @@ class Gradients:
         shards: of this process.
         device: where gradients that stay in memory are kept; None keeps them where they come.
         disk, folder: given together, for gradients that go to a file.
-        pin: keep them in pinned memory.
     """
 
     def __init__(

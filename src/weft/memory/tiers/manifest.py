@@ -1,6 +1,6 @@
 """What a folder of training state holds, written so that a crash at any moment leaves a complete step.
 
-    folder/lock.{rank}               held (flock) by the process that works here
+    folder/lock.{rank}               held by the process that works here (`lock`)
     folder/{n}/rank{r}/state.bin     chunks, each with two places, of one layout (number n; a higher number is newer)
     folder/{n}/rank{r}/manifest.{0,1}   what the chunks of an even / odd step are: place, checksums, small states; and after that
                                      the module's buffers and random states, as `torch.save` writes them
@@ -20,14 +20,11 @@ pages.                                                                          
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
 import shutil
-import weakref
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.errors import CheckpointDamaged, FolderInUse
+from weft.errors import CheckpointDamaged
 from weft.memory.tiers.files import ALIGN, named
+from weft.memory.tiers.notes import decode_notes, encode_notes
 
 __all__ = [
-    "ChunkEntry", "Lock", "Manifest", "checksum", "decode_small", "encode_small", "layouts", "manifest_path",
+    "ChunkEntry", "Manifest", "checksum", "decode_small", "encode_small", "layouts", "make_folder", "manifest_path",
     "newest", "read_extra", "remove_layouts", "survey", "withdraw",
 ]  # fmt: skip
 
@@ -158,7 +156,8 @@ def survey(folder: Path) -> tuple[list[tuple[int, int, int, int]], list[str]]:
 def newest(
     folder: Path, seen: Sequence[tuple[list[tuple[int, int, int, int]], list[str]]]
 ) -> tuple[int, int, int] | None:
-    """The newest complete step among the surveys of all processes: (layout, step, number of ranks); None if there is no state.
+    """The newest complete step among the surveys of all processes: (layout, step, number of ranks); None if there is no state,
+    or only some ranks' of a run that has not begun.
 
     Raises:
         CheckpointDamaged: there is state, but no complete step in it.
@@ -171,7 +170,7 @@ def newest(
     complete = [key for key, there in ranks.items() if len(there) == key[2]]
     if complete:
         return max(complete)
-    if ranks:
+    if any(step > 0 for _, step, _ in ranks):
         problems.append("no step has a manifest of every rank")
     if problems:
         raise CheckpointDamaged(str(folder), "; ".join(problems[:3]))
@@ -187,8 +186,8 @@ def layouts(folder: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name))
 
 
-def remove_layouts(folder: Path, keep: int) -> None:
-    """Delete all layouts but one."""
+def remove_layouts(folder: Path, keep: int | None) -> None:
+    """Delete all layouts, but one if it is to be kept."""
     for path in layouts(folder):
         if int(path.name) != keep:
             shutil.rmtree(path, ignore_errors=True)
@@ -211,48 +210,6 @@ def decode_small(state: Mapping[str, Any]) -> dict[str, Any]:
         key: torch.tensor(value[1], dtype=getattr(torch, value[0])) if isinstance(value, list) else value
         for key, value in state.items()
     }
-
-
-# ---- notes
-
-TAG = "weft:"  # begins the key of a JSON object that stands for what JSON has not
-
-
-def encode_notes(value: Any, where: str = "notes") -> Any:
-    """Notes as JSON values; tuples, counters and keys that are no strings (as schedules have them) come back as they were.
-
-    Raises:
-        ValueError: one of them is something else.
-    """
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        items = [encode_notes(item, f"{where}[{place}]") for place, item in enumerate(value)]
-        return {TAG + "tuple": items} if isinstance(value, tuple) else items
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{where} is a {type(value).__name__}, which cannot be written with a step; notes take numbers, strings, None, and "
-            "lists, tuples and dicts of them (of a tensor: .item() or .tolist())"
-        )
-    found = {key: encode_notes(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith(TAG) for key in found):
-        return found
-    kind = "Counter" if isinstance(value, Counter) else "dict"
-    return {TAG + kind: [[encode_notes(key, f"a key of {where}"), item] for key, item in found.items()]}
-
-
-def decode_notes(value: Any) -> Any:
-    """The inverse."""
-    if isinstance(value, list):
-        return [decode_notes(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    for kind, made in (("dict", dict), ("Counter", Counter)):
-        if TAG + kind in value:
-            return made({decode_notes(key): decode_notes(item) for key, item in value[TAG + kind]})
-    if TAG + "tuple" in value:
-        return tuple(decode_notes(value[TAG + "tuple"]))
-    return {key: decode_notes(item) for key, item in value.items()}
 
 
 # ---- places
@@ -319,53 +276,10 @@ def flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
-# ---- one job per folder
-
-
-class Lock:
-    """A folder's lock for one rank, held until `close` or the end of the process, however it ends.
-
-    Raises:
-        FolderInUse: another process holds it.
-    """
-
-    def __init__(self, folder: Path, rank: int):
-        self.path = folder / f"lock.{rank}"
-        self._file = open(self.path, "a+")  # noqa: SIM115 - open as long as the lock is held
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            if error.errno not in (11, 13, 35):  # EWOULDBLOCK by its names
-                raise
-            raise FolderInUse(str(folder), holder) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} (rank {rank})")
-        self._file.flush()
-        _HELD.add(self)
-
-    def close(self) -> None:
-        _HELD.discard(self)
-        if not self._file.closed:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)  # closing is not enough while somebody else has the descriptor
-        self._drop()
-
-    def _drop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-
-_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    """A forked child (a loader's worker) shares the lock, and would hold it when this process is gone: it lets go."""
-    for lock in list(_HELD):
-        lock._drop()
-    _HELD.clear()
-
-
-os.register_at_fork(after_in_child=_forked)
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those that it is in, if it is not there, and have the disk hold their entries."""
+    made = [each for each in (folder, *folder.parents) if not each.is_dir()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in made:
+        with contextlib.suppress(PermissionError):  # one may write in folders that one may not read
+            flush_folder(each.parent)

@@ -59,7 +59,9 @@ class Passes:
         end: Callable[[bool], None],
         foreign: Callable[[], Any],
     ):
-        self.model, self.presence, self._begin, self._end, self._foreign = model, presence, begin, end, foreign
+        # First, so that who copies this meets whose they are, who says no.
+        self._begin, self._end, self._foreign = begin, end, foreign
+        self.model, self.presence = model, presence
         self._root = id(model)  # dynamo, which looks into hooks, must not meet the model a second time
         self.in_step = self._running = self._again = False
         self.saving = 0
@@ -67,13 +69,14 @@ class Passes:
         self._outside: list[Slot] = []
         presence.reached = self._reached
         self._handles: list[Any] = []
-        for module in model.modules():
+
+    def watch(self) -> None:
+        """Put the hooks on."""
+        for module in self.model.modules():
             if module._parameters:
                 module.__dict__["_parameters"] = Watched(module._parameters, self._seen)
-            self._handles += [
-                module.register_forward_pre_hook(self._enter, prepend=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            ]
+            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if id(module) == self._root or not self._frames:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -38,17 +39,26 @@ class Peers:
         self.gather(None)
 
     def agree(self, work: Callable[[], Any]) -> Any:
-        """Do something on every process; if it fails anywhere it fails everywhere, with the first rank's error."""
-        error: Exception | None = None
-        result = None
+        """Do something on every process; if it fails anywhere it fails everywhere: with a rank's own error, or else the first
+        rank's that has one."""
         try:
             result = work()
-        except Exception as found:
-            error = found
-        failed = next((item for item in self.gather(error) if item is not None), None)
+        except Exception as error:
+            self.gather(_told(error))
+            raise
+        failed = next((error for error in self.gather(None) if error is not None), None)
         if failed is not None:
-            raise error if error is not None else failed
+            raise failed
         return result
+
+
+def _told(error: Exception) -> Exception:
+    """An error as the other processes can hear of it: itself, or what it says if it survives no pickling, there and back."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def control_group(group: Any) -> Any:

@@ -74,7 +74,13 @@ def open_states(
     found = newest(folder, seen)
     number = max([int(path.name) for path in layouts(folder)], default=-1) + 1
     number = max(peers.gather(number))
+
+    def clean(keep: int | None) -> None:
+        """What jobs have left that were killed while they opened or resumed would take the room of the new files."""
+        peers.agree(lambda: remove_layouts(folder, keep) if peers.rank == 0 else None)
+
     if found is None:
+        clean(None)
         states.folder = folder / str(number) / f"rank{peers.rank}"
         peers.agree(lambda: states.open(fresh=True))
         return None
@@ -90,12 +96,13 @@ def open_states(
     if all(peers.gather(same)):
         extras = peers.agree(lambda: _adopt(states, old, theirs))
     else:
+        clean(layout)
         states.folder = folder / str(number) / f"rank{peers.rank}"
         extras = peers.agree(lambda: _move(states, old, theirs, world))
         states.commit(lambda: replace(about(step), notes=theirs.notes, groups=theirs.groups), extras or extra())
     peers.agree(lambda: states.load_values(states.in_memory()))
     if peers.rank == 0:
-        remove_layouts(folder, keep=int(states.folder.parent.name))
+        remove_layouts(folder, int(states.folder.parent.name))
     return Found(extras, theirs.notes, theirs.groups)
 
 

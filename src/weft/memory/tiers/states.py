@@ -30,12 +30,23 @@ from weft.memory.tiers.elementwise import Elementwise, Piece, is_small
 from weft.memory.tiers.files import Disk, Transfer, aligned, round_up
 from weft.memory.tiers.gradients import Gradients
 from weft.memory.tiers.layout import Chunk, Record, Segment, Shard, cut, parts_of
-from weft.memory.tiers.manifest import ChunkEntry, Manifest, decode_small, encode_small, manifest_path, withdraw
+from weft.memory.tiers.manifest import (
+    ChunkEntry,
+    Manifest,
+    decode_small,
+    encode_small,
+    make_folder,
+    manifest_path,
+    withdraw,
+)
 from weft.memory.tiers.peers import Peers
 from weft.memory.tiers.ring import Ring
 from weft.memory.tiers.statefile import StateFile, Sums
 
 __all__ = ["Held", "States", "scaled"]
+
+PATIENCE = 5  # interrupts while a step is undone, until it stays half undone
+RESUME = "make a new one with resume=True to go on"
 
 Held = list[dict[str, Any] | None]
 """What memory has of the states of a chunk's segments: plain numbers if arrays are on disk, else all; None: never updated."""
@@ -157,7 +168,7 @@ class States:
         """Open state.bin, a new one or the one that is there; raises as `StateFile.open`."""
         assert self.folder is not None
         if fresh:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         self.file.open(self.folder / "state.bin", fresh=fresh)
 
     def seed(self, index: int, values: Tensor) -> None:
@@ -196,7 +207,7 @@ class States:
         self.file.verify([[self.shards[s.shard].name for s in chunk.segments] for chunk in self.chunks])
 
     def close(self) -> None:
-        self.broken = "the files of the optimizer's state are closed; make a new one with resume=True to go on"
+        self.broken = f"the files of the optimizer's state are closed; {RESUME}"
         self._settle()
         self.ring.close()
         self.file.close()
@@ -402,19 +413,41 @@ class States:
             self.held[c] = [None if state is None else decode_small(state) for state in entry.small]
 
     def rollback(self) -> None:
-        """Throw away what the step has changed; parameters in memory are read back from the file."""
+        """Throw away what the step has changed; parameters in memory are read back from the file.
+
+        Whoever presses Ctrl-C twice is heard when it is done: half of it would leave some parameters ahead of others.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        for _ in range(PATIENCE):
+            try:
+                self._roll_back()
+            except KeyboardInterrupt as error:
+                interrupt = error
+            except Exception as error:
+                self.broken = f"a step could not be undone ({error}), so some parameters are ahead of others; {RESUME}"
+                raise
+            else:
+                break
+        else:
+            self.broken = f"undoing a step was interrupted, so some parameters may be ahead of others; {RESUME}"
+        if interrupt is not None:
+            raise interrupt
+
+    def _roll_back(self) -> None:
+        """Can be interrupted anywhere, and done again."""
         self._settle()
         if self._changes.before is not None:
             self._take_back(self._changes.before)
-        touched, self._changes = set(self._changes.touched), Changes()
+        touched = set(self._changes.touched)
         if touched and not self.streamed:
             # Undoing an update in memory would take a second copy of the states, which are in memory for their speed.
             self.broken = (
                 "a step failed while it was updating optimizer states in memory, so some parameters are ahead of others; load a "
                 "checkpoint. With optimizer='disk' a failed step is undone."
             )
-            return
-        self.load_values([c for c in self.in_memory() if c in touched])
+        else:
+            self.load_values([c for c in self.in_memory() if c in touched])
+        self._changes = Changes()
 
     def _settle(self) -> None:
         """Nothing is under way any more, and all buffers are free, well or not, whatever was interrupted."""
@@ -431,8 +464,7 @@ class States:
         except OSError as error:
             # Doing the step again would write to the places that this manifest tells of.
             self.broken = (
-                f"a step was undone, but its manifest could not be taken out of {self.folder} ({error}); make a new one with "
-                "resume=True to go on"
+                f"a step was undone, but its manifest could not be taken out of {self.folder} ({error}); {RESUME}"
             )
         self.step, self.held = before.step, before.held
         self.file.places, self.file.sums = before.places, before.sums

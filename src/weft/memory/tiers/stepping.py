@@ -120,9 +120,11 @@ class Steps:
                 self.gradients.add(slot.index, slot.flat(gradient)[slot.start : slot.stop])
 
     def _undo(self) -> None:
-        self.states.rollback()
-        if self.updates is not None:
-            self.updates.finish()
+        try:
+            self.states.rollback()
+        finally:
+            if self.updates is not None:
+                self.updates.finish()
 
     def share_whole(self) -> None:
         """Parameters that live whole on every process get the parts that the others have updated."""

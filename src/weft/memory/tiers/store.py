@@ -20,7 +20,9 @@ from weft.memory.tiers.groups import Front, described, grouped, plain_options, r
 from weft.memory.tiers.layout import Segment, Shard, shard_length, share
 from weft.memory.tiers.manifest import Manifest
 from weft.memory.tiers.peers import Peers
+from weft.memory.tiers.pinned import host_memory
 from weft.memory.tiers.resume import open_states
+from weft.memory.tiers.standins import present
 from weft.memory.tiers.states import States
 from weft.memory.tiers.workplace import Workplace
 
@@ -94,9 +96,31 @@ class Store:
         made = _made(optimizer, trained)
         self.kind = type(made)
         strides = {name: torch.empty_like(p, device="meta").stride() for name, p in model.named_parameters()}
-        swapped = _leave_meta(model, device)
+        self._before: list[
+            tuple[nn.Parameter, Tensor]
+        ] = []  # what parameters had, until they are on their tiers (`give_back`)
+        self._on_meta: list[
+            tuple[nn.Module, str, Any]
+        ] = []  # the same of modules: parameters and buffers without values
+        swapped = self._leave_meta()
         self._hollow = set(swapped)  # parameters that have no values yet
-        self._released: list[tuple[Slot, Tensor]] = []  # and what gives them back, while opening, which may fail
+        try:
+            self._lay_out(made, trained, swapped, strides, chunk, buffers, keep_below)
+        except BaseException:
+            self.give_back()
+            raise
+
+    def _lay_out(
+        self,
+        made: torch.optim.Optimizer,
+        trained: Sequence[tuple[dict[str, nn.Parameter], dict[str, Any]]],
+        swapped: Mapping[str, nn.Parameter],
+        strides: Mapping[str, tuple[int, ...]],
+        chunk: int,
+        buffers: int,
+        keep_below: int,
+    ) -> None:
+        """Say where everything will be."""
         self.front = Front(
             [
                 {**plain_options(g), "params": [swapped.get(n, p) for n, p in parameters.items()]}
@@ -106,7 +130,7 @@ class Store:
         )
         self.slots = [
             self._slot(index, name, parameter, strides[name], keep_below)
-            for index, (name, parameter) in enumerate(model.named_parameters())
+            for index, (name, parameter) in enumerate(self.model.named_parameters())
         ]
         group_of = {name: g for g, (parameters, _) in enumerate(trained) for name in parameters}
         self.states = States(
@@ -117,10 +141,10 @@ class Store:
             [Elementwise(self.kind, made.defaults) for _ in trained],
             lambda g: plain_options(self.front.param_groups[g]),
             self.value,
-            streamed=tiers.optimizer == "disk",
-            device=device if tiers.optimizer == "device" else torch.device("cpu"),
-            peers=peers,
-            disk=place.disk if place is not None else None,
+            streamed=self.tiers.optimizer == "disk",
+            device=self.device if self.tiers.optimizer == "device" else torch.device("cpu"),
+            peers=self.peers,
+            disk=self.place.disk if self.place is not None else None,
             chunk=chunk,
             buffers=buffers,
         )
@@ -135,24 +159,14 @@ class Store:
     # ---- opening
 
     def open(self, values: Iterable[tuple[str, Tensor]] | None, *, resume: bool) -> dict[str, Tensor]:
-        """Bring every parameter to its tier, from the folder or from its values; a collective.
+        """Bring every parameter to its tier, from the folder or from its values; a collective. `keep` or `give_back` comes next.
 
         Returns:
             Random states of the step that was resumed, if one was.
         """
-        try:
-            return self._open(values, resume)
-        except BaseException:
-            for slot, data in self._released:
-                slot.parameter.data = data
-            raise
-        finally:
-            self._released.clear()
-
-    def _open(self, values: Iterable[tuple[str, Tensor]] | None, resume: bool) -> dict[str, Tensor]:
         for slot in self.slots:
             if slot.tier == "host":
-                slot.home = torch.zeros(slot.each, dtype=slot.dtype, pin_memory=self.device.type == "cuda")
+                slot.home = host_memory((slot.each,), slot.dtype, pin=self.device.type == "cuda").zero_()
             if slot.tier == "device" and resume:
                 self._make_whole(slot)
         found = None
@@ -170,11 +184,24 @@ class Store:
         restore(self.front.param_groups, found.groups)
         for name, buffer in list(self.model.named_buffers()):
             if BUFFER + name in found.extra:
-                _set_buffer(self.model, name, buffer, found.extra[BUFFER + name].to(self.device))
+                self._set_buffer(buffer, found.extra[BUFFER + name].to(self.device))
         for slot in self.slots:
             if slot.tier != "device":
-                slot.parameter.data = self.placeholder(slot)
+                self._release(slot, slot.parameter.data)
         return {name: tensor for name, tensor in found.extra.items() if not name.startswith(BUFFER)}
+
+    def keep(self) -> None:
+        """The model is on its tiers."""
+        self._before.clear()
+        self._on_meta.clear()
+
+    def give_back(self) -> None:
+        """It cannot be, and gets back what it had; only what stays on the device, where it was, has the values it was given."""
+        for parameter, data in reversed(self._before):
+            present(parameter, data)
+        for module, name, held in self._on_meta:
+            (module._parameters if isinstance(held, nn.Parameter) else module._buffers)[name] = held
+        self.keep()
 
     def _open_scratch(self) -> None:
         """Room for this process's parts of parameters on disk, whose states are not; it may own none."""
@@ -196,7 +223,7 @@ class Store:
                 continue  # a further name of a tied parameter
             missing.discard(name)
             if name in buffers:
-                _set_buffer(self.model, name, buffers[name], tensor.detach().to(self.device))
+                self._set_buffer(buffers[name], tensor.detach().to(self.device))
                 continue
             slot = slots[name]
             if tuple(tensor.shape) != slot.shape or tensor.dtype != slot.dtype:
@@ -216,6 +243,8 @@ class Store:
         """Memory for a parameter that lives whole on the device."""
         data = slot.parameter.data
         if data.stride() != slot.stride or data.device != self.device:
+            if slot.name not in self._hollow:
+                self._before.append((slot.parameter, data))
             slot.parameter.data = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=self.device)
 
     def put(self, slot: Slot, tensor: Tensor) -> None:
@@ -227,8 +256,12 @@ class Store:
             return
         if slot.home is not None:
             slot.home[: slot.stop - slot.start].copy_(self.part(slot, tensor))
+        self._release(slot, self._again(slot, tensor))
+
+    def _release(self, slot: Slot, again: Tensor) -> None:
+        """Take a parameter's elements away; `again` would be their place."""
         if slot.name not in self._hollow:
-            self._released.append((slot, self._again(slot, tensor)))
+            self._before.append((slot.parameter, again))
         slot.parameter.data = self.placeholder(slot)
 
     def _again(self, slot: Slot, tensor: Tensor) -> Tensor:
@@ -245,6 +278,32 @@ class Store:
         """What a released parameter holds: its shape, one NaN."""
         nothing = float("nan") if slot.dtype.is_floating_point or slot.dtype.is_complex else 0
         return torch.full((), nothing, dtype=slot.dtype, device=self.device).expand(slot.shape)
+
+    def _leave_meta(self) -> dict[str, nn.Parameter]:
+        """Put parameters without data on the device in place of those on meta, one for each, so that ties stay ties."""
+        twins: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for key, held in module._parameters.items():
+                if held is not None and held.device.type == "meta":
+                    self._on_meta.append((module, key, held))  # which also keeps its id from being given again
+                    if id(held) not in twins:
+                        data = torch.zeros((), dtype=held.dtype, device=self.device).expand(held.shape)
+                        twins[id(held)] = nn.Parameter(data, requires_grad=held.requires_grad)
+                    module._parameters[key] = twins[id(held)]
+        made = {id(twin) for twin in twins.values()}
+        return {name: p for name, p in self.model.named_parameters() if id(p) in made}
+
+    def _set_buffer(self, old: Tensor, new: Tensor) -> None:
+        """Give a buffer its values, in place if it has memory, under all its names if not."""
+        if old.device == new.device:
+            if old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+            return
+        for module in self.model.modules():
+            for key, held in module._buffers.items():
+                if held is old:
+                    self._on_meta.append((module, key, held))
+                    module._buffers[key] = new
 
     # ---- what the states ask for
 
@@ -278,31 +337,3 @@ def _made(
         {**options, "params": [nn.Parameter(torch.zeros(2, dtype=parameter.dtype)) for parameter in parameters.values()]}
         for parameters, options in trained
     ])  # fmt: skip
-
-
-def _leave_meta(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
-    """Put parameters without data on the device in place of those on meta, one for each, so that ties stay ties."""
-    twins: dict[int, nn.Parameter] = {}
-    old = []  # kept until the end: an id is free once its object is gone
-    for module in model.modules():
-        for key, held in module._parameters.items():
-            if held is not None and held.device.type == "meta":
-                if id(held) not in twins:
-                    old.append(held)
-                    data = torch.zeros((), dtype=held.dtype, device=device).expand(held.shape)
-                    twins[id(held)] = nn.Parameter(data, requires_grad=held.requires_grad)
-                module._parameters[key] = twins[id(held)]
-    made = {id(twin) for twin in twins.values()}
-    return {name: p for name, p in model.named_parameters() if id(p) in made}
-
-
-def _set_buffer(model: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
-    """Give a buffer its values, in place if it has memory, under all its names if not."""
-    if old.device == new.device:
-        if old.data_ptr() != new.data_ptr():
-            old.copy_(new)
-        return
-    for module in model.modules():
-        for key, held in module._buffers.items():
-            if held is old:
-                module._buffers[key] = new

@@ -121,14 +121,16 @@ class Tiered:
                 )
             )  # fmt: skip
             opened.callback(self.store.close)
+            opened.callback(self.store.give_back)
             self.gradients = self.peers.agree(self._make_gradients)
             opened.callback(self.gradients.close)
             self._extra = self.store.open(values, resume=resume)
-            self._opened = opened.pop_all()
-        self.slots, self.states, self.optimizer = self.store.slots, self.store.states, self.store.front
-        self._connect(update, group, control, nbytes["ahead"], nbytes["floor"])
-        if resume:
-            self._steps.share_whole()
+            self.slots, self.states, self.optimizer = self.store.slots, self.store.states, self.store.front
+            self._connect(opened, update, group, control, nbytes["ahead"], nbytes["floor"])
+            if resume:
+                self._steps.share_whole()
+            self.store.keep()
+            self._opened, self._closed = opened.pop_all(), False
 
     def _make_gradients(self) -> Gradients:
         tier, place = self.tiers.gradients, self._place
@@ -142,14 +144,15 @@ class Tiered:
         disk, folder = (self._place.disk, self._place.scratch) if self._place is not None else (None, None)
         return Activations(self.tiers.activations, self.device, floor=floor, disk=disk, folder=folder)
 
-    def _connect(self, update: str, group: Any, control: Any, ahead: int, floor: int) -> None:
-        """Make what moves things while the model runs, each part from those before it, and put it on the model."""
+    def _connect(self, opened: ExitStack, update: str, group: Any, control: Any, ahead: int, floor: int) -> None:
+        """Make what moves things while the model runs, each part from those before it, and put it on the model; `opened` learns
+        how to take it off."""
         self.fetcher = Fetcher(self.slots, self.states.read, self._reduced, self.device, group, control, ahead)
         self.presence = Presence(self.slots, self.fetcher, self.store.placeholder)
         self.activations = self._make_activations(floor)
         if self.activations is not None:
-            self._opened.callback(self.activations.close)
-        self._opened.callback(self.fetcher.finish)
+            opened.callback(self.activations.close)
+        opened.callback(self.fetcher.finish)
         updates = Updates(self.states, self.gradients) if update == "backward" else None
         alone = self.peers.world == 1
         moving = not alone or self.tiers.gradients != "device" or updates is not None
@@ -157,23 +160,22 @@ class Tiered:
         self._backward = Backward(
             self.slots, self.presence, self.fetcher, self.gradients, self.activations, updates, moved
         )
+        opened.callback(self._backward.close)
+        self._backward.hook_gradients()
         if updates is not None:
             self.states.present = self._backward.present
-        self._closed = False
         self._steps = Steps(self.store, self.gradients, self.fetcher, updates, moved, self._end_of_step)
         self.optimizer.run = self._steps
         self._updates = updates
         self._passes = Passes(self.model, self.presence, self._begin, self._end, self._backward.foreign)
-        self.model.__dict__["zero_grad"] = self._zero_grad_of_model
+        opened.callback(self._passes.close)
+        self._passes.watch()
         self._saving_all = False
-        self._handles = [
-            handle
-            for module in self.model.modules()
-            for handle in (
-                module.register_state_dict_pre_hook(lambda *begun: self._begin_saving()),
-                module.register_state_dict_post_hook(lambda *saved: self._put_whole(*saved)),
-            )
-        ]
+        for module in self.model.modules():
+            opened.callback(module.register_state_dict_pre_hook(lambda *begun: self._begin_saving()).remove)
+            opened.callback(module.register_state_dict_post_hook(lambda *saved: self._put_whole(*saved)).remove)
+        opened.callback(self.model.__dict__.pop, "zero_grad", None)
+        self.model.__dict__["zero_grad"] = self._zero_grad_of_model
 
     def _zero_grad_of_model(self, set_to_none: bool = True) -> None:
         """In place of the model's own, which knows only of gradients under `p.grad`."""
@@ -342,12 +344,20 @@ class Tiered:
     def close(self) -> None:
         """Take the hooks off and close the files. Parameters that are not on the device stay released."""
         self._closed = True
-        with self._opened:  # what fails to close must not keep the rest open: the folder would stay locked
-            self.model.__dict__.pop("zero_grad", None)
-            for handle in self._handles:
-                handle.remove()
-            self._passes.close()
-            self._backward.close()
+        self._opened.close()  # all of it, also if some fails to close: the folder would stay locked
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Of a copy of the model, or of a part of it, whose hooks lead here.
+
+        Raises:
+            TypeError: there are files, which one job works on.
+        """
+        if self._place is not None and not self._closed:
+            raise TypeError(
+                "a model that is on tiers with files cannot be copied or pickled, nor can a part of it: make another one and "
+                "give it Tiered.state_dict(), or save that"
+            )
+        return super().__reduce_ex__(protocol)
 
     def __enter__(self) -> Tiered:
         return self

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
-from weft.memory.tiers.files import Disk, Place, describe
-from weft.memory.tiers.manifest import Lock
+from weft.errors import DiskFull
+from weft.memory.tiers.files import ALIGN, Disk, Place, describe, named
+from weft.memory.tiers.lock import Lock
+from weft.memory.tiers.manifest import make_folder
 
 __all__ = ["Workplace"]
 
@@ -21,25 +24,29 @@ class Workplace:
     Raises:
         FolderInUse: another job works there.
         ValueError: it is no folder, or one may not write there.
+        DiskFull: not even a few bytes.
     """
 
     def __init__(self, folder: Path | str, rank: int = 0, *, threads: int = 4, block: int = 4 << 20):
         self.folder = Path(folder)
-        self.disk = Disk(threads, block)
-        try:
+        self.scratch = self.folder / f"scratch.{rank}"
+        with ExitStack() as opened:
+            self.disk = Disk(threads, block)
+            opened.callback(self.disk.close)
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
                 self.lock = Lock(self.folder, rank)
+                opened.callback(self.lock.close)
+                shutil.rmtree(self.scratch, ignore_errors=True)  # of a job that was killed
+                self.scratch.mkdir()
             except OSError as error:
+                found = named(error, self.scratch, ALIGN, "beginning to work in a folder")
+                if isinstance(found, DiskFull):
+                    raise found from error
                 raise ValueError(
                     f"cannot keep training state in {self.folder}: {error}; name a folder to write in"
                 ) from error
-            self.scratch = self.folder / f"scratch.{rank}"
-            shutil.rmtree(self.scratch, ignore_errors=True)  # of a job that was killed
-            self.scratch.mkdir()
-        except BaseException:
-            self.disk.close()
-            raise
+            opened.pop_all()
 
     @property
     def place(self) -> Place:
