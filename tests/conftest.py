@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Neither inputs nor tests are wrong because a busy machine is slow.
+settings.register_profile("weft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("weft")
 
 # Read when torch is imported: the worker processes have one thread each, and sums by two have other last bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

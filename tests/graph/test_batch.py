@@ -117,6 +117,7 @@ def test_plain_values_are_part_of_the_program():
     ("batch", "loss", "words"),
     [
         ({}, None, "no tensor"),
+        ((X[:0], Y[:0]), F.mse_loss, "it is empty: its tensors have no rows"),
         ((X.numpy(), Y), F.mse_loss, "0 is a ndarray"),
         ({1: X}, None, "keys must be strings"),
         ((X,), F.mse_loss, "inputs and a target"),

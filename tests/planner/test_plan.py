@@ -49,9 +49,31 @@ def test_a_cut_file_is_said(found):
 
 def test_the_file_that_is_no_plan_is_named(tmp_path):
     (tmp_path / "mymodel.py").write_text("import torch")
-    for path, says in ((tmp_path / "mymodel.py", r"mymodel\.py: not a plan"), (tmp_path, "not a plan but a folder")):
+    for path, says in (
+        (tmp_path / "mymodel.py", r"mymodel\.py: not a plan"),
+        (tmp_path, "not a plan but a folder"),
+        (tmp_path / "missing.json", r"missing\.json: there is no such file"),
+    ):
         with pytest.raises(ValueError, match=says):
             Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("assignment", {}),
+        ("cluster", 3),
+        ("prediction", 5),
+        ("prediction", {"seconds": 1.0}),
+        ("optimizer", {"x": 1}),
+        ("optimizer", None),
+        ("alternatives", [{}]),
+        ("squeezes", [{"ranks": 1}]),
+    ],
+)
+def test_the_part_that_is_damaged_is_named(found, key, value):
+    with pytest.raises(ValueError, match=rf"the plan's {key} cannot be read .* damaged"):
+        Plan.from_dict({**found.to_dict(), key: value})
 
 
 @pytest.mark.parametrize("link", [1e5, 1e7, 1e9, 1e12])
@@ -133,6 +155,7 @@ def test_named_errors(gpt_graph):
         ({"cluster": "cluster.yaml"}, "Cluster.load"),
         ({"mesh": "2x2"}, "Mesh or its shape"),
         ({"optimizer": 3}, "optimizer: must be"),
+        ({"optimizer": "Adamx"}, "no optimizer is called 'Adamx'; did you mean Adam"),
         ({"constraints": Constraints(("dp", "tp"))}, "2 devices cannot be arranged"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from weft.memory.execute.replay import Replay
 from weft.nn import GPT, GPTOptions, ResNet, ResNetOptions, UNet, UNetOptions
 from weft.planner import Plan
 from weft.runtime import run
-from weft.runtime.engine import Job
+from weft.runtime.driver import InProcess, whole_values
+from weft.runtime.engine import Job, Options
+from weft.runtime.optimizer import recipe
 
 SGD = functools.partial(torch.optim.SGD, lr=1e-2, momentum=0.9)
 STRATEGIES = ("dp", "zero-1", "zero-3", "tp")
@@ -254,6 +257,25 @@ def test_a_budget_that_one_process_cannot_keep_ends_the_run_on_all() -> None:
         trainer.step(tokens())
     assert all(gone(pid) for pid in pids)
     assert time.monotonic() - began < 50  # nobody waits for the timeout
+
+
+def lopsided(plan: HandPlan, budgets: dict[int, int]) -> tuple[list[float], int]:
+    """Losses and peak of a run in which some processes have a budget."""
+    assert plan.graph is not None
+    model = gpt()
+    driver = InProcess(Options(timeout=20))
+    squeezes: Any = {rank: SimpleNamespace(budget=budget, tier=None) for rank, budget in budgets.items()}
+    driver.setup(plan.graph, plan.assignment, recipe(SGD, model), whole_values(model), squeezes)
+    results = [driver.step([Job(list(tokens().values()))], [{}]) for _ in range(2)]
+    driver.engine.keeper.close()
+    return [result.loss for result in results], results[-1].peak
+
+
+def test_a_budget_for_some_processes_alone(pool: Any) -> None:
+    plan = planned(gpt, tokens(), "dp")
+    free = pool(2).run(lopsided, plan, {})
+    for (losses, peak), (want, _) in zip(pool(2).run(lopsided, plan, {1: 1 << 30}), free, strict=True):
+        assert losses == want and peak > 0
 
 
 def begun(plan: HandPlan, share: float) -> tuple[str, int]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ def test_a_killed_process_ends_the_run_and_is_named(capfd: pytest.CaptureFixture
     assert f"weft, rank 0 (pid {pids[0]}): WorkerDied: rank 1 (pid {pids[1]}) was killed by SIGKILL" in said
 
 
+def test_all_that_are_silent_are_named() -> None:
+    plan = plan_of(tiny(), batch(), (2,), 0)
+    with (
+        pytest.raises(WorkerDied, match=r"within 1 s \(nor did rank 1; any of them"),
+        run(plan, tiny(), ADAMW) as trainer,
+    ):
+        trainer.step(batch())
+        driver: Any = trainer.driver
+        driver.options = replace(driver.options, timeout=1.0)
+        for pid in driver.pids:
+            os.kill(pid, signal.SIGSTOP)
+        trainer.step(batch())
+
+
 def test_bad_input_is_named_and_the_run_goes_on(tmp_path: Path) -> None:
     model = tiny()
     plan = plan_of(model, batch(), (2,), 0)
@@ -153,6 +168,14 @@ def test_refusals_before_any_process_talks() -> None:
         ({"autocast": "fp16"}, "autocast must be"),
         ({"checkpoint_every": 5}, "needs checkpoint="),
         ({"timeout": 0}, "timeout must be a number > 0"),
+        ({"accumulate": True}, "accumulate must be a whole number"),
+        ({"autocast": []}, r"autocast must be 'bf16' or None, got \[\]"),
+        ({"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"checkpoint_every": 2.5, "checkpoint": "x"}, "checkpoint_every must be a whole number of steps"),
+        ({"checkpoint_every": True, "checkpoint": "x"}, "checkpoint_every must be a whole number of steps"),
+        ({"device": 0}, "device must be 'cpu', 'cuda' or None, got 0"),
+        ({"scheduler": lambda optimizer: None}, "scheduler must give a torch.optim.lr_scheduler .* got None"),
     ]:
         with pytest.raises(ValueError, match=words), run(plan, model, ADAMW, **arguments):  # type: ignore[arg-type]
             pass
@@ -384,12 +407,18 @@ def test_interrupt_ends_cleanly_with_a_checkpoint(tmp_path: Path) -> None:
     assert check(tmp_path / "checkpoint")["steps"] >= 3
 
 
-def test_no_orphans_when_the_main_process_dies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_orphans_when_the_main_process_dies(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM comes to the whole process group, as from a scheduler of jobs: nothing is left in memory either."""
     process = start(tmp_path)
     pids = pids_of(process)
-    process.kill()
+    maps = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/weft-" in line]
+    folders = {Path(line.split()[-1]).parent for line in maps}
+    for pid in [process.pid, *pids] if number == signal.SIGTERM else [process.pid]:
+        os.kill(pid, number)
     process.communicate(timeout=60)
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
+    assert folders and not any(folder.exists() for folder in folders)
 
 
 @pytest.mark.slow

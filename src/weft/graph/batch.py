@@ -36,7 +36,8 @@ def flatten_batch(batch: Any) -> tuple[list[Tensor], list[str], Any]:
     """Leaves, their paths, and the batch's structure as a JSON-able value with leaf numbers in place of tensors.
 
     Raises:
-        ValueError: something in the batch is neither a tensor, a plain value, nor a dict, list or tuple of such.
+        ValueError: something in the batch is neither a tensor, a plain value, nor a dict, list or tuple of such; or its tensors
+            have no rows.
     """
     leaves: list[Tensor] = []
     paths: list[str] = []
@@ -62,6 +63,8 @@ def flatten_batch(batch: Any) -> tuple[list[Tensor], list[str], Any]:
         )
 
     structure = describe(batch, ())
+    if not max((leaf.shape[0] for leaf in leaves if leaf.dim()), default=1):
+        raise ValueError("batch: it is empty: its tensors have no rows")
     return leaves, paths, structure
 
 

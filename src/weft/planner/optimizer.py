@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from weft.names import pick
+
 __all__ = ["OptimizerCost"]
 
 _FLOPS_PER_ELEMENT = 12.0  # AdamW's update; far below what the bytes cost anywhere
@@ -45,6 +47,9 @@ class OptimizerCost:
         """The cost of an optimizer given as class, instance, factory, name, or `OptimizerCost`.
 
         Classes that are not in the table count as two elementwise words, like Adam; pass an `OptimizerCost` to say better.
+
+        Raises:
+            ValueError: it is none of these, or a name that neither the table nor torch.optim has.
         """
         if isinstance(optimizer, OptimizerCost):
             return optimizer
@@ -55,7 +60,7 @@ class OptimizerCost:
         function = getattr(optimizer, "func", optimizer)  # functools.partial(SGD, momentum=0.9)
         options = {**getattr(optimizer, "keywords", {}), **getattr(optimizer, "defaults", {})}
         if isinstance(function, str):
-            name = function
+            name = _named(function)
         elif isinstance(function, type):
             name = function.__name__
         else:
@@ -70,6 +75,16 @@ class OptimizerCost:
         if options.get("amsgrad"):
             words += 1.0
         return cls(name, words, elementwise)
+
+
+def _named(name: str) -> str:
+    """The name, if there is such an optimizer."""
+    import torch
+
+    theirs = [each for each, kind in vars(torch.optim).items() if isinstance(kind, type) and each != "Optimizer"]
+    known = {each.lower(): each for each in (*_TABLE, *theirs)}
+    pick(name, dict.fromkeys(known.values()), "optimizer")
+    return name
 
 
 _TABLE: dict[str, tuple[float, bool]] = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,20 @@ REMEDY = {
     "gathered copies": "use more devices, or tensor parallelism instead of ZeRO-3",
     "activations": "use a smaller batch (and accumulate gradients), more devices, or a tier to offload to in the cluster file",
 }
+
+
+def _read(data: Mapping[str, Any], key: str, make: Callable[[Any], Any], default: Any = None) -> Any:
+    """An entry of a plan's data.
+
+    Raises:
+        ValueError: it cannot be made of what is there.
+    """
+    try:
+        return make(data.get(key, default))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"the plan's {key} cannot be read ({type(error).__name__}: {error}); the data is damaged: plan again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -237,7 +252,7 @@ class Plan:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: the data is no plan, or one of another format.
+            ValueError: the data is no plan, a damaged one, or one of another format.
         """
         if data.get("format") not in READS:
             known = " or ".join(map(str, READS))
@@ -248,19 +263,20 @@ class Plan:
         ]
         if missing:
             raise ValueError(f"the plan lacks {', '.join(missing)}; the file is damaged or no plan")
+        read = partial(_read, data)
         return cls(
-            Assignment.from_dict(data["assignment"]),
-            data["fingerprint"],
-            Cluster.from_dict(data["cluster"]),
-            OptimizerCost(**data["optimizer"]),
-            Prediction.from_dict(data["prediction"]),
-            tuple(Alternative(**{**a, "mesh": tuple(a["mesh"])}) for a in data.get("alternatives", ())),
-            data.get("method", ""),
-            float(data.get("lower_bound", 0.0)),
-            data.get("name", "search"),
-            float(data.get("planning_seconds", 0.0)),
-            squeezes=tuple(Squeeze.from_dict(squeeze) for squeeze in data.get("squeezes", ())),
-            exchange=data.get("exchange", ""),
+            read("assignment", Assignment.from_dict),
+            read("fingerprint", str),
+            read("cluster", Cluster.from_dict),
+            read("optimizer", lambda fields: OptimizerCost(**fields)),
+            read("prediction", Prediction.from_dict),
+            read("alternatives", lambda all: tuple(Alternative(**{**a, "mesh": tuple(a["mesh"])}) for a in all), ()),
+            read("method", str, ""),
+            read("lower_bound", float, 0.0),
+            read("name", str, "search"),
+            read("planning_seconds", float, 0.0),
+            squeezes=read("squeezes", lambda all: tuple(Squeeze.from_dict(squeeze) for squeeze in all), ()),
+            exchange=read("exchange", str, ""),
         )
 
     def to_json(self) -> str:
@@ -290,10 +306,12 @@ class Plan:
         """Read a plan that `save` wrote.
 
         Raises:
-            ValueError: the file is no plan.
+            ValueError: there is no such file, or it is no plan.
         """
         if Path(path).is_dir():
             raise ValueError(f"{path}: not a plan but a folder; name the file that was saved")
+        if not Path(path).exists():
+            raise ValueError(f"{path}: there is no such file; plan.save writes one, and so does `weft plan`")
         try:
             return cls.from_json(Path(path).read_text())
         except ValueError as error:

@@ -6,12 +6,17 @@ while others have more (position ids of shape (1, T)), belong to every micro-bat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["count_samples", "count_tokens", "split"]
+from weft.graph.graph import Graph
+from weft.placement.assignment import Assignment
+from weft.placement.layout import Placements, Replicate, Shard, local_shape
+
+__all__ = ["count_samples", "count_tokens", "held", "split"]
 
 
 def count_samples(leaves: Sequence[Tensor]) -> int:
@@ -55,3 +60,19 @@ def split(leaves: Sequence[Tensor], parts: int) -> list[tuple[list[Tensor], floa
         for leaf in leaves
     ]
     return [([pieces[i] for pieces in cut], size / total) for i, size in enumerate(sizes)]
+
+
+def held(graph: Graph, assignment: Assignment) -> dict[tuple[int, ...], int]:
+    """How many entries of the batch each device works on, by its position on the mesh: of the leaf that is cut most."""
+    leaves = {node.name: node.outputs[0].shape for node in graph.of("input")}
+    read = [
+        (placements, leaves[ref.node])
+        for node in graph.calls
+        for ref, placements in zip(node.inputs, assignment.inputs(node), strict=True)
+        if ref.node in leaves
+    ]
+    cuts = lambda each: sum(isinstance(placement, Shard) for placement in each[0])
+    nothing: tuple[Placements, tuple[int, ...]] = ((Replicate(),) * assignment.mesh.ndim, ())
+    placements, shape = max(read, key=cuts, default=nothing)
+    positions = assignment.mesh.positions()
+    return {at: math.prod(local_shape(shape, placements, assignment.mesh, at)) for at in positions}

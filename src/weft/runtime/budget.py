@@ -22,7 +22,7 @@ A budget that cannot be kept is a `BudgetError` that names the process. Others m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import final
 
 import torch
@@ -43,11 +43,11 @@ ASIDE = 16 << 10  # bytes of a budget for what no operator is asked for: numbers
 class Kept(nn.Module):
     """The tensors that an engine holds between steps, as a module: what limits and meters count from the start."""
 
-    def __init__(self, store: ParameterStore, buffers: Mapping[str, Tensor]):
+    def __init__(self, store: ParameterStore, buffers: Iterable[Tensor]):
         super().__init__()
         parameters = {id(p): p for p in (*store.leaves.values(), *store.pieces.values())}
         self.all = nn.ParameterList(parameters.values())
-        for number, tensor in enumerate((*buffers.values(), *(t for b in store.buckets for t in b.flats()))):
+        for number, tensor in enumerate((*buffers, *(t for b in store.buckets for t in b.flats()))):
             self.register_buffer(f"buffer{number}", tensor, persistent=False)
 
 
@@ -67,7 +67,7 @@ class Keeper:
     def __init__(
         self,
         store: ParameterStore,
-        buffers: Mapping[str, Tensor],
+        buffers: Iterable[Tensor],
         device: torch.device,
         rank: int,
         budget: int | None = None,

@@ -38,12 +38,13 @@ from weft.placement.assignment import ParameterPlacement
 from weft.placement.layout import Mesh, Shard
 from weft.runtime import coded
 from weft.runtime.choice import Choice
+from weft.runtime.optimizer import Recipe, plain_options
 from weft.runtime.pieces import Holding, hold
 
 if TYPE_CHECKING:
     from weft.runtime.engine import Engine
 
-__all__ = ["dtensors", "load", "read_whole", "save"]
+__all__ = ["check", "check_optimizer", "dtensors", "load", "read_about", "read_values", "read_whole", "save"]
 
 FORMAT = 1
 INDEX, ABOUT = "weft.json", "about.pt"
@@ -191,7 +192,7 @@ def save(engine: Engine, path: Path, about: Mapping[str, Any]) -> None:
         _dcp().save(state, checkpoint_id=part, no_dist=alone)
     mine = [*sorted(part.glob(f"__{0 if alone else rank}_*")), *coded.save(engine.coded, part)]
     files: dict[str, list[int]] = {}
-    for found in _gather({file.name: [file.stat().st_size, _crc(file)] for file in mine}, engine):
+    for found in _gather({file.name: [file.stat().st_size, _crc(file)] for file in mine}):
         files.update(found)
     if rank == engine.comms.mesh.ranks[0]:
         _write_synced(part / ABOUT, _pickled(about))
@@ -203,7 +204,8 @@ def save(engine: Engine, path: Path, about: Mapping[str, Any]) -> None:
             "model": {name: list(_shape(engine, name)) for name in engine.names},
             "optimizer": {
                 "kind": engine.wanted.kind.__name__,
-                "groups": [_plain_options(group) for group in engine.optimizer.param_groups],
+                "groups": [_json_options(group) for group in engine.optimizer.param_groups],
+                "members": engine.wanted.names(),
                 "state": {
                     name: {key: _is_piece(engine, name, value) for key, value in values.items()}
                     for name, values in _optimizer_state(engine).items()
@@ -215,7 +217,8 @@ def save(engine: Engine, path: Path, about: Mapping[str, Any]) -> None:
         }
         _write_synced(part / INDEX, json.dumps(index, indent=1).encode())
         _replace(part, path)
-    _barrier(engine)
+    if not alone:
+        dist.barrier()
 
 
 def _shape(engine: Engine, name: str) -> tuple[int, ...]:
@@ -224,11 +227,9 @@ def _shape(engine: Engine, name: str) -> tuple[int, ...]:
     return next(node.outputs[0].shape for node in engine.graph.of("buffer") if node.target == name)
 
 
-def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+def _json_options(group: Mapping[str, Any]) -> dict[str, Any]:
     plain = (bool, int, float, str, type(None), list, tuple)
-    found = {key: value for key, value in group.items() if key != "params" and isinstance(value, plain)}
-    found.update({k: float(v) for k, v in group.items() if isinstance(v, Tensor) and v.numel() == 1})
-    return found
+    return {key: value for key, value in plain_options(group).items() if isinstance(value, plain)}
 
 
 def _make_room(path: Path, part: Path) -> None:
@@ -325,14 +326,14 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     try:
         with _quiet():
             _dcp().load(state, checkpoint_id=index["path"], no_dist=alone)
-        about = torch.load(Path(index["path"]) / ABOUT, weights_only=True)
+        about = read_about(index)
         memories = coded.read(engine.coded, index)
         problem: Exception | None = None
     except ExchangeMismatch as error:
         problem = error
     except Exception as error:
         problem = CheckpointDamaged(index["path"], f"{type(error).__name__}: {error}")
-    for found in _gather(problem, engine):
+    for found in _gather(problem):
         if found is not None:
             raise found
     if memories and engine.coded is not None:
@@ -352,12 +353,7 @@ def _checked(engine: Engine, path: Path) -> dict[str, Any]:
             f"checkpoint {path} is of another model: it lacks {lacking[:3] or 'nothing'}, has {extra[:3] or 'nothing'} besides, "
             f"and differs in the shape of {other[:3] or 'nothing'}"
         )
-    if index["optimizer"]["state"] and index["optimizer"]["kind"] != engine.wanted.kind.__name__:
-        raise ValueError(
-            f"checkpoint {path} holds the state of {index['optimizer']['kind']}, but this run uses "
-            f"{engine.wanted.kind.__name__}; use that optimizer, or load the weights alone: "
-            "trainer.load_state_dict(weft.runtime.read_whole(path))"
-        )
+    check_optimizer(index, engine.wanted)
     exchange, index["takes"] = engine.coded.exchange if engine.coded is not None else None, ""
     carried = bool(coded.Rows.of(engine.store.reduced).axes)
     if isinstance(engine.options.exchange, Choice) and index.get("exchange") and carried:
@@ -366,6 +362,40 @@ def _checked(engine: Engine, path: Path) -> dict[str, Any]:
             exchange, index["takes"] = engine.options.exchange.make(fitting), fitting
     index["remark"] = coded.check(exchange, engine.store.reduced, index)
     return index
+
+
+def read_about(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What `save` was told about the checkpoint of an index."""
+    return torch.load(Path(index["path"]) / ABOUT, weights_only=True)
+
+
+def check_optimizer(index: Mapping[str, Any], wanted: Recipe) -> None:
+    """See whether a run's optimizer can go on with the state and options in the checkpoint of an index.
+
+    Raises:
+        ValueError: it is another one, or has its parameters in other groups. Ones that were not trained before, or are not any
+            more, may come and go.
+    """
+    saved, here = index["optimizer"], wanted.names()
+    remedy = "or load the weights alone: trainer.load_state_dict(weft.runtime.read_whole(path))"
+    if saved["kind"] != wanted.kind.__name__:
+        raise ValueError(
+            f"checkpoint {index['path']} is of a run with {saved['kind']}, but this one uses {wanted.kind.__name__}; use that "
+            f"optimizer, {remedy}"
+        )
+    if len(saved["groups"]) != len(here):
+        raise ValueError(
+            f"checkpoint {index['path']} has {len(saved['groups'])} parameter groups, but this run's optimizer has {len(here)}; "
+            f"give it the groups of the run that saved, {remedy}"
+        )
+    before = {name: number for number, names in enumerate(saved.get("members", ())) for name in names}
+    for number, names in enumerate(here):
+        for name in names:
+            if before.get(name, number) != number:
+                raise ValueError(
+                    f"checkpoint {index['path']} has {name!r} in parameter group {before[name]}, but this run's optimizer has it "
+                    f"in group {number}; give it the groups of the run that saved, {remedy}"
+                )
 
 
 def _empty_like(engine: Engine, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -415,8 +445,8 @@ def _take_over(engine: Engine, index: Mapping[str, Any], state: Mapping[str, Any
                 key: _to_piece(engine, name, value).to(engine.device) if keys[key] else value
                 for key, value in values.items()
             }
-    for group, options in zip(engine.optimizer.param_groups, index["optimizer"]["groups"], strict=False):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    for group, options in zip(engine.optimizer.param_groups, index["optimizer"]["groups"], strict=True):
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in plain_options(options).items()})
     engine.steps = int(index["steps"])
 
 
@@ -436,6 +466,12 @@ def read_whole(path: str | Path) -> dict[str, Tensor]:
         ValueError, CheckpointDamaged: as `check`.
     """
     index = check(Path(path))
+    model = read_values(index)
+    return {name: model[source] for name, source in (index["names"] or {n: n for n in model}).items()}
+
+
+def read_values(index: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's tensors in the checkpoint of an index, whole, under the names that weft holds them by."""
     dtypes = _dtypes(index["path"])
     model = {name: torch.empty(shape, dtype=dtypes[f"model.{name}"][0]) for name, shape in index["model"].items()}
     try:
@@ -443,7 +479,7 @@ def read_whole(path: str | Path) -> dict[str, Tensor]:
             _dcp().load({"model": model}, checkpoint_id=index["path"], no_dist=True)
     except Exception as error:
         raise CheckpointDamaged(index["path"], f"{type(error).__name__}: {error}") from error
-    return {name: model[source] for name, source in (index["names"] or {n: n for n in model}).items()}
+    return model
 
 
 @contextlib.contextmanager
@@ -472,14 +508,9 @@ def _agree(engine: Engine, check_it: Any) -> Any:
     return outcome[0]
 
 
-def _gather(value: Any, engine: Engine) -> list[Any]:
+def _gather(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
-
-
-def _barrier(engine: Engine) -> None:
-    if dist.is_initialized():
-        dist.barrier()

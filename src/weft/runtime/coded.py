@@ -6,7 +6,8 @@
 
 Every process holds partial gradients whose sum is the gradient of the global loss; an exchange delivers W @ messages, a mean
 where nobody is mistrusted. So each process submits n times its part: the mean of n such messages is the sum, and each one is
-about as long as the gradient of a whole batch, which is what thresholds and robust rules expect.
+about as long as the gradient of a whole batch, which is what thresholds expect. Rules that compare messages get each part over
+its share of the samples, the mean gradient of a process's own ones, and no process is without any (`Coded.weigh`).
 
 An exchange goes along axes of the mesh along which every gradient is summed (`planner.coding.carries`): all of them, or those
 of data parallelism beside tensor parallelism, or beside ZeRO along the others (hybrid sharding: plain reduce-scatters inside a
@@ -39,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weft.comm import Exchange, Gossip, NoMemory, Peer, ScatterGather, Spec
+from weft.comm import Exchange, Gossip, Mean, NoMemory, Peer, ScatterGather, Spec
 from weft.comm.agree import agree, describe
 from weft.comm.memory import VelocityMemory
 from weft.comm.regroup import regrouped
@@ -196,6 +197,7 @@ class Coded:
         self.exchange, self.name, self.rows, self._buckets = exchange, name, rows, tuple(buckets)
         self.pieces = pieces(buckets, rows.axes)
         self._specs = {id(b): _specs(b, rows) for b in buckets}
+        self._scale = float(rows.length)
         if aside:
             _agree(exchange, buckets)
         exchange.open([spec for specs in self._specs.values() for spec in specs], rows.ranks)
@@ -217,6 +219,31 @@ class Coded:
         finally:
             for bucket in self._buckets:
                 bucket.send = self._send
+
+    def weigh(self, jobs: Sequence[tuple[float, Mapping[tuple[int, ...], int]]]) -> None:
+        """Before a step: by how much this process's part is to be multiplied.
+
+        Args:
+            jobs: of each micro-batch its share of the samples, and how many entries of it each position of the mesh has.
+        Raises:
+            ValueError: on every process: one would have no sample, and the rule takes its message for one as good as others.
+        """
+        if isinstance(self.exchange.combine, Mean) or self._buckets[0].send is None:
+            return
+        shares: dict[tuple[int, ...], float] = {}
+        for weight, held in jobs:
+            for position, count in held.items():
+                at = tuple(position[axis] for axis in self.rows.axes)
+                shares[at] = shares.get(at, 0.0) + weight * count / sum(held.values())
+        empty = sum(not share for share in shares.values())
+        if empty:
+            raise ValueError(
+                f"batch: it has no sample for {empty} of {len(shares)} processes that exchange gradients, and "
+                f"{type(self.exchange.combine).__name__} would take theirs for votes; leave out so small a batch "
+                "(DataLoader(drop_last=True)), or use weft.comm.Mean()"
+            )
+        own = self._buckets[0].trainable[0].position
+        self._scale = 1.0 / shares[tuple(own[axis] for axis in self.rows.axes)]
 
     def _catch_up(self) -> None:
         self._step, self._skipped = self.exchange.next_step, self.exchange.skipped
@@ -252,7 +279,7 @@ class Coded:
             unsent()
 
     def _submit(self, bucket: Bucket, flat: Tensor, sending: _Sending) -> None:
-        flat.mul_(self.rows.length)
+        flat.mul_(self._scale)
         specs = self._specs[id(bucket)]
         parts = flat.split([spec.numel for spec in specs])
         last = bucket is self._buckets[-1]

@@ -46,14 +46,39 @@ class Driver(abc.ABC):
     Attributes:
         rank: of the process that the user's code runs in: 0 prints and writes; always 0 with spawned processes.
         processes: how many engines there are.
+        alone: the user's code runs in this process only, so that it may end at any place.
         last_step: number of the last step that was finished.
+        failure: the error of the last command; None after one that went well.
         exchange: the name of what sends gradients, where there was a choice: "plain" for all-reduce; else "".
     """
 
     exchange: str = ""
     rank: int
     processes: int
+    alone: bool
     last_step: int = 0
+    failure: BaseException | None = None
+    interrupts: Interrupts | None = None
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile Ctrl-C waits: for the next command outside, or for `close`. A second one does not."""
+        return contextlib.nullcontext() if self.interrupts is None else self.interrupts.held()
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """A command runs in here: Ctrl-C waits, and `failure` is what comes of it."""
+        try:
+            with self.held():
+                yield
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.failure = None
+
+    def _interrupt(self) -> None:
+        """After a command that changes nothing: raise the KeyboardInterrupt that had to wait, if there is one."""
+        if self.interrupts is not None:
+            self.interrupts.raise_one()
 
     @abc.abstractmethod
     def setup(
@@ -113,18 +138,33 @@ class Driver(abc.ABC):
 
     @abc.abstractmethod
     def close(self, *, broken: bool = False) -> None:
-        """End; `broken` if the user's code or a process has failed. May be called twice."""
+        """End; `broken` if the processes may be gone, or in the middle of something. May be called twice.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came while the run was ending in good order.
+        """
 
 
-def _watched(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A lost process shows as `WorkerDied` instead of the transport's error."""
+def _command(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A command: `_noting`, and a lost process shows as `WorkerDied` instead of the transport's error."""
 
     @functools.wraps(method)
     def run(self: InProcess, *args: Any) -> Any:
-        if self.watch is None:
+        with self._noting(), contextlib.nullcontext() if self.watch is None else self.watch.translating():
             return method(self, *args)
-        with self.watch.translating():
-            return method(self, *args)
+
+    return run
+
+
+def _asking(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A command that changes nothing: Ctrl-C waits for its end, and no longer."""
+    command = _command(method)
+
+    @functools.wraps(method)
+    def run(self: InProcess, *args: Any) -> Any:
+        result = command(self, *args)
+        self._interrupt()
+        return result
 
     return run
 
@@ -149,7 +189,8 @@ class InProcess(Driver):
         self.engine: Engine
         self._stop_requested = False
         self.watch: PeerWatch | None = None
-        self._interrupts = Interrupts() if self.processes == 1 else None
+        self.alone = self.processes == 1
+        self.interrupts = Interrupts() if self.alone else None
         if watched and self.processes > 1:
             store = dist.distributed_c10d._get_default_store()
             self.watch = PeerWatch(store, self.rank, self.processes, lambda: self.last_step)
@@ -158,7 +199,7 @@ class InProcess(Driver):
     def _request_stop(self) -> None:
         self._stop_requested = True
 
-    @_watched
+    @_command
     def setup(
         self,
         graph: Graph,
@@ -170,7 +211,8 @@ class InProcess(Driver):
         comms = connect(assignment.mesh)
         squeeze = (squeezes or {}).get(comms.rank)
         within = (squeeze.budget, squeeze.tier) if squeeze is not None else (None, None)
-        self.engine = Engine(graph, assignment, comms, wanted, self.options, self.device, *within)
+        options = replace(self.options, measure=self.options.measure or bool(squeezes))
+        self.engine = Engine(graph, assignment, comms, wanted, options, self.device, *within)
         if isinstance(values, Tape):
             self._materialise(values)
         else:
@@ -187,26 +229,23 @@ class InProcess(Driver):
             self.engine.load_one(name, value)
         self.engine.store.updated()
 
-    @_watched
+    @_asking
     def add(self, graph: Graph) -> None:
         self.engine.add(graph)
 
-    @_watched
+    @_command
     def step(self, jobs: Sequence[Job], options: Sequence[Mapping[str, Any]]) -> StepResult:
         self.engine.stop_requested = self._stop_requested
-        with self._interrupts.held() if self._interrupts is not None else contextlib.nullcontext():
-            result = self.engine.step(jobs, options)
-            self.last_step = self.engine.steps
-        if self._interrupts is not None and self._interrupts.taken():
-            return replace(result, stop=True)
-        return result
+        result = self.engine.step(jobs, options)
+        self.last_step = self.engine.steps
+        return replace(result, stop=True) if self.interrupts is not None and self.interrupts.taken() else result
 
-    @_watched
+    @_asking
     def gradients(self, jobs: Sequence[Job]) -> tuple[float, dict[str, Tensor]]:
         loss, gradients = self.engine.gradients(jobs)
         return loss, {name: gradient.cpu().clone() for name, gradient in gradients}
 
-    @_watched
+    @_asking
     def evaluate(self, job: Job) -> float:
         return self.engine.evaluate(job)
 
@@ -214,26 +253,26 @@ class InProcess(Driver):
         for name in self.engine.names:
             yield name, self._whole(name)
 
-    @_watched
+    @_asking
     def _whole(self, name: str) -> Tensor:
         return self.engine.whole(name)
 
-    @_watched
+    @_asking
     def state(self) -> dict[str, Any]:
         found = checkpoint.dtensors(self.engine)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
         found["optimizer"]["param_groups"] = groups
         return found
 
-    @_watched
+    @_command
     def load_values(self, values: Mapping[str, Tensor]) -> None:
         self.engine.load(values)
 
-    @_watched
+    @_asking
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         checkpoint.save(self.engine, path, about)
 
-    @_watched
+    @_command
     def load(self, path: Path) -> dict[str, Any]:
         about = checkpoint.load(self.engine, path)
         self.last_step = self.engine.steps
@@ -250,13 +289,13 @@ class InProcess(Driver):
                 self.engine.coded.exchange.close()
         if self.watch is not None:
             self.watch.close(broken=broken)
-        if self._interrupts is not None:
-            self._interrupts.close()
         if broken and self.processes > 1:
             atexit.register(_end_in_any_case)
         elif self._owns and dist.is_initialized():
             dist.destroy_process_group()
             self._owns = False
+        if self.interrupts is not None:
+            self.interrupts.close(silent=broken)
 
 
 EXIT_SECONDS = 10  # for an interpreter to end after a process was lost

@@ -34,6 +34,7 @@ from weft.placement.boxing import box
 from weft.placement.comms import Comms
 from weft.placement.layout import Mesh, Replicate, take
 from weft.placement.localize import LocalModule, localize
+from weft.runtime.batches import held
 from weft.runtime.budget import Keeper
 from weft.runtime.choice import Choice
 from weft.runtime.coded import Coded, code
@@ -56,7 +57,7 @@ class Options:
         seed: of the run's random operators (dropout); the same on every process.
         check_finite: raise `NotFinite` before the optimizer runs on a NaN or infinite loss.
         timeout: seconds that any wait may take before the run is given up.
-        measure: count bytes, for `StepResult.peak`; within a budget they are counted in any case.
+        measure: count bytes, for `StepResult.peak`; alike on every process, and on where any of them has a budget.
         exchange: how gradients travel along the axes that sum all of them, or what that is chosen from; None for all-reduce.
     """
 
@@ -166,7 +167,9 @@ class Engine:
         self.store = ParameterStore(graph, assignment, comms, self.device)
         self.cuts = find_cuts(graph, finest=assignment.mesh.size, allow_replicated=True)
         self.programs: dict[Key, LocalModule] = {}
+        self._held: dict[Key, Mapping[tuple[int, ...], int]] = {}  # entries of a batch, by position on the mesh
         self.buffers: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}  # buffers that steps write, as they were before the one under way
         self.add(graph)
         trainable = {name: p for name, p in self.store.pieces.items() if self.store.holdings[name].trainable}
         if not trainable:
@@ -181,10 +184,10 @@ class Engine:
         self.steps = 0
         self.stop_requested = False
         self._losses = comms.world
+        buffers = (*self.buffers.values(), *self._before.values())
         self.keeper = Keeper(
-            self.store, self.buffers, self.device, comms.rank, budget, options.measure, tier, self.optimizer
+            self.store, buffers, self.device, comms.rank, budget, options.measure, tier, self.optimizer
         )
-        self._measured = options.measure or budget is not None
 
     def take_exchange(self, name: str) -> None:
         """Go on with that one of the exchanges that there are to choose from; collective."""
@@ -212,6 +215,12 @@ class Engine:
         program.hooks = self.store
         self.buffers = program.local_buffers
         self.programs[graph_key(graph)] = program
+        if graph.train:
+            self._held[graph_key(graph)] = held(graph, assignment)
+            written = {graph[ref.node].target for node in graph.calls for ref in node.mutates}
+            self._before.update(
+                {name: self.buffers[name].clone() for name in written & {*self.buffers} - {*self._before}}
+            )
 
     def _program(self, job: Job) -> LocalModule:
         try:
@@ -238,12 +247,15 @@ class Engine:
         except (PeerLost, BudgetError):
             raise  # the run is over: nothing to tidy, and waiting for what is under way would not end
         except Exception:
-            self.store.abandon()
+            self._abandon()
             raise
 
     def _accumulate(self, jobs: Sequence[Job]) -> StepResult:
-        here, measured = 2 + self.comms.world.index, self._measured
+        here, measured = 2 + self.comms.world.index, self.options.measure
         totals = torch.zeros(2 + measured * self.comms.world.size, dtype=torch.float64, device=self.device)
+        _copy(self._before, self.buffers)
+        if self.coded is not None:
+            self.coded.weigh([(job.weight, self._held[job.key]) for job in jobs])
         for number, job in enumerate(jobs):
             last = number == len(jobs) - 1
             program = self._program(job)
@@ -278,22 +290,23 @@ class Engine:
         Raises:
             NotFinite: the loss, or the norm if gradients are clipped, is not; parameters are as they were.
         """
+        if options is not None:
+            for group, changed in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(changed)
         norm = None if self.options.clip_norm is None else float(self.store.gradient_norm())
         skip = self.coded is not None and self.coded.skip()
         if skip and not self.options.check_finite:
-            self.store.abandon()
+            self._abandon()
             return replace(result, norm=norm)
         if skip or (
             self.options.check_finite and not (math.isfinite(result.loss) and (norm is None or math.isfinite(norm)))
         ):
             bad = [name for name, g in self.store.gradients() if not torch.isfinite(g).all()]
-            self.store.abandon()
+            self._abandon()
             raise NotFinite(self.steps + 1, result.loss, bad)
         if self.options.clip_norm is not None and norm is not None:
             if norm > self.options.clip_norm:
                 self.store.scale_gradients(self.options.clip_norm / (norm + 1e-6))
-        for group, changed in zip(self.optimizer.param_groups, options or (), strict=False):
-            group.update(changed)
         if self.coded is not None:
             self.coded.carry_decay(self.optimizer)
         self.optimizer.step()
@@ -301,11 +314,17 @@ class Engine:
         self.steps += 1
         return replace(result, norm=norm)
 
+    def _abandon(self) -> None:
+        """Leave the step without an update: everything is as before it."""
+        self.store.abandon()
+        _copy(self.buffers, self._before)
+
     def gradients(self, jobs: Sequence[Job]) -> tuple[float, Iterator[tuple[str, Tensor]]]:
         """Loss, and every parameter's whole gradient one at a time; nothing is updated."""
         aside = contextlib.nullcontext() if self.coded is None else self.coded.aside()
         with aside, self.keeper.step(leaf for job in jobs for leaf in job.leaves):
             result = self.accumulate(jobs)
+        _copy(self.buffers, self._before)
 
         def whole() -> Iterator[tuple[str, Tensor]]:
             for name, gradient in list(self.store.gradients()):
@@ -387,6 +406,13 @@ class Engine:
         )
         kept = self.store.nbytes()
         return {**kept, "optimizer": state, "buffers": sum(b.nbytes for b in self.buffers.values())}
+
+
+@torch.no_grad()
+def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Those that both have."""
+    for name in into.keys() & values.keys():
+        into[name].copy_(values[name])
 
 
 def _mix(seed: int, step: int, number: int) -> int:

@@ -96,13 +96,13 @@ def this_machine() -> str:
 
 
 class Interrupts:
-    """Ctrl-C between steps, not in the middle of one: `with interrupts.held():` puts it off until `taken` asks.
+    """Ctrl-C between steps, not in the middle of one: `with interrupts.held():` puts it off until it is asked for.
 
     A second Ctrl-C inside the body is raised at once. Outside of it, and in threads other than the main one, nothing changes.
     """
 
     def __init__(self) -> None:
-        self._held = self._requested = False
+        self._held, self._requested = 0, False
         self._before: Any = None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._signalled)
@@ -114,22 +114,29 @@ class Interrupts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        self._held = True
+        self._held += 1
         try:
             yield
         finally:
-            self._held = False
+            self._held -= 1
 
     def taken(self) -> bool:
         """Whether there was a Ctrl-C since the last time; it is then the caller's to raise."""
         requested, self._requested = self._requested, False
         return requested
 
-    def close(self) -> None:
-        """Put the former handler back."""
+    def raise_one(self) -> None:
+        """Raise what was put off, unless more that puts it off is around."""
+        if not self._held and self.taken():
+            raise KeyboardInterrupt
+
+    def close(self, *, silent: bool = False) -> None:
+        """Put the former handler back, and raise what was put off, unless `silent`."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
             self._before = None
+        if self.taken() and not silent:
+            raise KeyboardInterrupt
 
 
 class PeerWatch:

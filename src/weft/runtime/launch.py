@@ -7,8 +7,8 @@ each answers; batches and values go through shared memory. Every wait listens to
     a command fails alike      on every process, nothing is lost: the error is raised here, and the run may go on
     a command fails on some    the others would wait for ever: all are ended, and the error is raised
     nobody answers in time     all are ended, `WorkerDied` names who was silent
-    Ctrl-C                     the step that is under way is finished first, then whatever `close` does; a second is not put off
-    this process dies          the pipes close, and every process ends by itself
+    Ctrl-C                     the command under way is finished first, then whatever `close` does; a second is not put off
+    this process dies          the pipes close, and every process ends by itself and tidies up; also if SIGTERM came to all
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ START_SECONDS = 180.0  # for a process to import torch and join, on a busy machi
 AFTERMATH_SECONDS = 3.0  # after one process failed: for the others to fail too, or for a death to show
 END_SECONDS = 10.0  # for a process to leave in good order
 CHUNK_NBYTES = 256 << 20  # of values brought here at once
-BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from weft.runtime.worker import main; main(int(sys.argv[1]))"
+BOOT = """import json, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+sys.path[:] = json.loads(sys.argv[2])
+from weft.runtime.worker import main
+main(int(sys.argv[1]))"""
 
 
 class _Process:
@@ -89,12 +94,12 @@ class Spawned(Driver):
     """Local processes, started here. They come up while the caller goes on; `setup` waits for them."""
 
     def __init__(self, processes: int, options: Options, device: str = "cpu"):
-        self.rank, self.processes, self.options = 0, processes, options
+        self.rank, self.processes, self.alone, self.options = 0, processes, True, options
         self._folder = run_folder()
         self._shared = SharedTensors(self._folder)
         self._outstanding = self._torn = False
         self._workers: list[_Process] = []
-        self._interrupts = Interrupts()
+        self.interrupts: Interrupts = Interrupts()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // processes)
         environment = {
@@ -137,7 +142,7 @@ class Spawned(Driver):
             raise ValueError(f"{name}: the run has ended")
         message = pickle.dumps((name, arguments))
         try:
-            with self._interrupts.held():
+            with self._noting():
                 if self._outstanding:
                     self._answers("join", START_SECONDS)
                 self._outstanding = True
@@ -170,11 +175,18 @@ class Spawned(Driver):
         if errors:
             self._failed(errors, everybody=len(errors) == len(self._workers))
         if waiting:
-            self._died(next(iter(waiting.values())), f"did not finish '{name}' within {seconds:.0f} s")
+            self._silent(list(waiting.values()), f"did not finish '{name}' within {seconds:.0f} s")
         results = [replies[worker.rank][1] for worker in self._workers]
         if isinstance(results[0], StepResult):
             self.last_step += 1
         return results
+
+    def _silent(self, workers: Sequence[_Process], how: str) -> None:
+        """Give up on processes that do not answer: any of them may be the one that hangs, the others wait for it."""
+        others = ", ".join(str(worker.rank) for worker in workers[1:])
+        self._died(
+            workers[0], f"{how} (nor did rank {others}; any of them may be the one that hangs)" if others else how
+        )
 
     def _died(self, worker: _Process, how: str | None = None) -> None:
         """Tell the others, end them all, and raise."""
@@ -229,6 +241,7 @@ class Spawned(Driver):
 
     def add(self, graph: Graph) -> None:
         self._ask("add", defining_modules(graph), graph)
+        self._interrupt()
 
     def _send_jobs(self, jobs: Sequence[Job]) -> tuple[Any, list[tuple[int, float, bool]]]:
         leaves = [leaf for job in jobs for leaf in job.leaves]
@@ -237,14 +250,17 @@ class Spawned(Driver):
 
     def step(self, jobs: Sequence[Job], options: Sequence[Mapping[str, Any]]) -> StepResult:
         results = self._ask("step", *self._send_jobs(jobs), list(options))
-        return replace(results[0], stop=self._interrupts.taken(), peak=max(result.peak for result in results))
+        return replace(results[0], stop=self.interrupts.taken(), peak=max(result.peak for result in results))
 
     def gradients(self, jobs: Sequence[Job]) -> tuple[float, dict[str, Tensor]]:
         loss, note = self._ask("gradients", *self._send_jobs(jobs))[0]
+        self._interrupt()
         return loss, {name: tensor.clone() for name, tensor in take(note).items()}
 
     def evaluate(self, job: Job) -> float:
-        return self._ask("evaluate", *self._send_jobs([job]))[0]
+        loss = self._ask("evaluate", *self._send_jobs([job]))[0]
+        self._interrupt()
+        return loss
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         chunk: list[str] = []
@@ -254,7 +270,9 @@ class Spawned(Driver):
             chunk.append(name)
             filled += nbytes
             if filled >= CHUNK_NBYTES or number == len(sizes) - 1:
-                yield from take(self._ask("whole", chunk)[0]).items()
+                found = take(self._ask("whole", chunk)[0])
+                self._interrupt()
+                yield from found.items()
                 chunk, filled = [], 0
 
     def state(self) -> dict[str, Any]:
@@ -265,6 +283,7 @@ class Spawned(Driver):
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         self._ask("save", Path(os.path.abspath(path)), dict(about))
+        self._interrupt()
 
     def load(self, path: Path) -> dict[str, Any]:
         about, self.last_step, self.exchange = self._ask("load", Path(os.path.abspath(path)))[0]
@@ -275,7 +294,6 @@ class Spawned(Driver):
 
     def close(self, *, broken: bool = False) -> None:
         atexit.unregister(self._kill)
-        self._interrupts.close()
         try:
             if self._workers and not broken:
                 self._ask("stop", seconds=END_SECONDS)
@@ -283,3 +301,4 @@ class Spawned(Driver):
                     worker.ended(END_SECONDS)
         finally:
             self._kill()
+            self.interrupts.close(silent=broken)

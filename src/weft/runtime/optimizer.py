@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Recipe", "check_elementwise", "recipe"]
+__all__ = ["Recipe", "check_elementwise", "plain_options", "recipe"]
 
 ELEMENTWISE = frozenset(
     {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
@@ -146,6 +146,12 @@ def recipe(optimizer: Callable[[Iterable[Any]], Optimizer] | Optimizer, model: n
     ]
     factory = optimizer if inspect.isclass(optimizer) or isinstance(optimizer, functools.partial) else None
     return Recipe(type(built), copy.deepcopy(defaults), tuple(groups), factory)
+
+
+def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options as values that can be sent and compared; `fused` is left out, since pieces decide it (`Recipe.build`)."""
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names", "fused")}
+    return {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in options.items()}
 
 
 def check_elementwise(wanted: Recipe, cut: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -57,7 +58,7 @@ def run(
 
     Under torchrun, or where `torch.distributed` is initialised, this process is one of the mesh, and every process runs the same
     program with the same batches. Otherwise the plan's number of local processes is started, and this one tells them what to do.
-    When the block ends, the trained values are in `model`.
+    When the block ends, the trained values are in `model`: also after an error of your own, except under torchrun.
 
     Args:
         plan: from `weft.plan`, `Plan.manual` or a file.
@@ -73,7 +74,8 @@ def run(
         scheduler: a function from an optimizer to a `torch.optim.lr_scheduler`, stepped after every update.
         seed: of dropout and other random operators in the model.
         check_finite: raise `NotFinite` instead of updating with a NaN or infinite loss.
-        checkpoint: a folder to save to when the block ends or Ctrl-C comes, and every `checkpoint_every` steps.
+        checkpoint: a folder to save to when the block ends, also by Ctrl-C or (not under torchrun) an error of your own, and
+            every `checkpoint_every` steps.
         resume: a checkpoint folder to go on from.
         progress: show loss, tokens per second and memory: measured beside planned.
         log_dir: a folder for `log.jsonl`, and TensorBoard event files if tensorboard is installed.
@@ -92,7 +94,7 @@ def run(
     Raises:
         ValueError: an argument out of range, or a plan for another number of processes.
         BudgetError: with a step: a process cannot stay within its bytes; the run has ended on all.
-        PlanMismatch: with the first batch: the plan is for another model.
+        PlanMismatch: with the first batch, or `resume`: the plan is for another model.
     """
     if isinstance(plan, str | Path):
         raise ValueError(f"run: plan must be a weft.Plan, got {str(plan)!r}; weft.Plan.load reads one from a file")
@@ -113,7 +115,7 @@ def run(
             "gradients; give the memory a clip of its own (weft.comm.dgc(clip=...)) and leave clip_norm out"
         )
     _check_priced(plan, exchange)
-    _check(clip_norm, accumulate, autocast, checkpoint, checkpoint_every, timeout)
+    _check(clip_norm, accumulate, autocast, seed, checkpoint, checkpoint_every, device, timeout)
     if checkpoint is not None:
         to_folder("run: checkpoint", checkpoint, beside=True)
     if log_dir is not None:
@@ -170,24 +172,36 @@ def _check(
     clip_norm: float | None,
     accumulate: int,
     autocast: Any,
+    seed: int,
     checkpoint: Any,
     checkpoint_every: int,
+    device: Any,
     timeout: float,
 ) -> None:
     if clip_norm is not None and not (isinstance(clip_norm, Real) and clip_norm > 0):
         raise ValueError(f"run: clip_norm must be a number > 0, got {clip_norm!r}; None leaves gradients as they are")
-    if not isinstance(accumulate, int) or accumulate < 1:
+    if not _whole(accumulate, least=1):
         raise ValueError(
             f"run: accumulate must be a whole number >= 1, got {accumulate!r}; it is the number of micro-batches"
         )
-    if autocast not in AUTOCAST:
+    if not isinstance(autocast, str | torch.dtype | None) or autocast not in AUTOCAST:
         raise ValueError(f"run: autocast must be 'bf16' or None, got {autocast!r}; float16 would need loss scaling")
-    if checkpoint_every < 0 or (checkpoint_every and checkpoint is None):
+    if not _whole(seed):
+        raise ValueError(f"run: seed must be a whole number, got {seed!r}; leave it out for 0")
+    if not _whole(checkpoint_every, least=0):
         raise ValueError(
-            f"run: checkpoint_every={checkpoint_every} needs checkpoint=, the folder to save to, and must be >= 0"
+            f"run: checkpoint_every must be a whole number of steps >= 0, got {checkpoint_every!r}; 0 saves at the end only"
         )
+    if checkpoint_every and checkpoint is None:
+        raise ValueError(f"run: checkpoint_every={checkpoint_every} needs checkpoint=, the folder to save to")
+    if not (device is None or (isinstance(device, str) and device.split(":")[0] in ("cpu", "cuda"))):
+        raise ValueError(f"run: device must be 'cpu', 'cuda' or None, got {device!r}; None takes what the plan is for")
     if not (isinstance(timeout, Real) and timeout > 0):
         raise ValueError(f"run: timeout must be a number > 0 of seconds, got {timeout!r}")
+
+
+def _whole(value: Any, least: float = -math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _optimizer(plan: Plan) -> type[torch.optim.Optimizer]:

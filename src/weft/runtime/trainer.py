@@ -11,23 +11,26 @@ groups (`Trainer.optimizer`), whose options go to every process with each step: 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from weft.graph import capture, check_batch, flatten_batch, unflatten_batch
+from weft.graph import capture, check_batch, unflatten_batch
 from weft.graph.graph import Graph
 from weft.placement.deferred import tape_of
+from weft.runtime import checkpoint
 from weft.runtime.batches import count_samples, count_tokens, split
 from weft.runtime.driver import Driver, Values, named_tensors, whole_values
 from weft.runtime.engine import Job, StepResult, graph_key
-from weft.runtime.optimizer import recipe
+from weft.runtime.optimizer import plain_options, recipe
 from weft.runtime.progress import Log, Meter, Progress
 
 __all__ = ["Trainer"]
@@ -74,10 +77,10 @@ class Trainer:
         self._recipe = recipe(optimizer, model, loss)
         stand_ins = {name: nn.Parameter(torch.zeros(1)) for names in self._recipe.names() for name in names}
         self.optimizer = self._recipe.build(stand_ins)
-        # What the processes make of the same recipe, but for what depends on the parameters themselves (`fused`).
-        self._sent: list[dict[str, Any]] = [{} for _ in self.optimizer.param_groups]
-        self._changed_options()
-        self.scheduler = scheduler(self.optimizer) if scheduler is not None else None
+        self._sent = (
+            self._options()
+        )  # the processes make the same of the recipe; empty where what they have is not known
+        self.scheduler = _schedule(scheduler, self.optimizer) if scheduler is not None else None
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
         self._every = checkpoint_every
         first = driver.rank == 0
@@ -85,7 +88,7 @@ class Trainer:
         self._log = Log(log_dir) if log_dir is not None and first else None
         self._nbytes = 0
         self._ended = False
-        self._pending: tuple[str, Any] | None = None  # values or a checkpoint that came before the first batch
+        self._pending: list[_Waiting] = []
 
     # ---- steps
 
@@ -117,11 +120,10 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C, after the step that was under way has been finished on every process.
         """
         self.meter.begin()
-        leaves = self._leaves(batch)
-        self._require_gradient()
-        jobs = [Job(piece, share) for piece, share in split(leaves, self._accumulate)]
-        self._prepare(jobs)
-        result = self.driver.step(jobs, self._changed_options())
+        leaves, jobs = self._jobs(batch)
+        options = self._options()
+        result = self.driver.step(jobs, _changed(options, self._sent))
+        self._sent = options
         self._count(result, leaves)
         if result.stop:
             raise KeyboardInterrupt
@@ -135,27 +137,29 @@ class Trainer:
 
     def gradients(self, batch: Any) -> tuple[float, dict[str, Tensor]]:
         """Global loss, and the whole gradient of every trainable parameter by name; nothing is trained."""
+        return self.driver.gradients(self._jobs(batch)[1])
+
+    def _jobs(self, batch: Any) -> tuple[list[Tensor], list[Job]]:
+        """The batch's tensors, and the micro-batches of a step on it, with programs for them."""
         leaves = self._leaves(batch)
         self._require_gradient()
         jobs = [Job(piece, share) for piece, share in split(leaves, self._accumulate)]
         self._prepare(jobs)
-        return self.driver.gradients(jobs)
+        return leaves, jobs
 
     def _leaves(self, batch: Any) -> list[Tensor]:
         """The batch's tensors in the graph's order; the first batch starts everything."""
         self._require_run()
-        if count_samples(flatten_batch(batch)[0]) == 0:
-            raise ValueError("batch: it is empty: its tensors have no rows")
         if self._graph is None:
-            self._start(batch)
+            self._start(self.plan.graph if self.plan.graph is not None else self._captured(batch, train=True))
+        while self._pending:
+            self._pending[0].bring()  # one that fails says so with every batch
+            del self._pending[0]
         assert self._graph is not None
         return check_batch(self._graph, batch, vary=None)
 
-    def _start(self, batch: Any) -> None:
+    def _start(self, graph: Graph) -> None:
         """Check that plan and model belong together, and build the engines."""
-        graph = self.plan.graph
-        if graph is None:
-            graph = self._captured(batch, train=True)
         self.plan.check_graph(graph)
         self._check_model(graph)
         values: Values = tape_of(self.model) or whole_values(self.model, self._loss)
@@ -164,9 +168,6 @@ class Trainer:
         self._graph = graph
         self._ready.add(graph_key(graph))
         self._nbytes = max(sum(kept.values()) for kept in self.driver.memory())
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            getattr(self, pending[0])(pending[1])
 
     def _check_model(self, graph: Graph) -> None:
         """The model must still be what was captured."""
@@ -207,14 +208,9 @@ class Trainer:
                 f"with a loss, pass the same loss= (a plan in a file does not hold it). {error}"
             ) from error
 
-    def _changed_options(self) -> list[dict[str, Any]]:
-        """Options of each group that differ from what the processes have."""
-        changed = []
-        for group, sent in zip(self.optimizer.param_groups, self._sent, strict=True):
-            new = {k: _plain(v) for k, v in group.items() if k != "params" and (k not in sent or sent[k] != _plain(v))}
-            sent.update(copy.deepcopy(new))
-            changed.append(new)
-        return changed
+    def _options(self) -> list[dict[str, Any]]:
+        """Of each group, in force now."""
+        return copy.deepcopy([plain_options(group) for group in self.optimizer.param_groups])
 
     def _count(self, result: StepResult, leaves: list[Tensor]) -> None:
         self.losses.append(result.loss)
@@ -245,14 +241,20 @@ class Trainer:
 
     def sync(self) -> nn.Module:
         """Copy the trained values into the user's model, and return it. A collective under torchrun."""
-        if self._graph is None:
-            return self.model
         own = dict(named_tensors(self.model, self._loss))
         with torch.no_grad():
-            for name, value in self.driver.values():
+            for name, value in self._newest():
                 if name in own and own[name].device.type != "meta":
                     own[name].copy_(value)
         return self.model
+
+    def _newest(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole values of the engines; before the first batch those that wait for it, the last ones last."""
+        if self._graph is not None:
+            yield from self.driver.values()
+            return
+        for waiting in self._pending:
+            yield from waiting.values().items()
 
     def state_dict(self) -> dict[str, Any]:
         """Model, optimizer and trainer state.
@@ -264,19 +266,23 @@ class Trainer:
         return {**self.driver.state(), "trainer": self._about()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take weights from whole tensors: a plain module's state dict, or {"model": such}. The optimizer starts afresh.
+        """Take weights from whole tensors: a plain module's state dict, or {"model": such}. The optimizer's state stays.
 
-        Before the first batch the values are kept until then.
+        With a plan read from a file the values are kept until the first batch.
 
         Raises:
             ValueError: a tensor is missing or has another shape; nothing has been changed.
         """
         self._require_run()
-        if self._graph is None:
-            self._pending = ("load_state_dict", state)
-            return
         values = dict(state.get("model", state))
         values = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in values.items()}
+        if self._started():
+            self._give(values)
+        else:
+            self._pending.append(_Waiting(partial(self._give, values), lambda: values))
+
+    def _give(self, values: Mapping[str, Tensor]) -> None:
+        """Whole tensors to the engines, by the names of the module's state dict."""
         held = self.names()
         first: dict[str, Tensor] = {held.get(name, name): value for name, value in reversed(list(values.items()))}
         others = {
@@ -292,25 +298,42 @@ class Trainer:
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint: weights, optimizer state, schedule, step count and random state.
 
-        Before the first batch it is checked now and read then.
+        With a plan read from a file, before the first batch, the tensors are checked now and read then.
 
         Raises:
             ValueError: no checkpoint there, or one of another model, optimizer or exchange.
             CheckpointDamaged: a file is missing or cut short. Nothing has been changed in either case.
         """
-        from weft.runtime.checkpoint import check
-
         self._require_run()
-        if self._graph is None:
-            check(Path(path))
-            self._pending = ("load", path)
-            return
-        about = self.driver.load(Path(path))
+        path, index = Path(path), {}
+        if self._graph is None:  # what is wrong is said before any process is asked
+            index = checkpoint.check(path)
+            checkpoint.check_optimizer(index, self._recipe)
+        if self._started():
+            self._go_on(self._read(path))
+        else:
+            self._pending = [_Waiting(partial(self._read, path), partial(checkpoint.read_values, index))]
+            self._go_on(checkpoint.read_about(index))
+            self.driver.last_step = int(index["steps"])
+
+    def _started(self) -> bool:
+        """Whether there are engines. A plan of this process has them built now; one from a file needs a batch, to capture."""
+        if self._graph is None and self.plan.graph is not None:
+            self._start(self.plan.graph)
+        return self._graph is not None
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """Have the engines read a checkpoint; what `_about` gave for it."""
+        about = self.driver.load(path)
+        self._sent = []  # options there are those of the last step, and here those of the next
         if about.get("remark"):
-            warnings.warn(about["remark"], stacklevel=2)
-        self.losses = list(about.get("losses", []))
-        for group, options in zip(self.optimizer.param_groups, about.get("groups", []), strict=False):
-            group.update(options)
+            warnings.warn(about["remark"], stacklevel=3)
+        return about
+
+    def _go_on(self, about: Mapping[str, Any]) -> None:
+        self.losses = list(about["losses"])
+        for group, options in zip(self.optimizer.param_groups, about["groups"], strict=True):
+            group.update(plain_options(options))
         if self.scheduler is not None and about.get("scheduler") is not None:
             self.scheduler.load_state_dict(about["scheduler"])
         if "torch_rng" in about:
@@ -324,7 +347,7 @@ class Trainer:
         version, numbers, rest = random.getstate()
         return {
             "losses": list(self.losses),
-            "groups": [{k: _plain(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups],
+            "groups": self._options(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "torch_rng": torch.get_rng_state(),
             "python_rng": [version, list(numbers), rest],
@@ -374,27 +397,51 @@ class Trainer:
 
     def close(self, error: BaseException | None = None) -> None:
         """End the run: a checkpoint if one was asked for, values into the user's model, processes gone."""
-        from weft.errors import WorkerDied
-
-        lost = isinstance(error, WorkerDied)
-        usable = not lost and (error is None or isinstance(error, KeyboardInterrupt))
+        usable = error is None or self._usable_after(error)
         self._ended = True
-        try:
-            if usable and self._graph is not None:
-                if self._checkpoint is not None:
-                    self.save(self._checkpoint)
-                self.sync()
-        finally:
-            self.driver.close(broken=not usable)
-            if self._progress is not None:
-                self._progress.close()
-            if self._log is not None:
-                self._log.close()
+        with contextlib.ExitStack() as ends:
+            ends.callback(self.driver.close, broken=not usable)
+            for shown in (self._progress, self._log):
+                if shown is not None:
+                    ends.callback(shown.close)
+            if usable:
+                with self.driver.held():
+                    self.sync()  # first: a full disk does not lose the values
+                    if self._checkpoint is not None and self._graph is not None:
+                        self.save(self._checkpoint)
+
+    def _usable_after(self, error: BaseException) -> bool:
+        """Whether the run is as its last step left it: the error is of the user's own code, and no other process waits.
+
+        An error after a command that failed is taken for that command's.
+        """
+        agreed = isinstance(error, KeyboardInterrupt) or self.driver.alone
+        return agreed and self.driver.failure is None and not isinstance(error, GeneratorExit)
 
 
-def _plain(value: Any) -> Any:
-    """An option as a value that can be sent and compared."""
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+class _Waiting(NamedTuple):
+    """Values that came before the first batch, for a plan that needs one to start."""
+
+    bring: Callable[[], Any]  # them to the engines
+    values: Callable[[], Mapping[str, Tensor]]  # whole, for the model of a run without a batch
+
+
+def _changed(options: list[dict[str, Any]], sent: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each group those options that differ from what was sent; all if nothing is known of that."""
+    return [
+        {key: value for key, value in group.items() if key not in before or before[key] != value}
+        for group, before in zip(options, sent or [{} for _ in options], strict=True)
+    ]
+
+
+def _schedule(scheduler: Callable[[Any], Any], optimizer: torch.optim.Optimizer) -> Any:
+    made = scheduler(optimizer)
+    if not callable(getattr(made, "step", None)):
+        raise ValueError(
+            f"run: scheduler must give a torch.optim.lr_scheduler when called with an optimizer, got {made!r}; give "
+            "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
+        )
+    return made
 
 
 def _needs_metric(scheduler: Any) -> bool:

@@ -4,7 +4,8 @@
     the controller is gone  its end of the pipe closes: this process ends at once, whatever it is doing
     a fellow is gone        the controller says so: this process prints the error that names it, and ends
 
-Signals from the keyboard are the controller's business.
+Signals from the keyboard, and SIGTERM to all processes of a job, are the controller's business: they are ignored from the start
+(`launch.BOOT`), so that somebody is left to remove the run's folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import importlib
 import os
 import pickle
 import queue
-import signal
 import sys
 import threading
 import traceback
@@ -39,7 +39,6 @@ __all__ = ["main"]
 
 def main(handle: int) -> None:
     """Entry point of a started process; `handle` is the file descriptor of its pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = Connection(handle)
     boot = pickle.loads(pipe.recv_bytes())
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
