@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from weft.comm.exchange import Exchange
     from weft.comm.masha import MASHA
     from weft.comm.memories import MEMORIES, ErrorFeedback, MomentumCorrection, Shift
-    from weft.comm.memory import Memory, NoMemory
+    from weft.comm.memory import Memory, NoMemory, VelocityMemory
     from weft.comm.peer import MoNNA, attach_peer
     from weft.comm.presets import dgc
     from weft.comm.report import Report
@@ -92,7 +92,7 @@ _HOME = {  # public name -> the module that has it
     "Exchange": "exchange",
     "MASHA": "masha",
     **dict.fromkeys(("MEMORIES", "ErrorFeedback", "MomentumCorrection", "Shift"), "memories"),
-    **dict.fromkeys(("Memory", "NoMemory"), "memory"),
+    **dict.fromkeys(("Memory", "NoMemory", "VelocityMemory"), "memory"),
     **dict.fromkeys(("MoNNA", "attach_peer"), "peer"),
     "dgc": "presets",
     "Report": "report",
@@ -115,7 +115,7 @@ __all__ = [
     "Krum", "LayerwiseBudget", "LinearCodec", "LowRank", "Mean", "Meamed", "Median", "Memory", "MoNNA", "MomentumCorrection",
     "MultiKrum", "NearestToOwn", "NoMemory", "NormEqualisedMean", "Peer", "Quantise", "RandK", "Report", "Ring",
     "ScalarSeed", "ScatterGather", "Schedule", "SharedRandK", "Shift", "Sign", "Spec", "Star", "Task", "TopK", "Topology",
-    "TrimmedMean", "Uniform", "Wait",
+    "TrimmedMean", "Uniform", "VelocityMemory", "Wait",
     "attach", "attach_peer", "auto", "dgc", "greedy_layers", "plan_layers", "uniform_layers",
 ]  # fmt: skip
 
