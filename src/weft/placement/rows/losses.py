@@ -58,7 +58,7 @@ def pointwise_loss(call: Call) -> Row:
         if size > 1:
             outputs = (Position(0, dim),) if reduction == _NONE else ()
             links.append(Link(f"d{dim}", inside, outputs, reduce=None if outputs else "sum"))
-    return Row(tuple(links), local=_mean_of_all(call, place, math.prod(shape)))
+    return Row(tuple(links), local=_reduced(call, place, math.prod(shape)))
 
 
 def loss_of_vectors(call: Call) -> Row:
@@ -72,23 +72,27 @@ def loss_of_vectors(call: Call) -> Row:
         inside = tuple(Position(op, dim) for op, shape in enumerate(shapes) if shape[dim : dim + 1] == (size,))
         if size > 1 and all(len(shape) == len(rows) + 1 for shape in shapes[:vectors]):
             links.append(Link(f"d{dim}", inside, (Position(0, dim),) if kept else (), reduce=None if kept else "sum"))
-    return Row(tuple(links), local=_mean_of_all(call, place, math.prod(rows)))
+    return Row(tuple(links), local=_reduced(call, place, math.prod(rows)))
 
 
-def _mean_of_all(call: Call, place: int, count: int) -> Callable[[Local], Callable[..., Tensor]]:
-    """The local program of a loss whose mean is one over `count` numbers of the whole batch."""
+def _reduced(call: Call, place: int, count: int) -> Callable[[Local], Callable[..., Tensor]]:
+    """The local program of a loss reduced over the whole batch, which has `count` numbers."""
     reduction = call.arg(place, "reduction", _MEAN)
 
     def local(here: Local) -> Callable[..., Tensor]:
         operate = operator(call.node.target)
         cut = any(here.axes_of_input(op, dim) for op, spec in enumerate(call.inputs) for dim in range(len(spec.shape)))
-        if reduction != _MEAN or not cut:
+        if reduction == _NONE or not cut:
             return operate
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
+            if not args[0].numel():
+                return args[0].sum()  # of nothing; torch's margin losses leave theirs uninitialised
             if len(args) > place:
-                return operate(*args[:place], _SUM, *args[place + 1 :], **kwargs) / count
-            return operate(*args, **(kwargs | {"reduction": _SUM})) / count
+                total = operate(*args[:place], _SUM, *args[place + 1 :], **kwargs)
+            else:
+                total = operate(*args, **(kwargs | {"reduction": _SUM}))
+            return total / count if reduction == _MEAN else total
 
         return run
 
