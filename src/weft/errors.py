@@ -76,6 +76,11 @@ class PeerLost(WeftError, RuntimeError):
         )
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its class where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def together(doing: str) -> Iterator[None]:
     """Around collectives: what torch says of a process that has ended, or did not come in time, becomes `PeerLost`. It has no
@@ -85,7 +90,7 @@ def together(doing: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, WeftError):
             raise
-        raise PeerLost(-1, doing, (str(error) or type(error).__name__).splitlines()[0]) from error
+        raise PeerLost(-1, doing, first_line(error)) from error
 
 
 class ExchangeMismatch(WeftError, ValueError):

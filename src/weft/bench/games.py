@@ -36,9 +36,8 @@ __all__ = ["bilinear", "generative", "over_links", "proven_rate", "robust"]
 
 GAP = 1e-6
 UP, DOWN, FINE = Quantise(3, 200, "max"), Quantise(4, 200, "max"), Quantise(8, 200, stochastic=False)
-DENSE_STEPS = (
-    40  # of extragradient without compression, whose bytes are the budget of training under attack and of the GAN
-)
+# Of extragradient without compression, whose bytes are the budget of training under attack and of the GAN.
+DENSE_STEPS = 40
 COINS = 3  # draws of the coin over which a stochastic method's bytes are averaged
 
 

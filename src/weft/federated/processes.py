@@ -282,12 +282,8 @@ class _Serving:
             start += size
         try:
             return self.coder.decode(tensors)
-        except (
-            IndexError,
-            RuntimeError,
-            ValueError,
-        ):  # what codecs raise for positions and sizes that no encoder writes
-            return None
+        except (IndexError, RuntimeError, ValueError):
+            return None  # codecs raise these for positions and sizes that no encoder writes
 
     def welcome(self, link: Connection, header: dict[str, Any]) -> None:
         """Let a client in, in place of an earlier connection of its own if there is one."""

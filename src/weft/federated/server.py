@@ -346,9 +346,8 @@ def believed(rule: Combine, row: Tensor, stack: Tensor, arrivals: tuple[Arrival,
     if chosen.ndim == 1:  # a choice among messages: those that it leaves keep their weights
         row = len(stack) * chosen * row
         return row, rule.finish(weighted(row, stack))
-    return row, float(row.sum()) * rule.finish(
-        weighted(chosen, stack)
-    )  # a mixture, of which its second stage makes one
+    # A mixture, of which its second stage makes one.
+    return row, float(row.sum()) * rule.finish(weighted(chosen, stack))
 
 
 def least(rule: Combine, clients: int) -> int:

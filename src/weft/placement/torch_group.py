@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weft.errors import PeerLost
+from weft.errors import PeerLost, first_line
 from weft.placement.comms import DONE, Comms, Group, Handle, check_reduce
 from weft.placement.layout import Mesh, deal
 
@@ -40,9 +40,9 @@ LOST = (
 
 def lost(error: BaseException, rank: int, doing: str) -> BaseException:
     """`PeerLost` in place of a transport's error if it means that; else the error itself."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in LOST):
-        return PeerLost(rank, doing, text.splitlines()[0] if text else type(error).__name__)
+    text = str(error).lower()
+    if isinstance(error, RuntimeError) and any(sign in text for sign in LOST):
+        return PeerLost(rank, doing, first_line(error))
     return error
 
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -220,11 +220,12 @@ class Coded:
             for bucket in self._buckets:
                 bucket.send = self._send
 
-    def weigh(self, jobs: Sequence[tuple[float, Mapping[tuple[int, ...], int]]]) -> None:
+    def weigh(self, jobs: Iterable[tuple[float, Mapping[tuple[int, ...], int]]]) -> None:
         """Before a step: by how much this process's part is to be multiplied.
 
         Args:
-            jobs: of each micro-batch its share of the samples, and how many entries of it each position of the mesh has.
+            jobs: of each micro-batch its share of the samples, and how many entries of it each position of the mesh has; read
+                only if the rule asks for it.
         Raises:
             ValueError: on every process: one would have no sample, and the rule takes its message for one as good as others.
         """

@@ -16,8 +16,9 @@ under way during backward.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,7 +168,8 @@ class Engine:
         self.store = ParameterStore(graph, assignment, comms, self.device)
         self.cuts = find_cuts(graph, finest=assignment.mesh.size, allow_replicated=True)
         self.programs: dict[Key, LocalModule] = {}
-        self._held: dict[Key, Mapping[tuple[int, ...], int]] = {}  # entries of a batch, by position on the mesh
+        # Entries of a batch, by position on the mesh; counted only if a rule asks.
+        self._held: dict[Key, Callable[[], Mapping[tuple[int, ...], int]]] = {}
         self.buffers: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}  # buffers that steps write, as they were before the one under way
         self.add(graph)
@@ -216,7 +218,7 @@ class Engine:
         self.buffers = program.local_buffers
         self.programs[graph_key(graph)] = program
         if graph.train:
-            self._held[graph_key(graph)] = held(graph, assignment)
+            self._held[graph_key(graph)] = functools.cache(functools.partial(held, graph, assignment))
             written = {graph[ref.node].target for node in graph.calls for ref in node.mutates}
             self._before.update(
                 {name: self.buffers[name].clone() for name in written & {*self.buffers} - {*self._before}}
@@ -255,7 +257,7 @@ class Engine:
         totals = torch.zeros(2 + measured * self.comms.world.size, dtype=torch.float64, device=self.device)
         _copy(self._before, self.buffers)
         if self.coded is not None:
-            self.coded.weigh([(job.weight, self._held[job.key]) for job in jobs])
+            self.coded.weigh((job.weight, self._held[job.key]()) for job in jobs)
         for number, job in enumerate(jobs):
             last = number == len(jobs) - 1
             program = self._program(job)

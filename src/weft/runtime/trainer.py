@@ -77,9 +77,8 @@ class Trainer:
         self._recipe = recipe(optimizer, model, loss)
         stand_ins = {name: nn.Parameter(torch.zeros(1)) for names in self._recipe.names() for name in names}
         self.optimizer = self._recipe.build(stand_ins)
-        self._sent = (
-            self._options()
-        )  # the processes make the same of the recipe; empty where what they have is not known
+        # The processes make the same of the recipe; empty where what they have is not known.
+        self._sent = self._options()
         self.scheduler = _schedule(scheduler, self.optimizer) if scheduler is not None else None
         self._checkpoint = Path(checkpoint) if checkpoint is not None else None
         self._every = checkpoint_every

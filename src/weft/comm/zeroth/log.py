@@ -147,9 +147,8 @@ class Log(Sequence[Record]):
         self.records: list[Record] = []
         self.chains: list[bytes] = [EMPTY]
         self.file: int | None = None
-        self._let_go: weakref.finalize | None = (
-            None  # closes the file, at the latest when nobody holds the log any more
-        )
+        # Closes the file, at the latest when nobody holds the log any more.
+        self._let_go: weakref.finalize | None = None
 
     @overload
     def __getitem__(self, at: int) -> Record: ...

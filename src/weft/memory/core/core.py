@@ -137,14 +137,14 @@ class Core:
             self.put(block)
         return block
 
-    def put(self, block: Block) -> None:
-        """A block that is there already takes its bytes from the budget.
+    def put(self, block: Block, step: Step | None = None) -> None:
+        """A block takes its bytes from the budget, for `step` if it is one's.
 
         Raises:
             BudgetError: there is no room.
         """
         if not self.arena.put(block):
-            self._room(block, None)
+            self._room(block, step)
 
     def begin(
         self,
@@ -216,8 +216,7 @@ class Core:
             BudgetError: there is no room.
         """
         block = self._output(step, nbytes, dense)
-        if not self.arena.put(block):
-            self._room(block, step)
+        self.put(block, step)
         step.makes = [*step.makes, block]
         return block
 
@@ -482,8 +481,7 @@ class Core:
     def _take_scratch(self, step: Step) -> None:
         block = step.scratch = Block(step.workspace, dense=step.dense)
         block.pins = 1
-        if not self.arena.put(block):
-            self._room(block, step)
+        self.put(block, step)
         step.offset = block.offset
 
     def _give_scratch(self, step: Step) -> None:

@@ -87,9 +87,7 @@ class Replay(Executor):
         self._lay_out(cautious=True)
         self._extra_calls = self._extra_bytes = 0
         self._larger = False  # an operator of this step has made more than planned
-        self._updating = (
-            0  # bytes that calls of the optimizer's step may still make, of those that the plan does not have
-        )
+        self._updating = 0  # bytes that unplanned calls of the optimizer's step may still make
 
     def held(self, but: str = "") -> int:
         """Bytes of everything that is there and that we know of, but for one kind."""
@@ -154,7 +152,7 @@ class Replay(Executor):
         if at == len(self.rows):
             return self._extra(facts, args, kwargs)
         if self._extra_bytes > self.slack:
-            self._too_much(facts)
+            self._require_room(facts)
         row = self.rows[at]
         if row.facts is not facts:
             if row.name != facts.name:
@@ -268,9 +266,8 @@ class Replay(Executor):
     def _check_size(self, row: Row, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise `Deviation` if a call is about to make so much more than planned (another batch) that there is no room."""
         if is_plain(args, kwargs):
-            made, planned = sum(self.sizes.of(facts, args, kwargs).fresh or ()), sum(nbytes for nbytes, _ in row.places)
-            if self._extra_bytes + max(made - planned, 0) > self.slack:
-                self._too_much(facts, made - planned)
+            made = sum(self.sizes.of(facts, args, kwargs).fresh or ())
+            self._require_room(facts, max(made - row.made, 0))
 
     def _check_statistics(self, facts: Facts, args: Sequence[Any]) -> None:
         """Raise `Deviation` if a call moves running statistics that something has read that may be repeated: they did not move
@@ -350,8 +347,7 @@ class Replay(Executor):
     def _extra(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """A call that the trace does not have here: it runs if it reads only what is there, and makes little."""
         inside = 0 < self.at < len(self.rows) and not self.effects
-        if self._extra_bytes > self.slack:
-            self._too_much(facts)
+        self._require_room(facts)
         if inside and self._extra_calls > EXTRA_CALLS:
             raise Deviation(f"{facts.name} where the plan has {self.rows[self.at].name}")
         if facts.opaque or not is_plain(args, kwargs):
@@ -401,8 +397,7 @@ class Replay(Executor):
             Deviation: there is no room for them.
         """
         if not self.effects:
-            if self._extra_bytes + nbytes > self.slack:
-                self._too_much(facts, nbytes)
+            self._require_room(facts, nbytes)
             return
         self._updating -= nbytes
         if self._updating < 0:  # what calls before have made may be gone
@@ -410,11 +405,13 @@ class Replay(Executor):
             if self._updating < 0:
                 raise Deviation(f"{facts.name} of the optimizer takes {nbytes:,} bytes, which the plan does not have")
 
-    def _too_much(self, facts: Facts, nbytes: int = 0) -> None:
+    def _require_room(self, facts: Facts, nbytes: int = 0) -> None:
+        """Raise `Deviation` if what the step has made beyond the plan, and `nbytes` more, are above the slack."""
         more = self._extra_bytes + nbytes
-        raise Deviation(
-            f"with {facts.name} it takes {more:,} bytes more than planned, and there is room for {self.slack:,}"
-        )
+        if more > self.slack:
+            raise Deviation(
+                f"with {facts.name} it takes {more:,} bytes more than planned, and there is room for {self.slack:,}"
+            )
 
     def _extra_remembered(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._remember(facts, *self._take_apart(facts, args, kwargs))

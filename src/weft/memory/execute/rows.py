@@ -26,6 +26,7 @@ class Row:
     workspace: tuple[int, int]  # address and bytes
     remember: bool  # the call may be repeated
     bind: bool  # what it makes may go, or is read by calls that may be repeated
+    made: int  # bytes of the fresh values
     open: bool  # the program may have it make more than planned: it reads what that has brought along, or nothing
     facts: Facts | None = None  # once seen
     before: list[Callable[[], None]] = field(default_factory=list)
@@ -73,10 +74,9 @@ def _row(trace: Trace, action: Action, remember: Set[int]) -> Row:
     where = tuple((trace.values[v].nbytes, places.get(v, -1)) for v in fresh)
     reads = [trace.values[v] for v in op.reads]
     from_outside = not reads or any(value.born < 0 and value.category == "input" for value in reads)
-    workspace = (action.workspace, op.workspace)
-    return Row(
-        op.name, fresh, op.overwrites, where, workspace, action.index in remember, False, bool(fresh) and from_outside
-    )
+    workspace, remembered = (action.workspace, op.workspace), action.index in remember
+    made, is_open = sum(nbytes for nbytes, _ in where), bool(fresh) and from_outside
+    return Row(op.name, fresh, op.overwrites, where, workspace, remembered, False, made, is_open)
 
 
 def _lasts(trace: Trace, row: Row) -> bool:

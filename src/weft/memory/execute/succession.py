@@ -58,9 +58,8 @@ class Succession:
         self.ended = False
         self._leaving = False
         self._owner = Owner()
-        self._watch: Callable[[Tensor], None] | None = (
-            None  # only between `begin` and `leave`: who is called may own us
-        )
+        # Only between `begin` and `leave`: who is called may own us.
+        self._watch: Callable[[Tensor], None] | None = None
         self._gauge = native.ledger() if device.type == "cpu" and native.problem() is None else None
         self._sizes = Sizes()  # what operators have taken so far
 

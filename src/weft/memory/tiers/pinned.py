@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from weft.errors import first_line
+
 __all__ = ["host_memory"]
 
 _warned = False
@@ -29,7 +31,7 @@ def host_memory(shape: Sequence[int], dtype: torch.dtype, *, pin: bool) -> Tenso
         try:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         except RuntimeError as error:  # torch has no finer class for it
-            why = (str(error) or type(error).__name__).splitlines()[0]
+            why = first_line(error)
     found = torch.empty(shape, dtype=dtype)  # first: if there is none of this either, pinning was not the matter
     if pin:
         _warn_once(found.nbytes, why)

@@ -96,12 +96,9 @@ class Store:
         made = _made(optimizer, trained)
         self.kind = type(made)
         strides = {name: torch.empty_like(p, device="meta").stride() for name, p in model.named_parameters()}
-        self._before: list[
-            tuple[nn.Parameter, Tensor]
-        ] = []  # what parameters had, until they are on their tiers (`give_back`)
-        self._on_meta: list[
-            tuple[nn.Module, str, Any]
-        ] = []  # the same of modules: parameters and buffers without values
+        # What parameters had, and modules in place of parameters and buffers without values, until all are on their tiers.
+        self._before: list[tuple[nn.Parameter, Tensor]] = []
+        self._on_meta: list[tuple[nn.Module, str, Any]] = []
         swapped = self._leave_meta()
         self._hollow = set(swapped)  # parameters that have no values yet
         try:
