@@ -14,6 +14,7 @@ from weft.memory.execute.limit import limit
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Replay
 from weft.memory.execute.succession import Succession
+from weft.memory.tracing import trace
 
 KIB = 1024
 
@@ -86,6 +87,18 @@ def test_repetitions_are_those_of_the_plan(monkeypatch):
         action.index for action in limited._succession.cycle.plans[0].schedule.actions if action.kind == "again"
     ]
     assert seen == expected * kinds[3:].count(Replay)
+
+
+def test_nothing_is_remembered_where_all_stays_and_there_is_room_for_as_much_again(monkeypatch):
+    remembered, remember = [], Replay._remember
+    monkeypatch.setattr(Replay, "_remember", lambda self, *args: remembered.append(self.at) or remember(self, *args))
+    net = Net()
+    step = trace(net, torch.randn(128, 48), optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
+    losses, params, kinds = loop(limit(2 * step.peak - step.fixed + 16 * KIB))
+    assert set(kinds[4:]) == {Replay} and not remembered
+    expected, others, _ = loop(limit(BUDGET))
+    assert remembered
+    assert losses == expected and all(map(torch.equal, params, others))
 
 
 def test_what_a_list_is_made_of_is_there_when_that_is_repeated(monkeypatch):

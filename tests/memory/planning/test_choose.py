@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from tests.memory.planning.traces import Builder, chain, concatenating, random_step, training, transformer
@@ -36,6 +37,18 @@ def test_plans_fit_their_budget_addresses_included(share):
         assert found.overhead == 0 and found.checked.repeated == 0
     else:
         assert 0.9 * budget <= found.reserved and found.schedule.arena > 0
+
+
+def test_a_step_that_fits_is_left_as_it_is():
+    """To drop early what is referred to but not read any more costs nothing on paper; replay would have to watch for it."""
+    step = transformer(2, unit=UNIT)
+    held = tuple(replace(value, dies=len(step.ops) - 1) if value.born >= 0 else value for value in step.values)
+    step = replace(step, values=held)
+    for budget in (step.peak, 2 * step.peak):
+        found = plan(step, budget)
+        assert [(a.kind, a.index) for a in found.schedule.actions] == [("run", op) for op in range(len(step.ops))]
+        assert found.peak == step.peak
+    assert plan(step, step.peak - 1).overhead == 0
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -21,7 +21,7 @@ def remembered(trace: Trace, schedule: Schedule, room: int, cautious: bool) -> s
     out to be another one, those of the forward pass, whose results users may hold on to; if `cautious`, all. None if nothing
     is dropped and there is `room`, in bytes beside the plan, for as much again: nothing will have to be."""
     found = _repeated(trace, schedule)
-    if not found and room > trace.peak:
+    if not found and room > trace.peak - trace.fixed:
         return found
     phases = ("forward", "backward") if cautious else ("forward",)
     # Not the readers of what cannot be made again (results of collectives): they would hold bytes that no plan counts.

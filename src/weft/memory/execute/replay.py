@@ -115,6 +115,8 @@ class Replay(Executor):
         remember = remembered(self.trace, self.schedule, self.slack, cautious)
         self._cautious = cautious and bool(remember)
         self.rows, self.after = rows(self.trace, self.schedule, self.actions, remember, self.backend.addresses)
+        # Nobody asks for older versions of a storage: nothing goes, nothing is repeated.
+        self._bare = not (remember or self.backend.addresses or any(a.kind != "run" for a in self.schedule.actions))
         if self._expected >= 0 and self.rows:
             self.rows[0].before.insert(0, self._begin)
 
@@ -190,7 +192,7 @@ class Replay(Executor):
             result = facts.call(*args, **kwargs) if kwargs else facts.call(*args)
             if row.places:
                 self._measure(row.places, result)
-            if row.overwrites:
+            if row.overwrites and not self._bare:
                 self._write_over(row.overwrites, facts, args, kwargs, known=True)
         else:
             result = self.backend.run(row.places, row.workspace, facts.call, args, kwargs)
@@ -243,11 +245,11 @@ class Replay(Executor):
         """The step may do what was planned and be larger (another batch): what its operators make beyond the plan counts."""
         outputs = (result,) if isinstance(result, Tensor) else flat(result)
         if len(outputs) == len(places):
-            more = sum(
-                max(0, storage_of(out).nbytes() - nbytes) for out, (nbytes, _) in zip(outputs, places, strict=True)
-            )
-            self._larger |= more > 0
-            self._extra_bytes += more
+            for out, (nbytes, _) in zip(outputs, places, strict=True):
+                more = storage_of(out).nbytes() - nbytes
+                if more > 0:
+                    self._larger = True
+                    self._extra_bytes += more
 
     def _check(self, facts: Facts, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise `Deviation` if a call reads what is not there."""

@@ -37,7 +37,7 @@ from weft.memory.planning.retention import Retention
 from weft.memory.planning.segments import checkpoint
 from weft.memory.planning.shape import Shape
 from weft.memory.record import Trace
-from weft.memory.schedule import Schedule
+from weft.memory.schedule import Action, Schedule
 from weft.names import pick
 
 __all__ = ["MemoryPlan", "frontier", "least", "plan"]
@@ -152,12 +152,14 @@ class _Desk:
         if floor > limit:
             raise BudgetError(limit, self.least(), self._too_much(worst, floor))
         whole = Retention(shape)
-        if whole.peaks().max() <= limit or trace.peak <= limit:
-            schedule, top = place(trace, whole.schedule(), limit - shape.outside, self.align)
+        as_it_is = [Schedule(tuple(Action("run", op) for op in range(len(trace.ops))))] if trace.peak <= limit else []
+        early = [whole.schedule()] if whole.peaks().max() <= limit else []  # what is not read again goes before it dies
+        for order in as_it_is + early:
+            schedule, top = place(trace, order, limit - shape.outside, self.align)
             if top + shape.outside <= limit:
                 return self.judged(limit, schedule, "nothing has to go")
-            if trace.peak <= limit:  # too little to round sizes up in an arena, but enough as it is
-                return self.judged(limit, whole.schedule(), "nothing has to go, bytes are counted")
+        for order in as_it_is:  # too little to round sizes up in an arena, but enough
+            return self.judged(limit, order, "nothing has to go, bytes are counted")
         done = {name: self._simulated(limit, POLICIES[name]) for name in policies}
         rows = tuple((name, cost) for name, (cost, _) in done.items())
         starts = {name: schedule for name, (_, schedule) in done.items() if schedule is not None}
