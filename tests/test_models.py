@@ -18,6 +18,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from tests.slow import slow
 from zoo import ZOO, Specimen, one_device, specimen, worst_error
 
 import weft
@@ -83,13 +84,13 @@ def number_cut(assignment: Assignment) -> int:
     return sum(not all(map(whole, per_axis)) for per_axis in assignment.signatures.values())
 
 
-LARGE = ("Llama", "Mistral", "Mixtral", "T5")  # on four processes they take as long as all others together
+ON_FOUR = ("GPT-2", "Graph attention network", "ResNet", "weft.nn.GPT", "weft.nn.UNet")  # the quick ones
 
 
 @pytest.mark.parametrize(
     ("name", "processes"),
     [
-        pytest.param(name, processes, marks=[pytest.mark.slow] if processes == 4 and name in LARGE else [])
+        slow(name, processes) if processes == 4 and name not in ON_FOUR else (name, processes)
         for name in ZOO
         for processes in (2, 4)
     ],

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tests.slow import slow
 
 from weft.comm.codecs import Quantise, RandK, TopK
 from weft.comm.exchange import Exchange
@@ -343,11 +344,11 @@ def train(name, mode, steps, inner="sgd", stop=None, lr=0.1):
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        ("plain", 1),
-        ("rand-k", 1),
+        slow("plain", 1),
+        slow("rand-k", 1),
         ("quantise, coded refresh", 1),
         ("quantise by star", 1),
-        ("top-k", 2),
+        slow("top-k", 2),
         ("top-k in segments", 2),
     ],
 )

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from tests.planner.conftest import gpt, plain_cluster, tokens
+from tests.slow import slow
 from torch import nn
 
 from weft.cluster import Cluster
@@ -76,7 +77,7 @@ def test_the_part_that_is_damaged_is_named(found, key, value):
         Plan.from_dict({**found.to_dict(), key: value})
 
 
-@pytest.mark.parametrize("link", [1e5, 1e7, 1e9, 1e12])
+@pytest.mark.parametrize("link", [1e5, slow(1e7), 1e9, slow(1e12)])
 def test_never_worse_than_what_has_a_name(gpt_graph, link):
     cluster = plain_cluster(4, link=link, latency=1e-6)
     best = plan(gpt_graph, cluster=cluster)

@@ -207,7 +207,7 @@ def test_interrupts_are_raised_after_any_command_and_at_the_end(tmp_path: Path, 
     """Ctrl-C while started processes do something other than a step, and while a block that has ended saves."""
     model = small()
     plan = Plan.manual(model, data(), loss=F.mse_loss, cluster=Cluster.local(processes=2), strategy="dp")
-    answers, during = Spawned._answers, [""]
+    answers, during, handler = Spawned._answers, [""], signal.getsignal(signal.SIGINT)
 
     def interrupted(self: Spawned, name: str, seconds: float) -> list[Any]:
         if name == during[0]:
@@ -234,4 +234,4 @@ def test_interrupts_are_raised_after_any_command_and_at_the_end(tmp_path: Path, 
         during[0] = "save"
     assert raised == want and check(tmp_path / "c")["steps"] == 2
     assert differences(model, small())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tests.runtime.plans import HandPlan, Tiny, batch, plan_of, tiny
+from tests.slow import slow
 from torch import nn
 
 from weft.cluster import Cluster
@@ -407,7 +408,7 @@ def test_interrupt_ends_cleanly_with_a_checkpoint(tmp_path: Path) -> None:
     assert check(tmp_path / "checkpoint")["steps"] >= 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM)])
 def test_no_orphans_when_the_main_process_dies(tmp_path: Path, number: signal.Signals) -> None:
     """SIGTERM comes to the whole process group, as from a scheduler of jobs: nothing is left in memory either."""
     process = start(tmp_path)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tests.slow import slow_but
 from torch import nn
 
 from weft.memory import limit, meter, plan, trace
@@ -95,7 +96,7 @@ def within_budgets(name, shares):
     return peak
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", slow_but(["ddp", "views of buckets", "exchange", "fsdp"], MAKE))
 def test_same_bits_within_a_budget(pool, name):
     # what is made from gathered weights cannot be made again
     shares = (0.9,) if name.startswith("fsdp") and not name.endswith("stay") else (0.8, 0.5)

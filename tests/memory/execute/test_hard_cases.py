@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.memory.execute.loops import assert_same, train
 from tests.memory.models import Made
+from tests.slow import slow
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -600,8 +601,17 @@ def test_an_operator_that_fake_tensors_refuse_runs_and_nothing_is_said(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    ("kind", "evaluates"),
+    [
+        (nn.LSTM, True),
+        slow(nn.LSTM, False),
+        slow(nn.GRU, True),
+        (nn.GRU, False),
+        slow(nn.RNN, True),
+        slow(nn.RNN, False),
+    ],
+)
 def test_torchs_own_recurrent_layers(kind, evaluates):
     """On a CPU an LSTM is one operator, which makes one result more while autograd records: also when it runs again."""
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tests.memory.execute.loops import train
 from tests.memory.models import make
+from tests.slow import slow, slow_but
 from torch import nn
 from torch.nn import functional as F
 
@@ -185,7 +186,7 @@ KEEPERS = {
 
 
 @pytest.mark.parametrize("how", KEEPERS)
-@pytest.mark.parametrize("steps", [range(100), (5, 6, 12)], ids=["always", "at times"])
+@pytest.mark.parametrize("steps", [slow(range(100)), (5, 6, 12)], ids=["always", "at times"])
 def test_a_gradient_that_somebody_keeps_stays(how, steps):
     runs = []
     for within in (nullcontext(), limit(BUDGET + (640 if how == "DLPack" else 240) * KIB)):
@@ -315,7 +316,7 @@ def test_a_trace_tells_what_the_step_writes_over():
     assert real == Counter(written_over(limited)) and fake <= real and fake
 
 
-@pytest.mark.parametrize("how", KEEPERS)
+@pytest.mark.parametrize("how", slow_but(["the gradient", "numpy", "retain_grad", "a node's hook"], KEEPERS))
 def test_a_trace_sees_that_somebody_has_a_gradient(how):
     runs, x = [], torch.randn(128, 40)
     keeper = Keeper(KEEPERS[how])
@@ -372,7 +373,7 @@ def test_the_least_budget_of_a_trace_is_kept(fake):
     assert seen.peak <= budget
 
 
-@pytest.mark.parametrize("name", ["swin", "bert", "gpt", "unet"])
+@pytest.mark.parametrize("name", [slow("swin"), "bert", slow("gpt"), "unet"])
 def test_nobody_has_what_a_plan_writes_over(name):
     """Through views and sums, which a trace by itself cannot tell apart: as few references as a lone gradient has."""
     made = make(name)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tests.slow import slow
 from torch import nn
 from torch.nn import functional as F
 
@@ -78,7 +79,7 @@ def run(body, within):
     return bits, counter.peak, kinds
 
 
-@pytest.mark.parametrize("share", [0.9, 0.7])
+@pytest.mark.parametrize("share", [0.9, slow(0.7)])
 @pytest.mark.parametrize("body", [diagnosed, larger, brought, late, growing, smoothed], ids=lambda body: body.__name__)
 def test_the_budget_holds_in_steps_that_take_more_than_planned(body, share):
     eager, peak, _ = run(body, nullcontext())

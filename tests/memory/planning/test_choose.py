@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from tests.memory.planning.traces import Builder, chain, concatenating, random_step, training, transformer
+from tests.slow import slow
 
 from weft.errors import BudgetError
 from weft.memory.core import MOVE_RATE
@@ -110,7 +111,7 @@ def test_single_calls_meet_every_budget_from_the_least_on_and_larger_ones_cost_h
     assert all(after <= 1.03 * min(costs[: n + 1]) for n, after in enumerate(costs[1:]))
 
 
-@pytest.mark.parametrize("layers", [9, 15])
+@pytest.mark.parametrize("layers", [9, slow(15)])
 def test_moving_is_not_paid_for_where_a_smaller_plan_needs_none(layers, monkeypatch):
     trace = concatenating(layers)
     low, least_seconds = least(trace), float("inf")

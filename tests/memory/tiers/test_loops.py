@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from tests.memory.tiers.training import ADAMW, SMALL, differing, gpt, tokens
+from tests.slow import slow
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
@@ -299,7 +300,7 @@ def test_a_folder_that_goes_away(tmp_path):
         assert tiered.steps == 0 and not differing(tiered.state_dict(), before)
 
 
-@pytest.mark.parametrize(("first", "update"), [(True, "step"), (False, "backward")])
+@pytest.mark.parametrize(("first", "update"), [slow(True, "step"), (False, "backward")])
 def test_a_compiled_model(tmp_path, update, first):
     """By dynamo, which leaves out what brings parameters; compiled before it is put on tiers, or after."""
 

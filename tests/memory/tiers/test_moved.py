@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.memory.tiers.test_processes import average
 from tests.memory.tiers.training import ADAMW, SMALL, differing, gpt, tokens
+from tests.slow import slow_but
 
 from weft.errors import GradientMoved
 from weft.memory.tiers import Tiered, Tiers
@@ -116,7 +117,7 @@ def loop(model, optimizer, change, turns=4):
     return said
 
 
-@pytest.mark.parametrize("tiers", LOWER, ids=str)
+@pytest.mark.parametrize("tiers", slow_but(LOWER[::2], LOWER), ids=str)
 @pytest.mark.parametrize(
     "change",
     [
