@@ -94,10 +94,16 @@ def test_any_cluster_round_trips(cluster):
 
 def test_devices_of_one_kind_with_unlike_figures_round_trip(tmp_path):
     slow = {"like": "cpu-core", "kind": "cpu-core", "memory": "1 GiB"}
+    busy = {"like": "cpu-core", "kind": "cpu-core", "step": "20 ms"}
     cluster = Cluster.from_dict(
-        {"kinds": {"slow": slow}, "devices": ["cpu-core", "slow"], "levels": [{"link": "loopback"}]}
+        {
+            "kinds": {"slow": slow, "busy": busy},
+            "devices": ["cpu-core", "slow", "busy"],
+            "levels": [{"link": "loopback"}],
+        }
     )
-    assert [device.kind for device in cluster] == ["cpu-core"] * 2 and not cluster.uniform
+    assert [device.kind for device in cluster] == ["cpu-core"] * 3 and not cluster.uniform
+    assert cluster[2].step == 0.02 and cluster.subset([0, 1]).devices[0].step == cluster[1].step
     cluster.save(tmp_path / "c.yaml")
     assert Cluster.load(tmp_path / "c.yaml") == cluster
 
@@ -119,6 +125,7 @@ MISTAKES = [
     ("100 Mbit/s", "-5", 22, "bandwidth must be > 0 bytes per second, got -5"),
     ("20 ms", "-1", 22, "latency must be a finite number >= 0"),
     ("link: nvlink3", "link: nvlnk3", 18, "no link is called 'nvlnk3'; did you mean nvlink3"),
+    ("overlap: 0.1", "step: -1", 15, "step must be a finite number >= 0 (seconds), got -1"),
     ("overlap: 0.1", "overlap: 2", 15, "overlap must be in [0, 1], got 2"),
     ("latency: 1 ms", "latncy: 1 ms", 24, "has no 'latncy'; did you mean latency?"),
     ("like: cpu-core", "like: cpu-cor", 3, "did you mean cpu-core?"),

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from weft.cluster import Cluster, Level, Link, costs
-from weft.placement.boxing_cost import LOCAL, boxing_cost, transfer_cost
+from weft.placement.boxing_cost import LOCAL, boxing_cost
 from weft.placement.boxing_steps import steps
 from weft.placement.layout import Mesh, Partial, Replicate, Shard
 
@@ -100,12 +100,3 @@ def test_costs_follow_the_steps_on_every_pair_of_a_grid():
             assert cost.nbytes == ITEM * sum(step.elements for step in steps(src, dst, mesh, SHAPE))
             written = any(step.kind in LOCAL for step in cost.steps)
             assert (cost.seconds > 0) == (cost.nbytes > 0 or written)
-
-
-def test_between_device_sets():
-    cluster = flat(5, latency=0)
-    a, b = Mesh((2,)), Mesh((3,), ranks=(2, 3, 4))
-    cost = transfer_cost((R,), a, (R,), b, SHAPE, ITEM, cluster)
-    assert cost.nbytes == 3 * NBYTES
-    assert cost.seconds == pytest.approx(2 * NBYTES / 1e9)  # three copies leave from two devices
-    assert transfer_cost((R,), a, (R,), a, SHAPE, ITEM, cluster).seconds == 0.0

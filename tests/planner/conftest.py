@@ -34,10 +34,10 @@ def deep_graph() -> Graph:
 
 def plain_cluster(
     devices: int, *, flops: float = 1e9, bandwidth: float = 1e9, overhead: float = 0.0, link: float = 1e8, overlap: float = 1.0,
-    latency: float = 0.0, memory: int = 1 << 30, offload: Tier | None = None,
+    latency: float = 0.0, memory: int = 1 << 30, offload: Tier | None = None, step: float = 0.0,
 ) -> Cluster:  # fmt: skip
     """Equal devices that run everything at one rate, joined by equal links."""
     rate = Rate({"float32": flops}, bandwidth, overhead)
-    one = Device("d", "plain", memory, {"default": rate}, overlap=overlap, offload=offload)
+    one = Device("d", "plain", memory, {"default": rate}, overlap=overlap, offload=offload, step=step)
     made = tuple(replace(one, name=f"d{i}") for i in range(devices))
     return Cluster(made, (Level("net", (tuple(range(devices)),), (Link(latency, link),)),))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
@@ -46,6 +47,34 @@ def test_what_is_no_plan_is_said(text):
 def test_a_cut_file_is_said(found):
     with pytest.raises(ValueError, match="damaged"):
         Plan.from_json(found.to_json()[:-100])
+
+
+def test_a_file_in_a_folder_that_is_not_there_is_refused(found, tmp_path):
+    """By whatever writes one, in the same words, and nothing is made."""
+    from weft.graph import save
+    from weft.memory.record import Trace
+    from weft.memory.tracing.picture import show
+    from weft.runtime.export import _write
+
+    path, trace = tmp_path / "missing" / "x.json", Trace((), ())
+    writers = {
+        "plan.save": found.save, "plan.show": found.show, "cluster.save": found.cluster.save, "trace.save": trace.save,
+        "graph.save": partial(save, found.graph), "trace.show": partial(show, trace), "export": partial(_write, {}),
+    }  # fmt: skip
+    for name, write in writers.items():
+        with pytest.raises(ValueError, match=f"{name}: {path}: there is no folder {path.parent}; make it first"):
+            write(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [plan, Plan.manual])
+def test_nothing_to_train_is_said(make):
+    model = nn.Linear(4, 4).requires_grad_(False)
+    batch = (torch.zeros(4, 4), torch.zeros(4, 4))
+    with pytest.raises(
+        ValueError, match="nothing to train: no parameter that requires a gradient takes part in the loss"
+    ):
+        make(model, batch, loss=nn.functional.mse_loss, cluster=plain_cluster(2))
 
 
 def test_the_file_that_is_no_plan_is_named(tmp_path):

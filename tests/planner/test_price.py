@@ -65,6 +65,21 @@ def test_zero_3_gathers_again_for_backward_what_forward_did_not_read_last():
     assert manual(graph, 4, "zero-3").prediction.nbytes == pytest.approx((2 * 5 + 3) * 3 * 4 * 600 * 600)
 
 
+def test_the_sum_of_the_loss_waits_for_the_links_too(net):
+    """An all-reduce takes 2 (p - 1) latencies, whatever its size: that of the loss is as long as that of the gradients."""
+    p, latency = 3, 0.1
+    found = manual(net, p, "dp", latency=latency, link=1e15, bandwidth=1e15).prediction
+    assert found.communication == pytest.approx(2 * 2 * (p - 1) * latency)
+
+
+def test_a_steps_own_python_is_added_once(net):
+    found = [manual(net, 2, "dp", step=step) for step in (0.0, 0.25)]
+    for name in ("seconds", "compute", "exposed", "communication"):
+        more = 0.25 * (name in ("seconds", "compute"))
+        assert getattr(found[1].prediction, name) == pytest.approx(getattr(found[0].prediction, name) + more), name
+    assert found[1].lower_bound == pytest.approx(found[0].lower_bound + 0.25)
+
+
 def test_compute_is_divided_and_communication_hides(gpt_graph):
     alone = manual(gpt_graph, 1, "any", bandwidth=1e15)
     hidden, exposed = (manual(gpt_graph, 2, "zero-3", bandwidth=1e15, link=1e9, overlap=o) for o in (1.0, 0.0))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from weft.cluster import Cluster
 from weft.comm import Exchange
-from weft.errors import NotFinite
+from weft.errors import NotFinite, PlanMismatch
 from weft.planner import Plan
 from weft.runtime import read_whole, run
 from weft.runtime.checkpoint import check
@@ -147,6 +147,47 @@ def test_other_groups_are_refused(planned: Plan, plan: Plan, tmp_path: Path) -> 
         pass
 
 
+def test_another_schedule_is_refused(planned: Plan, plan: Plan, tmp_path: Path) -> None:
+    of = torch.optim.lr_scheduler
+    steps = lambda o: of.StepLR(o, 2)
+    cosine = lambda o: of.CosineAnnealingLR(o, 5)
+    first, second = (
+        lambda o, one=one: of.SequentialLR(o, [of.LinearLR(o), one(o)], milestones=[2]) for one in (cosine, steps)
+    )
+    for number, (saved, other, words) in enumerate([
+        (cosine, steps, "the schedule CosineAnnealingLR, but this one uses StepLR"),
+        (first, second, r"SequentialLR\(LinearLR, CosineAnnealingLR\), but this one uses SequentialLR\(LinearLR, StepLR\)"),
+    ]):  # fmt: skip
+        path = tmp_path / str(number)
+        with run(planned, small(), SGD, loss=F.mse_loss, scheduler=saved, checkpoint=path) as trainer:
+            trainer.step(data())
+        model = small()
+        with (
+            pytest.raises(ValueError, match=words),
+            run(plan, model, SGD, loss=F.mse_loss, scheduler=other, resume=path),
+        ):
+            pass
+        with run(plan, model, SGD, loss=F.mse_loss, scheduler=other) as trainer:
+            trainer.step(data())
+            with pytest.raises(ValueError, match=words):
+                trainer.load(path)
+            assert trainer.steps == 1 and trainer.scheduler.last_epoch == 1
+        for agreeing in (saved, None):
+            with run(plan, model, SGD, loss=F.mse_loss, scheduler=agreeing, resume=path) as trainer:
+                assert trainer.steps == 1
+
+
+def test_a_plan_serves_its_own_loss_alone(planned: Plan) -> None:
+    """Another function that computes the same is no other loss: the graph of what is given counts, as for a plan from a file."""
+    wanted = copy.deepcopy(small())
+    F.mse_loss(wanted(data()[0]), data()[1]).backward()
+    with run(planned, small(), SGD, loss=lambda output, target: F.mse_loss(output, target)) as trainer:
+        gradients = trainer.gradients(data())[1]
+    torch.testing.assert_close(gradients["0.weight"], wanted[0].weight.grad)
+    with pytest.raises(PlanMismatch), run(planned, small(), SGD, loss=F.smooth_l1_loss) as trainer:
+        trainer.step(data())
+
+
 # ---- what leaves everything as it was
 
 
@@ -166,7 +207,7 @@ def test_buffers_stay_where_nothing_is_updated(processes: int) -> None:
         assert model[1].num_batches_tracked == 1 and trainer.sync()[1].num_batches_tracked == 2
 
 
-def test_buffers_stay_where_an_exchange_skips_a_step() -> None:
+def test_buffers_and_the_step_count_stay_where_an_exchange_skips_a_step(tmp_path: Path) -> None:
     model, (x, y) = small(), data()
     plan = Plan.manual(model, (x, y), loss=F.mse_loss, cluster=Cluster.local(processes=2), strategy="dp")
     with run(plan, model, SGD, loss=F.mse_loss, exchange=Exchange(), check_finite=False) as trainer:
@@ -174,6 +215,8 @@ def test_buffers_stay_where_an_exchange_skips_a_step() -> None:
         before = copy.deepcopy(trainer.sync())
         trainer.step((x, torch.where(torch.arange(8)[:, None] == 7, float("nan"), y)))
         assert not differences(trainer.sync(), before)
+        trainer.save(tmp_path / "c")
+        assert trainer.steps == check(tmp_path / "c")["steps"] == 1  # here as in the engines: updates count
 
 
 # ---- the block ends otherwise than by its last line

@@ -132,6 +132,8 @@ class Device:
         host: machine the device sits in; the default topology groups by it.
         overlap: fraction of communication, in [0, 1], that can hide behind computing. 1 where copy engines do the
             work (GPUs); less where the same cores compute and communicate.
+        step: seconds that every training step costs besides its operators and what it sends, whatever their sizes, >= 0: the
+            runtime's own Python, on the device's host.
         offload: the tier below it that activations may wait in, named one of `TIERS`; None if there is none. What lies below a
             CPU is a disk: the host's memory is its own.
     """
@@ -143,6 +145,7 @@ class Device:
     host: str = "localhost"
     overlap: float = 1.0
     offload: Tier | None = None
+    step: float = 0.0
     _seconds: dict[tuple[str, str], tuple[float, float, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -154,6 +157,7 @@ class Device:
         object.__setattr__(self, "memory", int(self.memory))
         if not 0.0 <= self.overlap <= 1.0:
             raise ClusterError("", f"overlap must be in [0, 1], got {self.overlap}")
+        _not_negative("step", self.step, "seconds")
         if self.offload is not None and self.offload.name not in TIERS:
             raise ClusterError("", f"to must be {' or '.join(TIERS)}, got {self.offload.name!r}")
         if self.offload is not None and self.offload.name == "host" and self.kind.startswith("cpu"):
@@ -167,7 +171,7 @@ class Device:
 
     def __hash__(self) -> int:
         rates = tuple(sorted(self.rates))
-        return hash((self.name, self.kind, self.memory, self.host, self.overlap, self.offload, rates))
+        return hash((self.name, self.kind, self.memory, self.host, self.overlap, self.offload, self.step, rates))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seconds": {}}
@@ -201,8 +205,8 @@ class Device:
 
     def same_as(self, other: Device) -> bool:
         """Whether the two are interchangeable: equal in all but their name and host."""
-        mine = (self.kind, self.memory, self.overlap, self.offload, dict(self.rates))
-        return mine == (other.kind, other.memory, other.overlap, other.offload, dict(other.rates))
+        mine = (self.kind, self.memory, self.overlap, self.offload, self.step, dict(self.rates))
+        return mine == (other.kind, other.memory, other.overlap, other.offload, other.step, dict(other.rates))
 
 
 @dataclass(frozen=True)

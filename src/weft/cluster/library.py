@@ -83,6 +83,8 @@ ATTAINED = {
     "optimizer": (0.50, 0.75),
 }
 TENSOR_KINDS = ("matmul", "conv", "attention", "recurrent")
+STEP = 3e-4  # seconds that the host's Python takes for a training step besides its operators: `weft.run` of a perceptron of 20k
+# weights in one process on a server's core, less the operators. `weft profile` does not measure it, and writes this
 LAUNCH = 5e-6  # seconds for the host to launch one operator: what small operators cost on a GPU
 USABLE = 0.94  # of the card's memory: the rest is the driver's context, libraries and the allocator's slack
 
@@ -96,7 +98,7 @@ def _accelerator(kind: str, peak: Peak) -> Device:
         peaks = conv if operator == "conv" else tensor if operator in TENSOR_KINDS else vector
         flops = {dtype: value * TERA * of_flops for dtype, value in peaks.items()}
         rates[operator] = Rate(flops, peak.bandwidth * 1e9 * of_bandwidth, LAUNCH)
-    return Device(kind, kind, int(peak.memory * GIB * USABLE), rates)
+    return Device(kind, kind, int(peak.memory * GIB * USABLE), rates, step=STEP)
 
 
 def _core() -> Device:
@@ -127,6 +129,7 @@ def _core() -> Device:
             "optimizer": rate(8, 8, 2e-5),
         },
         overlap=0.3,
+        step=STEP,
     )
 
 
@@ -153,9 +156,9 @@ LINKS: dict[str, Link] = {
     "ethernet-25g": Link(2.5e-5, 2.8e9, shared=True),
     "ethernet-10g": Link(3e-5, 1.1e9, shared=True),
     "ethernet-1g": Link(6e-5, 0.117e9, shared=True),
-    "loopback": Link(
-        6e-5, 1.2e9
-    ),  # gloo between processes of one machine: kernel sockets, two copies and the reduction
+    # gloo between processes of one machine: kernel sockets, two copies and the reduction. The latency is that of messages between
+    # computing, when the other process has to be woken; back to back they take a third
+    "loopback": Link(3e-4, 1.2e9),
     "wan": Link(3e-2, 12.5e6, shared=True),  # 100 Mbit/s and 60 ms there and back: a home or office line
 }
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from weft.cluster import costs
 from weft.cluster.device import ClusterError, Device, Link, Rate, Tier
+from weft.cluster.library import STEP
 from weft.cluster.topology import Cluster, Level
 from weft.errors import WeftError
 
@@ -271,7 +272,7 @@ def assemble(results: Sequence[dict[str, Any]], elapsed: Any = lambda: 0.0) -> t
             tables[f"{tier.name} copies" if len(alike) == 1 else f"{host} {kind} {tier.name} copies"] = rows
             places[host] = f"{tier.folder or tier.name} ({results[ranks[0]]['copies']['place']})"
         for rank in ranks:
-            devices[rank] = Device(f"{host}-{rank}", kind, memory, rates, host, overlap, tier)
+            devices[rank] = Device(f"{host}-{rank}", kind, memory, rates, host, overlap, tier, STEP)
         for name, rows in fits.items():
             operators[name if len(alike) == 1 else f"{host} {kind} {name}"] = rows
     levels, collectives = _levels(results)

@@ -22,14 +22,15 @@ from weft.cluster.library import DEVICES, LINKS
 from weft.cluster.topology import Cluster, Level
 from weft.cluster.units import quantity
 from weft.names import nearest, pick
+from weft.paths import to_file
 
 __all__ = ["from_dict", "load", "save", "to_dict"]
 
 Path_ = tuple[Hashable, ...]
 
 TOP = ("name", "kinds", "devices", "levels", "links")
-KIND = ("like", "kind", "memory", "rates", "overlap", "offload")
-DEVICE = ("device", "name", "host", "count", "memory", "rates", "overlap", "offload")
+KIND = ("like", "kind", "memory", "rates", "overlap", "step", "offload")
+DEVICE = ("device", "name", "host", "count", "memory", "rates", "overlap", "step", "offload")
 RATE = ("flops", "bandwidth", "overhead")
 LEVEL = ("name", "by", "groups", "link", "links")
 GROUP = ("devices", "link")
@@ -182,6 +183,8 @@ def _changed(base: Device, entry: Mapping[str, Any], path: Path_, source: Source
         changes["memory"] = _number(entry["memory"], (*path, "memory"), "bytes", source)
     if "overlap" in entry:
         changes["overlap"] = _number(entry["overlap"], (*path, "overlap"), "a plain number", source)
+    if "step" in entry:
+        changes["step"] = _number(entry["step"], (*path, "step"), "seconds", source)
     if "rates" in entry:
         changes["rates"] = _rates(entry["rates"], (*path, "rates"), base.rates, source)
     if "offload" in entry:
@@ -442,7 +445,8 @@ def _kind_dict(name: str, device: Device) -> dict[str, Any]:
         for k, rate in device.rates.items()
     }
     offload = {} if device.offload is None else {"offload": _tier_dict(device.offload)}
-    return {**kind, "memory": device.memory, "overlap": device.overlap, "rates": rates, **offload}
+    step = {"step": device.step} if device.step else {}
+    return {**kind, "memory": device.memory, "overlap": device.overlap, **step, "rates": rates, **offload}
 
 
 def _tier_dict(tier: Tier) -> dict[str, Any]:
@@ -473,7 +477,8 @@ def _link_dict(link: Link) -> dict[str, Any]:
 
 
 def save(cluster: Cluster, path: str | Path, comment: str = "") -> None:
-    """Write a cluster file, with `comment` on top. Raises OSError where it cannot be written."""
+    """Write a cluster file, with `comment` on top. Raises ValueError where it cannot be written."""
+    to_file("cluster.save:", path)
     head = "".join(f"# {line}\n" if line else "#\n" for line in comment.splitlines())
     text = yaml.safe_dump(to_dict(cluster), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
     Path(path).write_text(head + text, encoding="utf-8")

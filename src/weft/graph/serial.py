@@ -21,6 +21,7 @@ from torch import Tensor
 
 from weft.graph.graph import Cost, Graph, Node, Ref, Repeat, TensorSpec
 from weft.graph.rewrite import dim_arguments
+from weft.paths import to_file
 
 __all__ = ["from_json", "graph_fingerprint", "load", "save", "to_json"]
 
@@ -67,7 +68,8 @@ def from_json(data: Any) -> Graph:
 
 
 def save(graph: Graph, path: str | Path) -> None:
-    """Write the graph to a JSON file."""
+    """Write the graph to a JSON file, in a folder that is there."""
+    to_file("graph.save:", path)
     Path(path).write_text(json.dumps(to_json(graph)), encoding="utf-8")
 
 

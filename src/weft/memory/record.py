@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from weft.paths import to_file
+
 __all__ = ["CATEGORIES", "Category", "Op", "Phase", "Trace", "Value"]
 
 Category = Literal["parameter", "gradient", "optimizer", "buffer", "input", "activation"]
@@ -243,7 +245,8 @@ class Trace:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, compressed if the name ends in `.z`."""
+        """Write JSON, compressed if the name ends in `.z`, in a folder that is there."""
+        to_file("trace.save:", path)
         text = json.dumps(self.to_dict(), separators=(",", ":")).encode()
         Path(path).write_bytes(zlib.compress(text, 9) if str(path).endswith(".z") else text)
 

@@ -4,8 +4,7 @@
     a line's time is `weft.cluster.costs` of the collective, on p times the line's largest piece: the slowest piece counts
 
 Lines along an axis work at the same time; those that cross one shared link together divide it (`concurrent`). A slice is a
-view and costs exactly nothing; the other local steps (`LOCAL`) cost what they read and write. Between device sets:
-`transfer_cost`.
+view and costs exactly nothing; the other local steps (`LOCAL`) cost what they read and write.
 
 The planner asks 10^5 times: everything is memoised, per (placements, shape, mesh, cluster).
 """
@@ -18,12 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from weft.cluster import Cluster, costs
-from weft.placement.boxing_between import stages
 from weft.placement.boxing_steps import Step, lacking, steps
 from weft.placement.layout import Mesh, Placements, Replicate, Shard, deal
-from weft.placement.recut import volume
 
-__all__ = ["LOCAL", "BoxingCost", "boxing_cost", "in_memory", "transfer_cost", "unlike_lines"]
+__all__ = ["LOCAL", "BoxingCost", "boxing_cost", "in_memory", "unlike_lines"]
 
 LOCAL = ("keep", "pad", "scale")  # kinds of steps that send nothing and yet write a new tensor
 PROBES = (0.0, 1e3, 1e5, 1e7, 1e9)  # bytes at which lines of devices are compared
@@ -62,37 +59,6 @@ def boxing_cost(
     if src == dst:
         return FREE
     return _cost(src, dst, shape if type(shape) is tuple else tuple(shape), itemsize, mesh, cluster)
-
-
-def transfer_cost(
-    src: Placements, mesh_a: Mesh, dst: Placements, mesh_b: Mesh, shape: Sequence[int], itemsize: int, cluster: Cluster
-) -> BoxingCost:
-    """Cost of taking a value from one mesh to another: a device sends its messages one after the other, and so it receives."""
-    return _transfer_cost(src, mesh_a, dst, mesh_b, tuple(shape), itemsize, cluster)
-
-
-@lru_cache(maxsize=1 << 16)
-def _transfer_cost(
-    src: Placements,
-    mesh_a: Mesh,
-    dst: Placements,
-    mesh_b: Mesh,
-    shape: tuple[int, ...],
-    itemsize: int,
-    cluster: Cluster,
-) -> BoxingCost:
-    path = stages(src, mesh_a, dst, mesh_b, shape)
-    seconds = 0.0
-    for stage in path:
-        busy: dict[tuple[str, int], float] = {}
-        for message in stage.messages:
-            if message.sender == message.receiver:
-                continue
-            one = costs.send(cluster, message.sender, message.receiver, itemsize * volume(message.source))
-            for end in (("sends", message.sender), ("receives", message.receiver)):
-                busy[end] = busy.get(end, 0.0) + one
-        seconds += max(busy.values(), default=0.0)
-    return BoxingCost(seconds, itemsize * sum(stage.elements for stage in path))
 
 
 @lru_cache(maxsize=1 << 18)

@@ -281,7 +281,7 @@ class _Recorder(TorchDispatchMode):
                 if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
                     raise NotReplayable(name, "it is lazy: its shape is not known yet", "give the layer its input size")
                 if tensor.device.type != "meta":
-                    tensor = self._replace(model, name, tensor)
+                    tensor = self._replace(model, tensor)
                 self.tape.values[name] = self._view(tensor)
                 first = registered.setdefault(id(tensor), name)
                 if first != name:
@@ -296,7 +296,7 @@ class _Recorder(TorchDispatchMode):
                 if any(map(stray, tree_flatten(value)[0])):
                     module.__dict__[name] = tree_map(lambda item: self.evaluate(item) if stray(item) else item, value)
 
-    def _replace(self, model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    def _replace(self, model: nn.Module, tensor: Tensor) -> Tensor:
         """Put the meta twin of a real parameter or buffer into the model, one twin per tensor, so that ties stay ties."""
         twin = self._literal(tensor.detach())
         if isinstance(tensor, nn.Parameter):

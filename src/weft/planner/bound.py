@@ -5,8 +5,8 @@ Problem    call n takes t[n, d] seconds on device d if it does all of it there (
 Method     for any weights y >= 0 that sum to 1 (weak duality of the linear programme over shares)
                T >= sum over d of y[d] (seconds of d) >= sum over n of min over d of y[d] t[n, d]
            and y[d] proportional to the speed of d makes it exact for devices that differ by one factor.   `lower_bound`
-           Every device also makes every call, so the least overhead is added for each; and the update of its
-           share of the optimizer's state.
+           Every device also makes every call, and every step, so the least overheads are added; and the update of
+           its share of the optimizer's state.
 Guarantee  a bound for all plans that this planner can make, in its own cost model. It ignores memory and communication.
 """
 
@@ -59,4 +59,5 @@ def lower_bound(graph: Graph, cluster: Cluster, optimizer: OptimizerCost) -> flo
     """Seconds that a step takes at least, whatever the plan."""
     times, overhead = _times(graph, cluster, optimizer)
     speed = 1.0 / np.maximum(times.sum(axis=0), 1e-30)
+    overhead = overhead + [device.step for device in cluster.devices]
     return float((times * (speed / speed.sum())).min(axis=1).sum() + overhead.min())

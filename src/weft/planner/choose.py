@@ -89,6 +89,7 @@ def plan(
         DoesNotFit: no plan in reach fits; the error names the device, the least bytes that would do there, what is largest,
             and what to do.
         ImpossibleConstraint, MeshTooLarge: what was fixed by hand cannot be.
+        ValueError: an argument is not what it should be, or there is nothing to train.
         CaptureError: the model cannot be captured.
     """
     from weft.graph.capture import rarely_collecting
@@ -128,6 +129,11 @@ def make_plan(
     if isinstance(mesh, str):
         raise ValueError(f"plan: mesh must be a Mesh or its shape, as (2, 4), got {mesh!r}")
     graph = model if isinstance(model, Graph) else _capture(model, batch, loss, cluster)
+    if not graph.spec(graph.loss).requires_grad:
+        raise ValueError(
+            "plan: there is nothing to train: no parameter that requires a gradient takes part in the loss (all are frozen, or "
+            "the loss is detached or a whole number); unfreeze what is to be trained"
+        )
     costing, coding = OptimizerCost.of(optimizer), _coding(exchange, graph, cluster)
     limits = memory_limits(memory, cluster)
     bound = lower_bound(graph, cluster, costing)

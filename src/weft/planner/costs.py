@@ -440,14 +440,15 @@ def _places(cluster: Cluster, mesh: Mesh) -> tuple[Place, ...]:
     """Classes of devices: by kind and rates, and by position where pieces may differ from the first one's."""
     positions = mesh.positions()
     devices = {rank: cluster.devices[rank] for rank in mesh.ranks}
-    kinds = {(d.kind, d.memory, d.overlap, d.offload, repr(d.rates)) for d in devices.values()}
+    kinds = {(d.kind, d.memory, d.overlap, d.offload, d.step, repr(d.rates)) for d in devices.values()}
     if len(kinds) == 1 and not any(mesh.weights):
         return (Place(mesh.at(positions[0]), positions[0], devices[mesh.at(positions[0])], mesh.ranks),)
     groups: dict[tuple, list[tuple[int, ...]]] = {}
     for position in positions:
         device = devices[mesh.at(position)]
         shares = tuple(w[i] if w else None for w, i in zip(mesh.weights, position, strict=True))
-        groups.setdefault((device.kind, device.memory, device.offload, repr(device.rates), shares), []).append(position)
+        alike = (device.kind, device.memory, device.offload, device.step, repr(device.rates), shares)
+        groups.setdefault(alike, []).append(position)
     return tuple(
         Place(mesh.at(group[0]), group[0], devices[mesh.at(group[0])], tuple(mesh.at(p) for p in group))
         for group in groups.values()

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -307,7 +307,7 @@ class Explorer:
         """Bytes per class of devices with which the candidate can still be made to fit."""
         return least_bytes(self.pricing, found.assignment, found.prediction, moves)
 
-    def within_memory(self, fastest: Candidate, report: Callable[[Candidate], None] | None = None) -> list[Candidate]:
+    def within_memory(self, fastest: Candidate) -> list[Candidate]:
         """Candidates that trade time for memory: lambda raised until one fits, then bisected.
 
         The last resort weighs memory alone; if that does not fit either, nothing in reach does.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weft.cluster import Cluster
 from weft.errors import DoesNotFit, PlanMismatch
 from weft.graph.graph import Graph
+from weft.paths import to_file
 from weft.placement.assignment import Assignment
 from weft.placement.layout import Mesh, Shard
 from weft.planner.optimizer import OptimizerCost
@@ -298,7 +299,12 @@ class Plan:
         return cls.from_dict(data)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON.
+
+        Raises:
+            ValueError: nothing can be written there: no such folder, say.
+        """
+        to_file("plan.save:", path)
         Path(path).write_text(self.to_json())
 
     @classmethod
@@ -320,7 +326,12 @@ class Plan:
     # ---- looking
 
     def show(self, path: str | Path) -> Path:
-        """Write one self-contained HTML page (no network): layers by placement, bytes moved, memory, timeline, alternatives."""
+        """Write one self-contained HTML page (no network): layers by placement, bytes moved, memory, timeline, alternatives.
+
+        Raises:
+            ValueError: nothing can be written there: no such folder, say.
+        """
+        to_file("plan.show:", path)
         from weft.planner.page import page
 
         target = Path(path)

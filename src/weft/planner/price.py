@@ -6,6 +6,7 @@ Method     the step is walked in the runtime's order on two clocks, compute and 
                reductions of gradients    start when a bucket's gradients are complete; the step's end waits for all
                                       by an exchange: its codecs are compute, its messages communication     (see `coding`)
                gathers after the update   (ZeRO-1, -2) nothing hides them
+               the loss                   is summed over all devices during backward
            so that a window costs max(compute, communication). Devices hide only the fraction `overlap` of a communication;
            the rest of it holds up compute.
            Unlike devices keep clocks of their own between communications, where the slowest counts.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from weft.cluster import costs as collectives
 from weft.graph.graph import Graph, Ref
 from weft.placement.assignment import Assignment
 from weft.placement.axes import Cuts, find_cuts
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from weft.planner.squeeze import Repeats
 
 __all__ = ["DeviceMemory", "Event", "Layer", "Prediction", "Pricing", "layer_of", "price"]
+
+LOSS_NBYTES = 16  # of the all-reduce that brings the loss, and whether to stop, to every process (`runtime.engine`)
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,12 @@ class Prediction:
 
     Attributes:
         seconds: of the step, optimizer included.
-        compute: seconds of operators on the slowest device.
+        compute: seconds of operators, and of the step's own Python (`Device.step`), on the slowest device.
         communication: seconds of all communication, hidden or not.
         exposed: seconds of communication that nothing hides.
         update: seconds of the optimizer.
         waiting: seconds of copies to and from a lower tier that nothing hides, on the slowest device.
-        nbytes: bytes on the wire per step, over all links.
+        nbytes: bytes on the wire per step, over all links, but for those of the loss.
         memory: per class of devices.
         layers: in order of the model.
         timeline: of the slowest device, neighbouring events of one layer merged.
@@ -312,6 +316,10 @@ class _Walk:
         self._boxed: dict[int, list[Boxing]] = {}  # made for call i
 
     def run(self) -> None:
+        self.now += [place.device.step for place in self.costs.places]
+        self.worked += self.now
+        if self.now.any():
+            self._event("compute", "step", "model", 0.0, float(self.now.max()))
         self._forward()
         self._backward()
         self._update()
@@ -423,6 +431,8 @@ class _Walk:
                 where[ref] = placement
 
     def _backward(self) -> None:
+        loss = collectives.all_reduce(self.costs.cluster, self.costs.mesh.ranks, LOSS_NBYTES)
+        self._start(Boxing(loss), "model", "sum losses")
         again = sorted((bucket for bucket in self.buckets if bucket.regathers), key=lambda bucket: -bucket.last)
         before = self._gathers(again[1:], lambda bucket: bucket.last)  # the first is still there from forward
         complete: dict[int, list[Bucket]] = {}

@@ -1,6 +1,6 @@
 """Checkpoints: folders of `torch.distributed.checkpoint` that any plan, and any number of processes, can load.
 
-    folder/weft.json             format, names, optimizer's groups, and size and CRC-32 of every other file
+    folder/weft.json             format, names, optimizer's groups, class of the schedule, and size and CRC-32 of every other file
     folder/about.pt              what the trainer wants back: steps, scheduler, random state
     folder/exchange-<rank>.pt    what each process's exchange of gradients has kept, if there is one (see coded.py)
     folder/*.distcp, .metadata   the tensors, as DTensors; `model.<name>` and `optimizer.state.<name>.<key>` as torch's own
@@ -44,7 +44,10 @@ from weft.runtime.pieces import Holding, hold
 if TYPE_CHECKING:
     from weft.runtime.engine import Engine
 
-__all__ = ["check", "check_optimizer", "dtensors", "load", "read_about", "read_values", "read_whole", "save"]
+__all__ = [
+    "check", "check_optimizer", "check_schedule", "dtensors", "load", "read_about", "read_index", "read_values", "read_whole",
+    "save",
+]  # fmt: skip
 
 FORMAT = 1
 INDEX, ABOUT = "weft.json", "about.pt"
@@ -213,6 +216,7 @@ def save(engine: Engine, path: Path, about: Mapping[str, Any]) -> None:
             },
             "exchange": coded.about(engine.coded),
             "names": about.get("names", {}),
+            "schedule": about.get("schedule", ""),
             "files": files,
         }
         _write_synced(part / INDEX, json.dumps(index, indent=1).encode())
@@ -283,28 +287,34 @@ def check(path: Path) -> dict[str, Any]:
         ValueError: there is no checkpoint.
         CheckpointDamaged: a file is missing, cut short or altered.
     """
+    index = read_index(path)
+    for name, (size, crc) in index["files"].items():
+        file = Path(index["path"]) / name
+        if not file.is_file():
+            raise CheckpointDamaged(index["path"], f"{name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointDamaged(index["path"], f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if _crc(file) != crc:
+            raise CheckpointDamaged(index["path"], f"the content of {name} has changed")
+    return index
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """What `weft.json` says, and under "path" the folder; the other files are not looked at. Raises as `check`."""
     path = Path(path)
     if not path.exists() and path.with_name(f".{path.name}.old").exists():  # died between two renames
         path = path.with_name(f".{path.name}.old")
     if not path.is_dir():
         raise ValueError(f"no checkpoint at {path}; a checkpoint is a folder written by trainer.save")
     try:
-        index = json.loads((path / INDEX).read_text())
-        files = dict(index["files"])
+        index: dict[str, Any] = json.loads((path / INDEX).read_text())
+        index["files"] = dict(index["files"])
     except FileNotFoundError:
         raise CheckpointDamaged(str(path), f"{INDEX} is missing") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(str(path), f"{INDEX} cannot be read ({error})") from None
     if index.get("format") != FORMAT:
         raise ValueError(f"checkpoint {path} has format {index.get('format')}, this version of weft reads {FORMAT}")
-    for name, (size, crc) in files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointDamaged(str(path), f"{name} is missing")
-        if file.stat().st_size != size:
-            raise CheckpointDamaged(str(path), f"{name} has {file.stat().st_size} bytes instead of {size}")
-        if _crc(file) != crc:
-            raise CheckpointDamaged(str(path), f"the content of {name} has changed")
     index["path"] = str(path)
     return index
 
@@ -396,6 +406,20 @@ def check_optimizer(index: Mapping[str, Any], wanted: Recipe) -> None:
                     f"checkpoint {index['path']} has {name!r} in parameter group {before[name]}, but this run's optimizer has it "
                     f"in group {number}; give it the groups of the run that saved, {remedy}"
                 )
+
+
+def check_schedule(index: Mapping[str, Any], here: str) -> None:
+    """See whether a run's learning-rate schedule (by its class, "" for none) can take the state in the checkpoint of an index.
+
+    Raises:
+        ValueError: it is of another class. A run may leave the schedule out, or begin one.
+    """
+    saved = index.get("schedule", "")
+    if saved and here and saved != here:
+        raise ValueError(
+            f"checkpoint {index['path']} is of a run with the schedule {saved}, but this one uses {here}; use that schedule, or "
+            "load the weights alone: trainer.load_state_dict(weft.runtime.read_whole(path))"
+        )
 
 
 def _empty_like(engine: Engine, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Driver(abc.ABC):
         rank: of the process that the user's code runs in: 0 prints and writes; always 0 with spawned processes.
         processes: how many engines there are.
         alone: the user's code runs in this process only, so that it may end at any place.
-        last_step: number of the last step that was finished.
+        last_step: number of updates made; a step that is skipped (`check_finite=False`) is none.
         failure: the error of the last command; None after one that went well.
         exchange: the name of what sends gradients, where there was a choice: "plain" for all-reduce; else "".
     """

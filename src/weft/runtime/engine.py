@@ -92,6 +92,7 @@ class StepResult:
         loss: global, before the update.
         norm: of the gradient before clipping; None without.
         stop: some process wants to.
+        steps: updates made so far: one that was skipped is none.
         peak: most bytes of tensors on any one process at any moment so far; 0 if nothing measures them. Of other processes,
             as far as this one has heard: up to the last micro-batch's backward.
     """
@@ -100,6 +101,7 @@ class StepResult:
     norm: float | None = None
     stop: bool = False
     peak: int = 0
+    steps: int = 0
 
 
 def shape_key(leaves: Sequence[Tensor], train: bool) -> Key:
@@ -240,7 +242,7 @@ class Engine:
         """
         with self.keeper.step(leaf for job in jobs for leaf in job.leaves):
             result = self.update(self.accumulate(jobs), options)
-        return replace(result, peak=max(result.peak, self.keeper.peak))
+        return replace(result, peak=max(result.peak, self.keeper.peak), steps=self.steps)
 
     def accumulate(self, jobs: Sequence[Job]) -> StepResult:
         """Global loss of the micro-batches, and its gradient in the pieces."""

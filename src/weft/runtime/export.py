@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from weft.paths import to_file
 from weft.runtime.checkpoint import read_whole
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def export(source: Trainer | str | Path, path: str | Path) -> Path:
         source: a trainer (a collective under torchrun; the first process writes), or the folder of a checkpoint.
         path: the file, by custom `.safetensors`; written beside and then renamed.
     Raises:
-        ValueError: nothing to export yet, or no checkpoint there.
+        ValueError: nothing to export yet, no checkpoint there, or nothing can be written at `path`: no such folder, say.
         CheckpointDamaged: the checkpoint is not whole.
     """
     path = Path(path)
@@ -55,7 +56,7 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         distinct[name] = tensor.clone() if tensor.data_ptr() in seen and tensor.numel() else tensor.contiguous()
         seen.add(tensor.data_ptr())
-    path.parent.mkdir(parents=True, exist_ok=True)
+    to_file("export:", path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(distinct, str(part), metadata={"format": "pt"})
     part.replace(path)

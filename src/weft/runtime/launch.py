@@ -176,10 +176,7 @@ class Spawned(Driver):
             self._failed(errors, everybody=len(errors) == len(self._workers))
         if waiting:
             self._silent(list(waiting.values()), f"did not finish '{name}' within {seconds:.0f} s")
-        results = [replies[worker.rank][1] for worker in self._workers]
-        if isinstance(results[0], StepResult):
-            self.last_step += 1
-        return results
+        return [replies[worker.rank][1] for worker in self._workers]
 
     def _silent(self, workers: Sequence[_Process], how: str) -> None:
         """Give up on processes that do not answer: any of them may be the one that hangs, the others wait for it."""
@@ -249,7 +246,8 @@ class Spawned(Driver):
         return note, [(len(job.leaves), job.weight, job.train) for job in jobs]
 
     def step(self, jobs: Sequence[Job], options: Sequence[Mapping[str, Any]]) -> StepResult:
-        results = self._ask("step", *self._send_jobs(jobs), list(options))
+        results: list[StepResult] = self._ask("step", *self._send_jobs(jobs), list(options))
+        self.last_step = results[0].steps
         return replace(results[0], stop=self.interrupts.taken(), peak=max(result.peak for result in results))
 
     def gradients(self, jobs: Sequence[Job]) -> tuple[float, dict[str, Tensor]]:

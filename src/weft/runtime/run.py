@@ -66,17 +66,18 @@ def run(
             (those of the first process, where they differ).
         optimizer: a class, a `functools.partial`, a function of `model.parameters()`, or a fresh instance built on them.
             Default: the plan's, with torch's default options.
-        loss: as given to `weft.plan`; needed where the model must be captured again, for batches of other sizes or a plan read
-            from a file.
+        loss: as given to `weft.plan`, which is the default; needed where the model must be captured again, for batches of other
+            sizes or a plan read from a file. With another one: `PlanMismatch`, if the model with it is not what was planned.
         clip_norm: scale the whole gradient down to at most this Euclidean norm.
         accumulate: cut each batch into so many micro-batches, one after the other.
         autocast: "bf16" runs matrix products in bfloat16; parameters stay as they are.
         scheduler: a function from an optimizer to a `torch.optim.lr_scheduler`, stepped after every update.
         seed: of dropout and other random operators in the model.
-        check_finite: raise `NotFinite` instead of updating with a NaN or infinite loss.
+        check_finite: raise `NotFinite` instead of updating with a NaN or infinite loss. If False, a step that an `exchange` skips
+            is not counted in `trainer.steps`.
         checkpoint: a folder to save to when the block ends, also by Ctrl-C or (not under torchrun) an error of your own, and
             every `checkpoint_every` steps.
-        resume: a checkpoint folder to go on from.
+        resume: a checkpoint folder to go on from, with an optimizer, and if any a schedule, of the class that it was saved with.
         progress: show loss, tokens per second and memory: measured beside planned.
         log_dir: a folder for `log.jsonl`, and TensorBoard event files if tensorboard is installed.
         device: "cpu" or "cuda"; default: "cuda" if the plan's devices are GPUs and this machine has as many, else "cpu".

@@ -67,6 +67,8 @@ class Trainer:
         log_dir: str | Path | None = None,
     ):
         self.plan, self.model, self.driver, self._loss = plan, model, driver, loss
+        # The plan's own graph, if it is of this loss; any other loss shows when the first batch is captured with it.
+        self._planned: Graph | None = plan.graph if loss == plan.loss else None
         self._accumulate = accumulate
         self.losses: list[float] = []
         self.norm: float | None = None
@@ -150,7 +152,7 @@ class Trainer:
         """The batch's tensors in the graph's order; the first batch starts everything."""
         self._require_run()
         if self._graph is None:
-            self._start(self.plan.graph if self.plan.graph is not None else self._captured(batch, train=True))
+            self._start(self._planned if self._planned is not None else self._captured(batch, train=True))
         while self._pending:
             self._pending[0].bring()  # one that fails says so with every batch
             del self._pending[0]
@@ -300,13 +302,14 @@ class Trainer:
         With a plan read from a file, before the first batch, the tensors are checked now and read then.
 
         Raises:
-            ValueError: no checkpoint there, or one of another model, optimizer or exchange.
+            ValueError: no checkpoint there, or one of another model, optimizer, exchange or class of schedule.
             CheckpointDamaged: a file is missing or cut short. Nothing has been changed in either case.
         """
         self._require_run()
-        path, index = Path(path), {}
-        if self._graph is None:  # what is wrong is said before any process is asked
-            index = checkpoint.check(path)
+        path, early = Path(path), self._graph is None
+        index = checkpoint.check(path) if early else checkpoint.read_index(path)
+        checkpoint.check_schedule(index, _kind(self.scheduler))
+        if early:  # what is wrong is said before any process is asked
             checkpoint.check_optimizer(index, self._recipe)
         if self._started():
             self._go_on(self._read(path))
@@ -317,8 +320,8 @@ class Trainer:
 
     def _started(self) -> bool:
         """Whether there are engines. A plan of this process has them built now; one from a file needs a batch, to capture."""
-        if self._graph is None and self.plan.graph is not None:
-            self._start(self.plan.graph)
+        if self._graph is None and self._planned is not None:
+            self._start(self._planned)
         return self._graph is not None
 
     def _read(self, path: Path) -> dict[str, Any]:
@@ -348,6 +351,7 @@ class Trainer:
             "losses": list(self.losses),
             "groups": self._options(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "schedule": _kind(self.scheduler),
             "torch_rng": torch.get_rng_state(),
             "python_rng": [version, list(numbers), rest],
             "names": self.names(),
@@ -441,6 +445,13 @@ def _schedule(scheduler: Callable[[Any], Any], optimizer: torch.optim.Optimizer)
             "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)"
         )
     return made
+
+
+def _kind(scheduler: Any) -> str:
+    """A schedule's class, with those that it is made of; "" for none."""
+    parts = ", ".join(map(_kind, getattr(scheduler, "_schedulers", ())))
+    name = type(scheduler).__name__ if scheduler is not None else ""
+    return f"{name}({parts})" if parts else name
 
 
 def _needs_metric(scheduler: Any) -> bool:

@@ -15,6 +15,7 @@ from weft.memory.core.core import MOVE_RATE
 from weft.memory.planning.check import Checked, Tier, check
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
+from weft.paths import to_file
 
 __all__ = ["MemoryPlan", "Part", "size"]
 
@@ -194,7 +195,8 @@ class MemoryPlan:
         return cls(trace, data["budget"], schedule, check(trace, schedule, tier), data["method"], tier, policies)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, compressed if the name ends in `.z`."""
+        """Write JSON, compressed if the name ends in `.z`, in a folder that is there."""
+        to_file("plan.save:", path)
         text = json.dumps(self.to_dict(), separators=(",", ":")).encode()
         Path(path).write_bytes(zlib.compress(text, 9) if str(path).endswith(".z") else text)
 

@@ -34,6 +34,7 @@ from weft.cluster.device import Device
 from weft.graph.kinds import forward_name, kind_of
 from weft.memory import native
 from weft.memory.tracing.operators import label, reads_bytes, tensors_of
+from weft.paths import to_file
 
 __all__ = ["CostTable", "Like", "Sample", "Work", "clock", "describe", "gauge", "measure_operators", "sample"]
 
@@ -286,7 +287,8 @@ class CostTable:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write JSON, in a folder that is there."""
+        to_file("costs.save:", path)
         Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
 
     @classmethod

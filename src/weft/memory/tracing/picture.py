@@ -28,6 +28,7 @@ from weft.memory.tracing.moments import (
     peak_operator,
 )
 from weft.pages import document, legend, tiles
+from weft.paths import to_file
 
 __all__ = ["page", "show"]
 
@@ -51,9 +52,10 @@ def show(trace: Trace, path: str | Path, plan: Any = None) -> Path:
         path: of the HTML file.
         plan: a `MemoryPlan` of this trace, or a `Schedule`: its bytes are drawn as a line, its budget as another.
     Raises:
-        ValueError: the plan is not of this trace.
+        ValueError: the plan is not of this trace, or nothing can be written there: no such folder, say.
     """
     path = Path(path)
+    to_file("trace.show:", path)
     path.write_text(page(trace, plan), encoding="utf-8")
     return path
 
