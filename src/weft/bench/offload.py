@@ -92,7 +92,7 @@ def tiered(problem: Problem, overlap: bool = True) -> Iterator[Step]:
     from weft.memory.tiers import Tiered, Tiers
 
     model = problem.model()
-    options: dict[str, Any] = {"update": "backward", "buffers": 4, "chunk": "4 MiB", "ahead": "8 MiB"}
+    options: dict[str, Any] = {"update": "backward", "buffers": 4, "chunk": "4 MiB", "ahead": "16 MiB"}
     if not overlap:
         options = {"update": "step", "buffers": 1, "chunk": "4 MiB", "ahead": 1}
     gradients = "host" if overlap else "disk"
@@ -336,7 +336,7 @@ class Raw:
 
 @contextlib.contextmanager
 def raw(problem: Problem) -> Iterator[Step]:
-    """The bytes that a step of `tiered` moves, and nothing else: reads, then writes."""
+    """The bytes that a step of `tiered` moves by the formula, and nothing else: reads, then writes."""
     from weft.memory.tiers import Tiers, traffic
 
     moved = traffic(Tiers("disk", "host", "disk"), 4 * _numel(problem), reused=True)

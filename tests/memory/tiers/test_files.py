@@ -43,6 +43,17 @@ def test_round_trip(tmp_path, disk, size, direct):
     assert disk.bytes_read == disk.bytes_written == round_up(size)
 
 
+def test_long_transfers_are_cut_into_near_equal_parts(tmp_path, disk, monkeypatch):
+    file, buffer, parts = DiskFile(tmp_path / "x", MIB), aligned(9 * 16 * 1024), []
+    real = file.write_now
+    monkeypatch.setattr(file, "write_now", lambda view, offset: (parts.append((offset, len(view))), real(view, offset)))
+    disk.write(file, buffer, 0).wait()  # 144 KiB in blocks of at most 64: three, not two and a small one
+    assert sorted(parts) == [(0, 48 << 10), (48 << 10, 48 << 10), (96 << 10, 48 << 10)]
+    disk.write(file, buffer[:0], 0).wait()
+    assert len(parts) == 3
+    file.close()
+
+
 def test_buffers_are_aligned():
     for size in SIZES:
         buffer = aligned(size)

@@ -59,6 +59,10 @@ def test_chunks_hold_every_element_once(sizes, nbytes, rank):
         assert [p for part in parts for p in part][:1] == ([shard.start] if shard.length else [])
         assert all(a[1] == b[0] for a, b in pairwise(parts))
         assert sum(stop - start for start, stop in parts) == shard.length
+        # no more pieces than it takes, of near-equal length: an update waits for none but what must be in its chunk
+        room = max(nbytes // shard.dtype.itemsize // QUANTUM, 1) * QUANTUM
+        assert len(parts) <= -(-shard.length // room)
+        assert len({stop - start for start, stop in parts[:-1]}) <= 1
 
 
 @QUIET

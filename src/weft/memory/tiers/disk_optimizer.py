@@ -32,7 +32,7 @@ from weft.memory.tiers.groups import described, plain_options, refuse_more, rest
 from weft.memory.tiers.layout import Segment, Shard
 from weft.memory.tiers.manifest import Manifest
 from weft.memory.tiers.peers import Peers
-from weft.memory.tiers.resume import open_states
+from weft.memory.tiers.resume import check_resume, open_states
 from weft.memory.tiers.states import States
 from weft.memory.tiers.whole import Layout, packed, replace, unpacked
 from weft.memory.tiers.workplace import Workplace
@@ -75,20 +75,23 @@ class DiskOptimizer(torch.optim.Optimizer):
         threads: int = 4,
         **options: Any,
     ):
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
+            got = repr(kind) if isinstance(kind, (str, type)) else f"an object of type {type(kind).__name__}"
             raise ValueError(
-                f"DiskOptimizer: kind must be an optimizer's class, as torch.optim.AdamW, got {kind!r:.40}; "
-                "its options follow by name"
+                f"DiskOptimizer: kind must be an optimizer's class, as torch.optim.AdamW, got {got}; its options follow by name"
             )
+        if isinstance(params, nn.Module):
+            raise ValueError("DiskOptimizer: params must be parameters, got a module; pass model.parameters()")
+        check_resume(resume)
         defaults = kind([nn.Parameter(torch.zeros(1))], **options).defaults
         super().__init__(params, defaults)
         self.kind, self.notes = kind, {}
         self._parameters: list[nn.Parameter] = [p for group in self.param_groups for p in group["params"]]
         shards = self._shards()
-        self._folder = Path(folder)
         with ExitStack() as opened:
             self.place = Workplace(folder, threads=threads)
             opened.callback(self.place.close)
+            self._folder = self.place.folder
             self.states = States(
                 shards,
                 [Elementwise(kind, defaults) for _ in self.param_groups],
@@ -143,6 +146,7 @@ class DiskOptimizer(torch.optim.Optimizer):
             return {}
         self.notes.update(found.notes)
         restore(self.param_groups, found.groups)
+        self.states.load_values(self.states.in_memory())
         return found.extra
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -175,12 +179,14 @@ class DiskOptimizer(torch.optim.Optimizer):
         """One step; on return it is complete on disk.
 
         Raises:
-            DiskFull: parameters and state are as before the step.
+            DiskFull: parameters and state are as before the step. Changes made in place since the last one are kept, too, where
+                torch counts them (`p.mul_()` does, `p.data.mul_()` does not).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        edited = {i: flat(p).clone() for i, p in enumerate(self._parameters) if p._version != self._versions[i]}
         try:
             changed = self._changed()
             order = sorted({c for index in changed for c, _ in self.states.of_shard[index]})
@@ -188,6 +194,9 @@ class DiskOptimizer(torch.optim.Optimizer):
             self.states.commit(lambda: self._about(self.states.step + 1), random_state())
         except BaseException:
             self.states.rollback()
+            self._versions = [parameter._version for parameter in self._parameters]
+            for index, values in edited.items():  # of which the file does not know
+                flat(self._parameters[index]).copy_(values)
             raise
         finally:
             self._gradients.clear()

@@ -158,7 +158,7 @@ class Fetcher:
         elif whole is None:
             whole = self._part(index)
         if ordered:
-            self.look_ahead()
+            self.look_ahead(there=index)
         return whole
 
     def _following(self) -> int:
@@ -196,12 +196,17 @@ class Fetcher:
             del self._arriving[index]
         return arriving.wait(self.device)
 
-    def look_ahead(self) -> None:
-        """Start what the recorded order says comes next, and drop what it no longer says."""
+    def look_ahead(self, there: int = -1) -> None:
+        """Start what the recorded order says comes next, and drop what it no longer says.
+
+        Args:
+            there: a parameter that has just been fetched, of which its slot does not know yet.
+        """
         room, expected = self.ahead, set()
         for index in self.order.ahead():
             slot = self.slots[index]
-            if slot.tier == "device" or slot.whole is not None or index in self._gathering or index in expected:
+            here = index == there or slot.tier == "device" or slot.whole is not None
+            if here or index in self._gathering or index in expected:
                 continue
             room -= slot.each * slot.dtype.itemsize
             if room < 0 and expected:

@@ -175,15 +175,17 @@ class Disk:
 
     Args:
         threads: transfers worked on at once, >= 1. Four saturate the disks we measured.
-        block: bytes of one system call, a multiple of `ALIGN`.
+        block: most bytes of one system call, a multiple of `ALIGN`; longer transfers are cut into near-equal parts.
 
     Attributes:
         bytes_read, bytes_written: so far, as asked for.
     """
 
-    def __init__(self, threads: int = 4, block: int = 4 << 20):
-        if threads < 1 or block < ALIGN or block % ALIGN:
-            raise ValueError(f"Disk: threads must be >= 1 and block a multiple of {ALIGN}, got {threads} and {block}")
+    def __init__(self, threads: int = 4, block: int = 8 << 20):
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads must be a whole number of at least 1, got {threads!r}; 4 keep most disks busy")
+        if block < ALIGN or block % ALIGN:
+            raise ValueError(f"Disk: block must be a multiple of {ALIGN} bytes, got {block}")
         self.block = block
         self.bytes_read = self.bytes_written = 0
         self.threads = threads
@@ -212,8 +214,8 @@ class Disk:
     def _cut(
         self, move: Callable[[memoryview, int], None], view: memoryview, offset: int, pool: ThreadPoolExecutor
     ) -> list[Future[Any]]:
-        steps = range(0, len(view), self.block)
-        return [pool.submit(_move, move, view[at : at + self.block], offset + at) for at in steps]
+        each = round_up(-(-len(view) // max(-(-len(view) // self.block), 1)))
+        return [pool.submit(_move, move, view[at : at + each], offset + at) for at in range(0, len(view), each or 1)]
 
     def _new_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads, thread_name_prefix="weft-disk")

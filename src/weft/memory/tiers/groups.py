@@ -8,7 +8,7 @@ Front       has the groups of a `Tiered`, for schedules and loops; the state is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, final
 
 import torch
@@ -87,9 +87,18 @@ def grouped(model: nn.Module, groups: Sequence[Mapping[str, Any]] | None) -> lis
     names = {id(p): name for name, p in named.items()}
     found: list[tuple[Named, dict[str, Any]]] = []
     seen: set[str] = set()
+    if (
+        not isinstance(groups, Sequence)
+        or not groups
+        or not all(isinstance(g, Mapping) and "params" in g for g in groups)
+    ):
+        raise ValueError(
+            "Tiered: groups must be a list of dicts with 'params' (parameters or their names) and options, got "
+            f"{groups!r:.80}"
+        )
     for group in groups:
         members = {}
-        for item in group["params"]:
+        for item in _members(group["params"]):
             name = item if isinstance(item, str) else names.get(id(item), "")
             if name not in named or name in seen:
                 what = "is in two groups" if name in seen else "is no parameter of the model"
@@ -98,6 +107,15 @@ def grouped(model: nn.Module, groups: Sequence[Mapping[str, Any]] | None) -> lis
             members[name] = named[name]
         found.append((members, {k: v for k, v in group.items() if k != "params"}))
     return found
+
+
+def _members(params: Any) -> Iterable[Any]:
+    """The parameters of a group, or one alone, as torch's optimizers take them."""
+    if isinstance(params, (str, Tensor)):
+        return [params]
+    if not isinstance(params, Iterable):
+        raise ValueError(f"Tiered: 'params' of a group must be parameters or their names, got {type(params).__name__}")
+    return params
 
 
 class Run(Protocol):

@@ -91,31 +91,29 @@ class Chunk:
 
 
 def cut(shards: Sequence[Shard], nbytes: int) -> tuple[Chunk, ...]:
-    """Pack shards, in their order, into chunks of at most `nbytes` of parameters (at least `QUANTUM` elements each)."""
+    """Pack shards, in their order, into chunks of at most `nbytes` of parameters (at least `QUANTUM` elements each).
+
+    A shard that is too long for a chunk is cut into near-equal pieces, and one that does not fit behind others begins a chunk:
+    an update waits for the gradients of all shards of its chunk, and keeps the others in memory meanwhile.
+    """
     chunks: list[Chunk] = []
     filling: dict[tuple[int, torch.dtype, bool], tuple[list[Segment], int]] = {}
-
-    def close(key: tuple[int, torch.dtype, bool]) -> None:
-        segments, _ = filling.pop(key)
-        chunks.append(Chunk(*key, tuple(segments)))
-
     for index, shard in enumerate(shards):
         key = (shard.group, shard.dtype, shard.on_disk)
         room = max(nbytes // shard.dtype.itemsize // QUANTUM, 1) * QUANTUM
+        pieces = -(-shard.length // room)
+        each = round_up(-(-shard.length // max(pieces, 1)), QUANTUM)
         at = shard.start
         while at < shard.stop:
-            segments, used = filling.setdefault(key, ([], 0))
             # A segment ends with its shard or at a multiple of QUANTUM from the shard's start.
-            length = min(shard.stop - at, max((room - used) // QUANTUM * QUANTUM, min(room - used, QUANTUM)))
-            if length < min(shard.stop - at, QUANTUM):
-                close(key)
-                continue
-            segments.append(Segment(index, at, at + length))
-            filling[key] = (segments, used + length)
+            length = min(shard.stop - at, each)
+            segments, used = filling.pop(key, ([], 0))
+            if used + length > room:
+                chunks.append(Chunk(*key, tuple(segments)))
+                segments, used = [], 0
+            filling[key] = ([*segments, Segment(index, at, at + length)], used + length)
             at += length
-    for key in list(filling):
-        close(key)
-    return tuple(chunks)
+    return (*chunks, *(Chunk(*key, tuple(segments)) for key, (segments, _) in filling.items()))
 
 
 def parts_of(chunks: Sequence[Chunk], shards: int) -> list[list[tuple[int, int]]]:

@@ -103,6 +103,9 @@ class Passes:
         return sharing
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._frames:  # the pass was refused before it began
+            self._running = False
+            return
         frame = self._frames.pop()
         if frame.sharing is not None:
             frame.sharing.__exit__(None, None, None)

@@ -67,6 +67,8 @@ def control_group(group: Any) -> Any:
         return None
     import torch.distributed as dist
 
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a process group, as torch.distributed.group.WORLD, or None, got {group!r:.80}")
     if dist.get_world_size(group) == 1:
         return None
     if "gloo" in dist.get_backend(group):

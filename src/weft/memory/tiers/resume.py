@@ -33,7 +33,7 @@ from weft.memory.tiers.manifest import (
 )
 from weft.memory.tiers.states import States
 
-__all__ = ["Found", "open_states"]
+__all__ = ["Found", "check_resume", "open_states"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,15 @@ class Found:
     extra: dict[str, Tensor]
     notes: dict[str, Any]
     groups: list[dict[str, Any]]
+
+
+def check_resume(resume: object) -> None:
+    """
+    Raises:
+        ValueError: it is neither True nor False: of a string from a command line, "no" would resume.
+    """
+    if not isinstance(resume, bool):
+        raise ValueError(f"resume must be True or False, got {resume!r}")
 
 
 def open_states(
@@ -56,8 +65,8 @@ def open_states(
     """Give the states their files: those in the folder if it holds any, else new ones; a collective.
 
     Args:
-        states: not opened yet; on return its file is open, and if it was resumed, everything is in it, and parameters whose
-            home is memory have their values.
+        states: not opened yet; on return its file is open, and if it was resumed, everything is in it. Parameters whose home
+            is memory get their values from it by `States.load_values`, when nothing else can go wrong any more.
         folder: of all ranks.
         about: makes a manifest (without chunks) for a step.
         extra: what is to be kept beside the chunks, if a new layout is written.
@@ -100,7 +109,6 @@ def open_states(
         states.folder = folder / str(number) / f"rank{peers.rank}"
         extras = peers.agree(lambda: _move(states, old, theirs, world))
         states.commit(lambda: replace(about(step), notes=theirs.notes, groups=theirs.groups), extras or extra())
-    peers.agree(lambda: states.load_values(states.in_memory()))
     if peers.rank == 0:
         remove_layouts(folder, int(states.folder.parent.name))
     return Found(extras, theirs.notes, theirs.groups)

@@ -25,8 +25,10 @@ class Ring:
     """
 
     def __init__(self, number: int, nbytes: int):
-        if number < 1:
-            raise ValueError(f"buffers must be at least 1, got {number}; 3 let reading, updating and writing overlap")
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(
+                f"buffers must be a whole number of at least 1, got {number!r}; 3 let reading, updating and writing overlap"
+            )
         self.number, self.nbytes, self.taken = number, nbytes, 0
         self._all: list[Tensor] = []
         self._free: list[Tensor] | None = None

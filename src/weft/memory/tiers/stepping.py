@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import together
+from weft.memory.tiers.dense import flat
 from weft.memory.tiers.fetch import Fetcher, Slot
 from weft.memory.tiers.gradients import Gradients
 from weft.memory.tiers.moved import Moved
@@ -54,7 +55,7 @@ class Steps:
         if self.states.broken:
             raise RuntimeError(self.states.broken)
         self.fetcher.settle()
-        before = self.states.step
+        before, edited = self.states.step, self._edited()
         try:
             self.peers.agree(self._update)
             self.states.commit(lambda: self.store.about(self.states.step + 1), self.store.extra())
@@ -65,6 +66,9 @@ class Steps:
                     self._end()  # an interrupt came when the step counted already
                 raise
             self._undo()
+            self._versions = self._now()
+            for index, values in edited.items():
+                flat(self.slots[index].parameter).copy_(values)
             if self.updates is not None:
                 self._drop_gradients()
             raise
@@ -99,6 +103,12 @@ class Steps:
         """Versions of the parameters that the user may change in place, where the files must tell of it."""
         there = [slot for slot in self.slots if slot.tier == "device"] if self.states.streamed else []
         return {slot.index: slot.parameter._version for slot in there}
+
+    def _edited(self) -> dict[int, Tensor]:
+        """Elements of those that the user has changed, which an undone step would otherwise read back from the files; none where
+        backward changes parameters, too."""
+        now = self._now() if self.updates is None else {}
+        return {i: flat(self.slots[i].parameter).clone() for i in now if now[i] != self._versions[i]}
 
     def _collect(self) -> None:
         """Gradients that stayed under their parameters, or were put there by somebody.

@@ -155,7 +155,9 @@ class Store:
 
     # ---- opening
 
-    def open(self, values: Iterable[tuple[str, Tensor]] | None, *, resume: bool) -> dict[str, Tensor]:
+    def open(
+        self, values: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | None, *, resume: bool
+    ) -> dict[str, Tensor]:
         """Bring every parameter to its tier, from the folder or from its values; a collective. `keep` or `give_back` comes next.
 
         Returns:
@@ -179,13 +181,26 @@ class Store:
             return {}
         self.notes.update(found.notes)
         restore(self.front.param_groups, found.groups)
+        buffers = {
+            name: found.extra[BUFFER + name] for name, _ in self.model.named_buffers() if BUFFER + name in found.extra
+        }
+        self.peers.agree(lambda: self._check_buffers(buffers))
+        self.peers.agree(lambda: self.states.load_values(self.states.in_memory()))
         for name, buffer in list(self.model.named_buffers()):
-            if BUFFER + name in found.extra:
-                self._set_buffer(buffer, found.extra[BUFFER + name].to(self.device))
+            if name in buffers:
+                self._set_buffer(buffer, buffers[name].to(self.device))
         for slot in self.slots:
             if slot.tier != "device":
                 self._release(slot, slot.parameter.data)
         return {name: tensor for name, tensor in found.extra.items() if not name.startswith(BUFFER)}
+
+    def _check_buffers(self, found: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.model.named_buffers():
+            if name in found and found[name].shape != buffer.shape:
+                raise ValueError(
+                    f"the folder holds the state of another model: its buffer {name} has shape {tuple(found[name].shape)}, this "
+                    f"model's {tuple(buffer.shape)}; name another folder, or make the model as it was"
+                )
 
     def keep(self) -> None:
         """The model is on its tiers."""
@@ -207,7 +222,7 @@ class Store:
             self.states.folder = self.place.scratch
             self.states.open(fresh=True)
 
-    def _take(self, values: Iterable[tuple[str, Tensor]] | None) -> None:
+    def _take(self, values: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | None) -> None:
         """Give parameters and buffers their first values, one at a time."""
         slots = {slot.name: slot for slot in self.slots}
         buffers = dict(self.model.named_buffers())
@@ -215,7 +230,12 @@ class Store:
         if values is None:
             values = [(name, slot.parameter.detach()) for name, slot in slots.items() if name not in self._hollow]
             values += [(name, buffer) for name, buffer in buffers.items() if buffer.device.type != "meta"]
-        for name, tensor in values:
+        for given in values.items() if isinstance(values, Mapping) else values:
+            if not (isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[1], Tensor)):
+                raise ValueError(
+                    f"Tiered: values must be (name, tensor) pairs or a dict of them, got an item of type {type(given).__name__}"
+                )
+            name, tensor = given
             if name not in slots and name not in buffers:
                 continue  # a further name of a tied parameter
             missing.discard(name)
@@ -330,7 +350,13 @@ def _made(
     optimizer: Callable[[Any], torch.optim.Optimizer], trained: Sequence[tuple[dict[str, nn.Parameter], dict[str, Any]]]
 ) -> torch.optim.Optimizer:
     """The user's optimizer, on stand-ins for the parameters: for its class and its options."""
-    return optimizer([
+    made = optimizer([
         {**options, "params": [nn.Parameter(torch.zeros(2, dtype=parameter.dtype)) for parameter in parameters.values()]}
         for parameters, options in trained
     ])  # fmt: skip
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ValueError(
+            "Tiered: optimizer must make a torch optimizer of the parameters it is given, but returned an object of type "
+            f"{type(made).__name__}"
+        )
+    return made

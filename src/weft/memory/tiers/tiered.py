@@ -46,6 +46,7 @@ from weft.memory.tiers.moved import Moved
 from weft.memory.tiers.passes import Passes
 from weft.memory.tiers.peers import Peers, control_group
 from weft.memory.tiers.presence import Presence
+from weft.memory.tiers.resume import check_resume
 from weft.memory.tiers.stepping import Steps
 from weft.memory.tiers.store import Store, Tiers
 from weft.memory.tiers.updates import Updates
@@ -67,11 +68,12 @@ class Tiered:
         groups: parameter groups: dicts of options with "params" (parameters, or their names); default all in one.
         group: process group over which the data is parallel, gloo or NCCL; None is one process.
         device: where the model computes; default where its parameters are (the CPU for meta).
-        values: (name, tensor) of every parameter and buffer, in any order, for a model that was never in memory whole
-            (`weft.placement.materialise(model)` of a `weft.deferred` one). Not looked at when a run is resumed.
+        values: (name, tensor) of every parameter and buffer, in any order, or a dict, for a model that was never in memory
+            whole (`weft.placement.materialise(model)` of a `weft.deferred` one). Not looked at when a run is resumed.
         resume: go on from the state in the folder (optimizer="disk" only).
         update: "step" updates in `step`; "backward" updates a parameter as soon as its gradient is there, so that the disk works
-            while the device computes. Then gradients cannot be clipped, and a step is one backward.
+            while the device computes. Then gradients cannot be clipped, a step is one backward, and the model is called again
+            after `step` (or `zero_grad`), not before.
         keep_below: bytes; smaller parameters stay whole on the device.
         floor: bytes; smaller saved tensors stay on the device.
         ahead: bytes fetched before they are asked for.
@@ -93,7 +95,7 @@ class Tiered:
         groups: Sequence[Mapping[str, Any]] | None = None,
         group: Any = None,
         device: torch.device | str | None = None,
-        values: Iterable[tuple[str, Tensor]] | None = None,
+        values: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | None = None,
         resume: bool = False,
         update: str = "step",
         keep_below: int | str = "400 kB",
@@ -103,7 +105,7 @@ class Tiered:
         buffers: int = 3,
         threads: int = 4,
     ):
-        _check(model, tiers, folder, resume, update)
+        _check(model, optimizer, tiers, folder, resume, update)
         sizes = {"keep_below": keep_below, "floor": floor, "ahead": ahead, "chunk": chunk}
         nbytes = {name: nbytes_of(size, name) for name, size in sizes.items()}
         self.model, self.tiers, self.device = model, tiers, _device(model, device)
@@ -194,6 +196,8 @@ class Tiered:
                 self._backward.save()
             return
         self._backward.unsave()
+        if self._updates is not None:
+            self._updates.check_unmixed()
         self._backward.drop_updated(everything=True)
         training = torch.is_grad_enabled()
         self._passes.in_step |= training
@@ -231,7 +235,9 @@ class Tiered:
 
         Raises:
             DiskFull: on some process; on all of them parameters and states are as before the step, and unless they were used up
-                (update="backward"), so are the gradients: call it again when there is room.
+                (update="backward"), so are the gradients: call it again when there is room. Changes made in place since the
+                last step to parameters on the device are kept where torch counts them (`p.mul_()`, not `p.data.mul_()`), but not
+                with update="backward".
             ValueError: a gradient is not one that can be used: sparse, or of a parameter that no group has.
         """
         self.optimizer.step()
@@ -366,7 +372,21 @@ class Tiered:
         self.close()
 
 
-def _check(model: nn.Module, tiers: Tiers, folder: Path | str | None, resume: bool, update: str) -> None:
+def _check(
+    model: nn.Module, optimizer: object, tiers: Tiers, folder: Path | str | None, resume: bool, update: str
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"Tiered: model must be a torch.nn.Module, got {_kind(model)}")
+    if not callable(optimizer):
+        raise ValueError(
+            "Tiered: optimizer must be what makes one, as torch.optim.AdamW or functools.partial(torch.optim.AdamW, lr=3e-4), "
+            f"got {_kind(optimizer)}"
+        )
+    if not isinstance(tiers, Tiers):
+        raise ValueError(
+            f"Tiered: tiers must be Tiers, as Tiers(parameters='disk', optimizer='disk'), got {_kind(tiers)}"
+        )
+    check_resume(resume)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -386,9 +406,18 @@ def _check(model: nn.Module, tiers: Tiers, folder: Path | str | None, resume: bo
         raise ValueError("Tiered: only runs with optimizer='disk' keep what resuming needs; use checkpoints for others")
 
 
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
 def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
     if device is None:
         first = next(model.parameters(), None)
         return torch.device("cpu") if first is None or first.device.type == "meta" else first.device
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"Tiered: device must be one of torch's, as 'cpu' or 'cuda:0', got {device!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"Tiered: device {device!r} cannot be used: torch finds no CUDA device here; use 'cpu'")
     return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found

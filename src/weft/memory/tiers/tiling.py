@@ -55,8 +55,13 @@ class TiledLinear(nn.Module):
     ):
         super().__init__()
         for what, count, size in (("inputs", inputs, in_features), ("outputs", outputs, out_features)):
-            if not 1 <= count <= size:
-                raise ValueError(f"TiledLinear: {what} must be from 1 to {size} (the features to cut), got {count}")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"TiledLinear: {what} are cut of features, of which there must be at least 1, got {size!r}; a lazy layer "
+                    "has them after its first batch"
+                )
+            if not isinstance(count, int) or not 1 <= count <= size:
+                raise ValueError(f"TiledLinear: {what} must be from 1 to {size} (the features to cut), got {count!r}")
         self.in_features, self.out_features = in_features, out_features
         self.columns, heights = parts(in_features, inputs), parts(out_features, outputs)
         self.rows = nn.ModuleList(
@@ -119,6 +124,8 @@ class TiledLinear(nn.Module):
 
 def tile(linear: nn.Linear, inputs: int = 1, outputs: int = 1) -> TiledLinear:
     """A linear layer's values in `inputs` x `outputs` tiles. To never have the layer whole, make a `TiledLinear` directly."""
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"tile: takes a torch.nn.Linear, got an object of type {type(linear).__name__}")
     weight = linear.weight
     made = TiledLinear(
         linear.in_features, linear.out_features, inputs, outputs, linear.bias is not None, weight.device, weight.dtype

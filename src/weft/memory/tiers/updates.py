@@ -73,6 +73,18 @@ class Updates:
             if not self._left[segment.shard]:
                 self.gradients.drop(segment.shard)
 
+    def check_unmixed(self) -> None:
+        """A pass begins: the parameters that it will see are all of one step.
+
+        Raises:
+            RuntimeError: backward has updated some of those that live in memory, while others are to be updated yet.
+        """
+        if any(not self.states.chunks[c].on_disk for c in self.done):
+            raise RuntimeError(
+                "the model was called after a backward that has updated some of its parameters, and before the step that counts "
+                "(update='backward'); call step() first, or zero_grad() to undo it, or use update='step'"
+            )
+
     def read_ahead(self) -> None:
         """Begin reading what will be due next, as far as there are free buffers; waits for nothing."""
         if self.failed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,8 +28,12 @@ class Workplace:
         DiskFull: not even a few bytes.
     """
 
-    def __init__(self, folder: Path | str, rank: int = 0, *, threads: int = 4, block: int = 4 << 20):
+    def __init__(self, folder: Path | str, rank: int = 0, *, threads: int = 4, block: int = 8 << 20):
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            raise ValueError(f"folder must be the path of a folder to keep training state in, got {folder!r}")
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"cannot keep training state in {self.folder}: it is a file; name a folder to write in")
         self.scratch = self.folder / f"scratch.{rank}"
         with ExitStack() as opened:
             self.disk = Disk(threads, block)
