@@ -281,8 +281,10 @@ def test_memory_sees_one_gradient_per_synchronised_step(pool):
 # ---- R6: clipping and momentum
 
 
-def clipped(clip, scale=1.0):
+def clipped(clip, scale=1.0, unscale=False, fused=False):
     ddp, optimizer, _ = setting(None, momentum=0.9)
+    if fused:
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
     handle = attach(ddp, momentum_correction(0.5), optimizer, scaler=scaler)
     assert optimizer.param_groups[0]["momentum"] == 0
@@ -291,6 +293,8 @@ def clipped(clip, scale=1.0):
         for step in range(4):
             optimizer.zero_grad()
             scaler.scale(ddp(batch(step)).square().mean()).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
             if clip:
                 torch.nn.utils.clip_grad_norm_(ddp.parameters(), 1e-3)
             scaler.step(optimizer)
@@ -304,10 +308,15 @@ def test_clipping_a_velocity_is_warned_of_once(pool):
     for said in pool(2).run(clipped, True):
         assert len(said) == 1 and "Clip inside the memory" in said[0]
     assert pool(2).run(clipped, False) == [[], []]
-    assert pool(2).run(clipped, False, 1024.0) == [
-        [],
-        [],
-    ]  # a scaler makes gradients shorter before the step: that is no clipping
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_clipping_beside_a_scaler_is_told_from_its_unscaling(pool, unscale, fused):
+    """`unscale_`, then clip, is how it is done; clipping what is scaled still makes the step shorter."""
+    assert pool(2).run(clipped, False, 1024.0, unscale, fused) == [[], []]
+    for said in pool(2).run(clipped, True, 1024.0, unscale, fused):
+        assert len(said) == 1 and "Clip inside the memory" in said[0]
 
 
 def momentum_moves(nesterov, decay):

@@ -15,6 +15,7 @@ from weft.comm.codec import Spec
 from weft.comm.codecs.low_rank import LowRank
 from weft.comm.codecs.plain import Cast, Identity
 from weft.comm.codecs.quantise import Quantise
+from weft.comm.codecs.rand_k import RandK
 from weft.comm.codecs.top_k import TopK
 from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
@@ -28,7 +29,7 @@ from weft.comm.rules.flag import Flag
 from weft.comm.rules.krum import Krum
 from weft.comm.rules.mean import Mean
 from weft.comm.topology import AllGather, Gossip, Peer, Ring, ScatterGather, Star
-from weft.errors import ExchangeMismatch
+from weft.errors import ExchangeMismatch, PeerLost
 
 RANKS = 3
 SHAPES = {"a": (5, 7), "b": (11,), "c": (4, 3, 2)}
@@ -266,18 +267,62 @@ def test_a_tensor_that_comes_twice_in_a_bad_step_has_the_memory_of_before_both(p
     assert pool(RANKS).run(twice_in_a_bad_step) == [(1, 2)] * RANKS
 
 
-def too_long():
-    """A velocity that grows out of float16, of a tensor that goes as it is."""
-    exchange, skipped = Exchange(Cast("float16"), MomentumCorrection(0.9), timeout=20), []
-    for step in range(3):
-        exchange.reduce({"v": torch.full((3,), 3e4, dtype=torch.float16)}, step).wait()
-        skipped.append(exchange.skipped)
+def too_long(options):
+    """Velocities that grow out of float16: of a tensor that goes as it is, and of one row of a coded one, in pieces or whole."""
+    exchange, skipped = Exchange(memory=MomentumCorrection(0.9, masking=False), **options, timeout=20), []
+    piecewise, row = exchange.scatters, torch.tensor([[3e4], [0.0]], dtype=torch.float16)
+    for step in range(6):
+        named = {"v": torch.full((3,), 3e4, dtype=torch.float16)} if step < 3 else {"w": row.expand(2, 5)}
+        done = exchange.reduce_scatter(named, step) if piecewise and step >= 3 else exchange.reduce(named, step)
+        found = done.wait()
+        skipped.append((exchange.skipped, all(bool(x.isfinite().all()) for x in found.values())))
     exchange.close()
     return skipped
 
 
-def test_a_ring_looks_at_results_that_a_code_or_a_narrow_dtype_may_have_spoiled(pool):
-    assert pool(2).run(too_long) == [[0, 0, 1]] * 2
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"codec": Cast("bfloat16"), "topology": Ring()},
+        {"codec": TopK(1.0), "topology": AllGather()},
+        {"codec": TopK(1.0), "topology": ScatterGather()},
+        {"codec": TopK(1.0), "topology": Star()},
+        {"codec": TopK(1.0), "topology": Peer()},
+        {"codec": TopK(1.0), "topology": AllGather(), "combine": GeometricMedian()},
+    ],
+    ids=lambda options: " ".join(type(option).__name__ for option in options.values()),
+)
+def test_results_that_a_memory_makes_too_large_for_their_dtype_are_a_skipped_step_on_all_ranks(pool, options):
+    for skipped in pool(2).run(too_long, options):
+        assert [count for count, _ in skipped] == [0, 0, 1, 1, 1, 2]  # u = 3e4 (1, 1.9, 2.71) against 65,504
+        assert all(fine for number, (_, fine) in enumerate(skipped) if number not in (2, 5))
+
+
+def owes_too_much(topology, codec):
+    """What is owed and a gradient are finite, their sum is not; then the gradient is small again."""
+    exchange = Exchange(codec, ErrorFeedback(), topology=topology, select=everything, timeout=20)
+    found = []
+    for step, size in enumerate((3e38, 3e38, -1e38)):
+        w = torch.zeros(40)
+        w[dist.get_rank()] = size
+        exchange.reduce({"w": w}, step).wait()
+        owed = exchange.state_dict()["states"]["w"]["error"]
+        found.append((exchange.skipped, bool(owed.isfinite().all())))
+    exchange.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [AllGather(), ScatterGather(), Star(), Star(down=RandK(0.02, unbiased=False), memory=ErrorFeedback())],
+    ids=str,
+)
+def test_a_memory_that_outgrows_its_dtype_is_put_back(pool, topology):
+    """The code would not show it: it sends other entries."""
+    assert pool(2).run(owes_too_much, topology, RandK(0.02, unbiased=False)) == [[(0, True), (1, True), (1, True)]] * 2
+
+
+def test_what_of_a_message_is_looked_at():
     spec, message = Spec("w", (2,)), (torch.tensor([1.0, math.inf]),)
     assert overflowed([(Cast(), spec, 16)], [message]) and not overflowed([(Identity(), spec, 32)], [message])
 
@@ -362,6 +407,27 @@ def unlike_steps(codec):
 @pytest.mark.parametrize("codec", [TopK(0.5), Cast("bfloat16")])
 def test_ranks_at_different_steps_are_named(pool, codec):
     assert [o.value for o in pool(RANKS).collect(unlike_steps, codec)] == [True] * RANKS
+
+
+def refused(options):
+    """What each rank is told that opens an exchange which some cannot use."""
+    exchange = Exchange(**options[dist.get_rank()], timeout=8)
+    try:
+        exchange.open([Spec("w", (8, 2))])
+    except (ValueError, PeerLost) as error:
+        return type(error).__name__, str(error).split(",")[0]
+    return "nothing", ""
+
+
+def test_a_rank_that_refuses_its_rule_does_not_look_lost_to_the_others(pool):
+    found = pool(RANKS).run(refused, [{}, {"combine": Krum(5), "topology": AllGather()}, {}])
+    assert [kind for kind, _ in found] == ["ExchangeMismatch"] * RANKS, found
+    for options, said in (
+        ({"combine": Krum(1)}, "Krum: needs n >= 5 messages for f = 1"),
+        ({"topology": Star(7)}, "Star: root must be < 3"),
+        ({"topology": Gossip(((1.0,),))}, "Gossip: weights must be 3 x 3"),
+    ):
+        assert pool(RANKS).run(refused, [options] * RANKS) == [("ValueError", said)] * RANKS
 
 
 def unlike_checkpoints():

@@ -35,7 +35,8 @@ from weft.comm.variational import Adam, Game, Named, Rounds, Simulated, extragra
 __all__ = ["bilinear", "generative", "over_links", "proven_rate", "robust"]
 
 GAP = 1e-6
-UP, DOWN, FINE = Quantise(3, 200, "max"), Quantise(4, 200, "max"), Quantise(8, 200, stochastic=False)
+MESSAGE, REFRESH = Quantise(3, 200, "max"), Quantise(6, 200, "max", stochastic=False)  # of the game
+FINE = Quantise(8, 200, stochastic=False)  # refreshes over the cable
 # Of extragradient without compression, whose bytes are the budget of training under attack and of the GAN.
 DENSE_STEPS = 40
 COINS = 3  # draws of the coin over which a stochastic method's bytes are averaged
@@ -90,19 +91,23 @@ def bilinear(seed: int, size: int = 100, workers: int = 10) -> Iterator[Row]:
         mean = tuple(sum(column) / len(column) for column in zip(*found, strict=True))
         best[label] = min(best.get(label, (*mean, *settings)), (*mean, *settings))
 
-    for gamma in (0.3, 0.35, 0.4, 0.45, 0.5, 0.55):
+    for gamma in (0.3, 0.35, 0.4, 0.425, 0.45, 0.475, 0.5, 0.55):
         simulated = Simulated(workers, seed=seed)
         note("extragradient", (gamma, 0.0), [(simulated, dense(extragradient, gamma, simulated))])
-    for gamma in (0.2, 0.225, 0.25, 0.275):
+    for gamma in (0.2, 0.225, 0.25, 0.2625, 0.275):
         simulated = Simulated(workers, seed=seed)
         note("optimistic", (gamma, 0.0), [(simulated, dense(optimistic, gamma, simulated))])
     feedback = ErrorFeedback()
     grids: tuple[tuple[str, Literal[1, 2], Callable[[int], Simulated], tuple[float, ...], tuple[float, ...]], ...] = (
         (
-            "MASHA-1, 3 bits, refreshes of 8", 1,
-            lambda s: Simulated(workers, UP, down=DOWN, refresh=FINE, seed=s), (0.25, 0.3, 0.2), (0.2, 0.1),
+            "MASHA-1, 3 bits, coded refreshes", 1,
+            lambda s: Simulated(workers, MESSAGE, down=MESSAGE, refresh=REFRESH, seed=s), (0.35, 0.3, 0.25), (0.35, 0.2),
         ),
-        ("MASHA-1, 3 bits", 1, lambda s: Simulated(workers, UP, down=DOWN, seed=s), (0.2, 0.25, 0.15), (0.1, 0.05)),
+        (
+            "MASHA-1, 3 bits", 1,
+            lambda s: Simulated(workers, MESSAGE, down=Quantise(4, 200, "max"), seed=s),
+            (0.2, 0.225, 0.25, 0.15), (0.05, 0.07, 0.1),
+        ),
         ("MASHA-1, rand-k", 1, lambda s: Simulated(workers, RandK(0.1), seed=s), (0.1, 0.13), (0.1,)),
         (
             "MASHA-2, top-k", 2,

@@ -14,7 +14,7 @@ Some rules do both: NNM before a median, or Bulyan, make m rows from the Gram ma
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -70,7 +70,7 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
     needs: Needs = "count"
 
     def weights(self, info: Info) -> Tensor:
-        """W, float64 of shape (n,) for one result or (m, n) for m.
+        """W, float64 of shape (n,) for one result or (m, n) for m; below them, where messages were left out, rows for `finish`.
 
         Raises:
             ValueError: n is too small for the rule, or no message is finite.
@@ -84,6 +84,12 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
     def finish(self, mixed: Tensor) -> Tensor:
         """What becomes of W @ messages: itself; rules with a second stage entry by entry make (d,) of (m, d) here."""
         return mixed
+
+    def among(self, count: int, broken: int) -> Combine:
+        """The rule for the `count` messages that are left where `broken` were not finite: those were of the f it tolerates."""
+        if not is_dataclass(self) or all(field.name != "f" for field in fields(self)):
+            return self
+        return replace(self, f=max(self.f - broken, 0))  # type: ignore[attr-defined]
 
     def __call__(self, stack: Tensor, own: int = -1) -> Tensor:
         """Combine messages (n, d) that lie in one place: the plain form, for one process and for tests.

@@ -90,6 +90,7 @@ class Core:
         self.delivered = 0.0  # squared norm of what the step delivers, for velocity memories
         self._undo: list[tuple[State, dict[str, Any]]] = []
         self.poisoned = False  # the step, as far as it has come
+        self.rounds = False  # some result of the step is rounded to a dtype of fewer bits
         self.gram: Tensor | None = None  # of the step's messages as far as they have come
         self.gram_of_pieces: Tensor | None = None  # of those that went to this rank alone
         self.held: list[CombiningBucket] = []  # whose results wait for it
@@ -112,11 +113,13 @@ class Core:
             self.step = bucket.step
             self._undo.clear()
             self.held.clear()
-            self.poisoned, self.gram, self.gram_of_pieces, self._row, self.delivered = False, None, None, None, 0.0
+            self.poisoned, self.rounds, self.delivered = False, False, 0.0
+            self.gram, self.gram_of_pieces, self._row = None, None, None
             if self.decides(bucket.step):
                 self._decide(bucket.step)
         for item in bucket.items:
             item.assign(self.options.codec, self.setting(item.spec), self.options.selects(item.spec), self.keeps)
+            self.rounds |= item.out.dtype != item.x.dtype
             self.tally(item.spec.name).steps += 1
         bucket.key = (bucket.specs, tuple(item.setting for item in bucket.items))
 
@@ -218,16 +221,23 @@ class Core:
         memory: Memory,
         places: Sequence[Tensor],
         where: str,
-    ) -> None:
-        """Encode a combined result for the way back, with the memory of the server or owner, into the message's places."""
+    ) -> bool:
+        """Encode a combined result for the way back, with the memory of the server or owner, into the message's places.
+
+        Returns:
+            whether there was anything to encode: not if with what is owed the result is not finite.
+        """
         state = self.state(f"{where} of {spec.name}", spec.part)
         self._undo.append((state, dict(state)))
         y = memory.before(mean, spec, state)
+        if not isinstance(memory, NoMemory) and not bool(y.isfinite().all()):
+            return False
         message = codec.encode(y, spec, state, setting, step)
         for place, part in zip(places, message, strict=True):
             place.copy_(part.view(place.shape))
         sent, positions = codec.sent(message, spec, setting)
         memory.after(y, sent, positions, state)
+        return True
 
     # ---- combining over the whole model
 

@@ -17,8 +17,9 @@ checkpoint fits any `bucket_cap_mb`. With `no_sync()` the exchange sees one accu
     loss scaling (R4)   give `scaler`: gradients are unscaled before they reach a memory and scaled again afterwards
     every pass counts   each synchronised backward pass is a step of the memory. Results that no optimizer given has stepped with
                         are warned about once; added to the next pass's gradients under a velocity memory they are an error
-    clipping (R6)       clip after the backward pass, as ever; with a velocity memory clip inside the memory: what arrives is a
-                        velocity, about 1/(1 - momentum) as long as a gradient, and a warning says so where it is clipped
+    clipping (R6)       clip after the backward pass, as ever (after the scaler's `unscale_`); with a velocity memory clip inside
+                        the memory: what arrives is a velocity, about 1/(1 - momentum) as long as a gradient, and a warning says
+                        so where it is clipped
 """
 
 from __future__ import annotations
@@ -407,15 +408,19 @@ class Handle:
         if not due:
             return
         if (self.step - 1) % LOOK_EVERY == 1 and not self._warned:
-            self._look_for_clipping(memory)
+            self._look_for_clipping(memory, getattr(optimizer, "grad_scale", None))
         self._momentum.decay(optimizer)
 
-    def _look_for_clipping(self, memory: VelocityMemory) -> None:
-        """Warn where velocities are made shorter between the exchange and the optimizer: their norm is not a gradient's."""
+    def _look_for_clipping(self, memory: VelocityMemory, pending: Tensor | None) -> None:
+        """Warn where velocities are made shorter between the exchange and the optimizer: their norm is not a gradient's.
+
+        A scaler's own step has made gradients `_scale` times shorter by now; a fused optimizer it tells to divide by `pending`.
+        """
         here = [p.grad for p in self.ddp.module.parameters() if p.grad is not None]
         now = float(torch.stack([g.float().square().sum() for g in here]).sum().sqrt()) if here else 0.0
-        sent = self.exchange.core.delivered**0.5 * self._scale
-        if self._scale != 1.0 or now > 0.99 * sent:
+        now /= 1.0 if pending is None else float(pending)
+        sent = self.exchange.core.delivered**0.5
+        if now > 0.99 * sent:
             return
         self._warned = True
         gain = 1 / (1 - memory.momentum)

@@ -192,7 +192,8 @@ class Exchange:
         Raises:
             ExchangeMismatch: on every rank, if any has other options or tensors; or a loaded checkpoint is of others.
             PeerLost: a rank did not come.
-            ValueError: it is at work already, with tensors of another model; their memories would be mixed up.
+            ValueError: it is at work already, with tensors of another model; their memories would be mixed up. Or, on every
+                rank, topology or rule are not for so many ranks.
         """
         if self._core is not None and self._core.specs and specs:
             raise ValueError(
@@ -219,16 +220,19 @@ class Exchange:
             raise
 
     def _compare(self, core: Core, specs: Sequence[Spec]) -> None:
-        if isinstance(self.topology, Star) and self.topology.root >= core.wired.ranks:
-            raise ValueError(f"Star: root must be < {core.wired.ranks}, the number of ranks, got {self.topology.root}")
-        if isinstance(self.topology, Gossip) and len(self.topology.weights) != core.wired.ranks:
-            raise ValueError(f"Gossip: weights must be {core.wired.ranks} x {core.wired.ranks}, one row per rank")
-        self._try_rule(core.wired.ranks)
+        refusal = None
+        try:
+            self._check_ranks(core.wired.ranks)
+        except ValueError as error:
+            refusal = error  # raised when the others have heard of it: a group that one rank leaves is lost to all
         core.specs.update({spec.name: spec for spec in specs})
+        words = core.words(specs) if refusal is None else f"{core.words(specs)}\n{refusal}"
         agree(
-            "options or tensors", core.words(specs), core.wired.group, core.wired.device,
+            "options or tensors", words, core.wired.group, core.wired.device,
             "Every rank must have the same model and the same exchange options.",
         )  # fmt: skip
+        if refusal is not None:
+            raise refusal
         failed = None
         if self._loaded is not None:
             try:
@@ -244,8 +248,12 @@ class Exchange:
             if failed is not None:
                 raise failed
 
-    def _try_rule(self, ranks: int) -> None:
-        """Raise what the rule raises where ranks are too few for it, before anything is sent."""
+    def _check_ranks(self, ranks: int) -> None:
+        """That topology and rule are for so many ranks, before anything is sent."""
+        if isinstance(self.topology, Star) and self.topology.root >= ranks:
+            raise ValueError(f"Star: root must be < {ranks}, the number of ranks, got {self.topology.root}")
+        if isinstance(self.topology, Gossip) and len(self.topology.weights) != ranks:
+            raise ValueError(f"Gossip: weights must be {ranks} x {ranks}, one row per rank")
         rule = self.combine
         if rule.needs == "elementwise":
             rule.elementwise(torch.zeros(ranks, 1))

@@ -7,8 +7,10 @@ Method     a snapshot w, at which all know F(w) and worker m its F_m(w). A step:
                MASHA-1   worker m sends Q(F_m(half) - F_m(w)), the server Q of their mean, g;       z+ = half - gamma g
                MASHA-2   worker m sends C(gamma F_m(half) - gamma F_m(w) + e_m), g with the server's e;   z+ = half - g
                with probability 1 - tau:   w <- z+, all F_m(w) are sent uncompressed
-           or nearly so: any references r_m that all know the mean of will do for F_m(w), so the refresh may send a fine code of
-           F_m(w) - r_m and all take r_m + code for the new r_m (`refresh`, ours; the proven rate is for exact ones).
+           or nearly so: any references r_m that all know the mean s of will do for F_m(w), so the refresh may send a fine code
+           of F_m(w) - r_m and all take r_m + code for the new r_m (`refresh`, ours; the proven rate is for exact ones). A server
+           that codes its answer, too, sends what s lacks of the mean of r_m, old errors included: the steps until the next
+           refresh are off by what is left, which vanishes as the r_m settle.
            Q unbiased, C a contraction with error feedback, gamma inside the memories. The coin is drawn by (seed, step) on every
            worker alike and is not sent. With inner="adam" the two moves are Adam's, along F(w) and F(w) + g.
 Guarantee  what is coded is a difference that vanishes at the solution, so the fixed points are those of F. MASHA-1, F mu-strongly
@@ -33,7 +35,7 @@ from weft.comm.agree import hashed
 from weft.comm.codec import Codec, Spec
 from weft.comm.exchange import Exchange
 from weft.comm.memories.shift import Shift
-from weft.comm.memory import NoMemory
+from weft.comm.memory import Memory, NoMemory
 from weft.comm.rules.mean import Mean
 from weft.comm.topology import Gossip, Peer, ScatterGather, Star
 from weft.comm.variational import Adam, Ask, Inner, Named, Operator, Rate, Rounds, finite, moved, rate_of
@@ -171,8 +173,10 @@ class MASHA(torch.optim.Optimizer):
         tau: in (0, 1); None for 1 - tau = bytes of a message / bytes uncompressed, so that refreshes cost as much as messages.
         mode: 1 or 2.
         inner: "sgd", or "adam" with `betas` and `eps`.
-        refresh: None for uncompressed refreshes, or Exchange(a fine codec, Shift(1.0)): 8 bits take a quarter of the bytes and
-            change little. It does not go with `paired`, where references are not what is subtracted.
+        refresh: None for uncompressed refreshes, or Exchange(a fine codec, Shift(1.0)): 6 bits, rounded to nearest, take a fifth
+            of the bytes and change little. A way back that is coded needs a memory, as of every refresh's error something would
+            stay: Star(down=the same codec, memory=ErrorFeedback()), ScatterGather(memory=ErrorFeedback()). It does not go with
+            `paired`, where references are not what is subtracted.
         paired: the closure's data change from step to step; F_m(w) is then evaluated anew on the same data in every step.
         seed: of the coin, the same on all ranks.
     Raises:
@@ -225,6 +229,11 @@ class MASHA(torch.optim.Optimizer):
         if refresh is not None and (refresh.memory != Shift(1.0) or paired):
             raise ValueError(
                 "MASHA: refresh must be an Exchange with memory Shift(1.0), and does not go with paired=True"
+            )
+        if refresh is not None and any(_bare(memory) for _, _, memory in _back(refresh)):
+            raise ValueError(
+                "MASHA: refresh codes the way back and needs a memory there, or its errors add up: "
+                f"{type(refresh.topology).__name__}(..., memory=ErrorFeedback())"
             )
         if tau is None:
             tau = 1 - _share(exchange, specs)
@@ -460,15 +469,24 @@ def _check_mean(exchange: Exchange) -> None:
         raise ValueError(f"MASHA: combine must be Mean, for which the method is proven, got {type(rule).__name__}")
 
 
+def _back(exchange: Exchange) -> list[tuple[str, Codec, Memory | None]]:
+    """What results are coded by on the way back, under which name, and the memory there."""
+    topology = exchange.topology
+    if isinstance(topology, Star) and topology.down is not None:
+        return [("Star's down codec", topology.down, topology.memory)]
+    if isinstance(topology, ScatterGather):
+        return [("ScatterGather's down codec", topology.down or exchange.codec, topology.memory)]
+    return []
+
+
+def _bare(memory: Memory | None) -> bool:
+    return memory is None or isinstance(memory, NoMemory)
+
+
 def _check(exchange: Exchange, specs: Sequence[Spec], mode: int) -> None:
     """That codecs and memories are what the mode is proven for, up and down."""
-    legs: list[tuple[str, Codec, Any]] = [("codec", exchange.codec, exchange.memory)]
-    if isinstance(exchange.topology, Star) and exchange.topology.down is not None:
-        legs.append(("Star's down codec", exchange.topology.down, exchange.topology.memory))
-    if isinstance(exchange.topology, ScatterGather):
-        legs.append(("ScatterGather's down codec", exchange.topology.down or exchange.codec, exchange.topology.memory))
-    for what, codec, memory in legs:
-        bare = memory is None or isinstance(memory, NoMemory)
+    for what, codec, memory in [("codec", exchange.codec, exchange.memory), *_back(exchange)]:
+        bare = _bare(memory)
         kind = type(codec).__name__
         if mode == 1 and not codec.unbiased:
             raise ValueError(f"MASHA: mode 1 needs an unbiased {what}, got {kind}; use RandK or Quantise, or mode=2")

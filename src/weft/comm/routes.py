@@ -82,6 +82,7 @@ class Bucket(Job):
     """Some tensors of one step. `last`: the step is complete with it. `done` is called once, with None or the error."""
 
     doing = "a gradient exchange"
+    alike = True  # every rank gets the same bits
 
     def __init__(
         self,
@@ -129,6 +130,8 @@ class Bucket(Job):
             if item.selected:
                 began = time.thread_time()
                 item.y = exchange.memory.before(item.x, item.spec, item.state)
+                if exchange.keeps and not finite(item.y):  # what is owed and x have outgrown the dtype together
+                    self.bad, item.y = True, torch.zeros_like(item.y)
                 exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
         self.encode()
 
@@ -151,11 +154,27 @@ class Bucket(Job):
         exchange = self.exchange
         if poisoned:
             self.void()
-        if self.last and exchange.wired.across is not None:
-            bad = torch.full((1,), float(poisoned or exchange.poisoned), device=self.device)
-            yield dist.all_reduce(bad, group=exchange.wired.across, async_op=True)
-            poisoned = bool(bad)
+        # Where results differ, one rank's alone may outgrow its dtype: the others must hear of it.
+        apart = exchange.trusting and exchange.rounds and not self.alike
+        for group in (self.group if apart else None, exchange.wired.across):
+            if self.last and group is not None:
+                bad = torch.full((1,), float(poisoned or exchange.poisoned), device=self.device)
+                yield dist.all_reduce(bad, group=group, async_op=True)
+                poisoned = bool(bad)
         exchange.end(self, poisoned)
+
+    def spoiled(self) -> bool:
+        """A result is not finite though every gradient was: by its code, what a memory adds, or its own dtype."""
+        kept = self.exchange.keeps
+        return not all(
+            finite(self.result(item))
+            for item in self.items
+            if kept or item.codec.narrows or item.out.dtype != item.x.dtype
+        )
+
+    def result(self, item: Item) -> Tensor:
+        """Where this rank's result of a tensor lies."""
+        return item.out
 
     def void(self) -> None:
         for item in self.items:
@@ -250,11 +269,6 @@ class RingBucket(Bucket):
         finally:
             exchange.tally(item.spec.name).codec_seconds += time.thread_time() - began
 
-    def spoiled(self) -> bool:
-        """A result is not finite though every gradient was, by its code or its own dtype: the same bits on all ranks."""
-        narrow = [item.out for item in self.items if item.codec.narrows or item.out.dtype != item.x.dtype]
-        return not all(map(finite, narrow))
-
 
 class CombiningBucket(Bucket):
     """What all routes share whose messages are combined by ranks and not on the wire.
@@ -277,7 +291,7 @@ class CombiningBucket(Bucket):
         if self.bad and not exchange.trusting:  # the others go on without us
             exchange.take_back(self)
         if exchange.combine.needs != "gram":
-            yield from self.down()
+            yield from self.settle()
             yield from self.finish(self.poisoned)
             return
         for number, (_, spec, _) in enumerate(self.combined if self.rows else ()):
@@ -290,10 +304,15 @@ class CombiningBucket(Bucket):
             yield from self.add_groups()
             for bucket in exchange.held:
                 bucket.poisoned = exchange.nobody_left
-                yield from bucket.down()
+                yield from bucket.settle()
                 if bucket.poisoned:
+                    exchange.poisoned = True
                     bucket.void()
         yield from self.finish(self.poisoned)
+
+    def settle(self) -> Iterator[dist.Work]:
+        yield from self.down()
+        self.poisoned = self.poisoned or self.spoiled()
 
     def add_groups(self) -> Iterator[dist.Work]:
         """Make the Gram matrix that of the parts of all groups, added in the groups' order: the same bits in each (R7)."""
@@ -396,6 +415,10 @@ class PackedBucket(CombiningBucket):
 class GatherBucket(PackedBucket):
     """Everybody gets every row."""
 
+    @property
+    def alike(self) -> bool:  # type: ignore[override]
+        return not isinstance(self.exchange.topology, (Peer, Gossip))
+
     def up(self) -> Iterator[dist.Work]:
         found, self.rows = self.exchange.wired.received((*self.key, "all"), self.packing, self.ranks, self.device)
         yield dist.all_gather_single(found, self.send, group=self.group, async_op=True)
@@ -443,7 +466,9 @@ class StarBucket(PackedBucket):
             memory = star.memory or NoMemory()
             for number, ((codec, spec, setting), places) in enumerate(zip(legs, views, strict=True)):
                 if not self.poisoned:
-                    exchange.recode(self.step, spec, self.mix(number), codec, setting, memory, places, "server")
+                    self.poisoned = not exchange.recode(
+                        self.step, spec, self.mix(number), codec, setting, memory, places, "server"
+                    )
             self.poisoned |= not self.poisoned and overflowed(legs, views)
             header[0] = self.step << 1 | self.poisoned
         yield dist.broadcast(row, self.root, group=self.group, async_op=True)

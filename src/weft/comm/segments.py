@@ -213,7 +213,9 @@ class ScatterBucket(SegmentBucket):
         memory: Memory = topology.memory or NoMemory()
         for number, (down, spec, leg) in enumerate(legs[self.own]):
             if not self.poisoned:
-                exchange.recode(self.step, spec, self.mix(number), down, leg, memory, views[number], "owner")
+                self.poisoned = not exchange.recode(
+                    self.step, spec, self.mix(number), down, leg, memory, views[number], "owner"
+                )
         self.poisoned |= not self.poisoned and overflowed(legs[self.own], views)
         send[:HEADER].view(torch.int64)[0] = self.step << 1 | self.poisoned
         yield dist.all_gather_single(found, send, group=self.group, async_op=True)
@@ -240,12 +242,17 @@ class ShardBucket(SegmentBucket):
         cuts: of each item.
     """
 
+    alike = False
+
     def __init__(self, *args: Any, cuts: Sequence[Cut]):
         super().__init__(*args, words=tuple(f"shard {cut.boxes}" for cut in cuts))
         self.shards = {item.spec.name: cut for item, cut in zip(self.items, cuts, strict=True)}
 
     def cut(self, item: Item) -> Cut:
         return self.shards[item.spec.name]
+
+    def result(self, item: Item) -> Tensor:
+        return self.cut(item).window(item.out, self.own)
 
     def encode(self) -> None:
         stateful = type(self.exchange.memory).dense is not Memory.dense

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from weft.comm.agree import hashed
 from weft.comm.codec import Codec, Spec, State
+from weft.comm.memories.error_feedback import ErrorFeedback
 from weft.comm.memories.shift import Shift
 from weft.comm.memory import Memory, NoMemory
 
@@ -215,9 +216,9 @@ class Simulated:
     """M workers and a server in one process: averages what the generators of all workers ask for, and counts the bytes.
 
     A compressed vector goes through `memory` and `codec` on each worker, the decoded mean through `server` and `down` on the way
-    back (None: as it is). Vectors that are not compressed travel as `wire` both ways, or up as `refresh` codes the difference
-    to the last one. A vector that is not finite on any worker
-    gives None to all and leaves all memories as they were.
+    back (None: as it is). Vectors that are not compressed travel as `wire` both ways, or as `refresh` codes the difference to
+    the last one: up, and where `down` is given back too, with error feedback at the server. A vector that is not finite on any
+    worker gives None to all and leaves all memories as they were.
 
     Attributes:
         workers: M, >= 1.
@@ -311,15 +312,25 @@ class Simulated:
         return mean
 
     def _referenced(self, codec: Codec, asks: Sequence[Ask], spec: Spec, step: int) -> Tensor:
-        """The mean of vectors that travel as coded differences to the last ones."""
+        """The mean of vectors that travel as coded differences to the last ones.
+
+        Worker m's reference r_m is what the server takes its vector for, s what all take the mean for. Error feedback at the
+        server sends back a code of mean r - s, whatever of it is old: s follows the mean, and no error of a code stays in it.
+        """
         memory, total = Shift(1.0), torch.zeros(spec.numel, dtype=torch.float64)
         for worker, ask in enumerate(asks):
             state = self._state(worker, f"refresh of {spec.name}")
             total += self._through(codec, memory, ask.vector[spec.name].reshape(-1), spec, state, step)
             ask.arrived = {**(ask.arrived or {}), spec.name: state["reference"].view(spec.shape)}
-        self.sent += codec.nbytes(spec, codec.default(spec))
-        self.received += spec.numel * self.wire.itemsize
-        mean = memory.delivered((total / self.workers).to(spec.dtype), spec, self._state(-2, f"refresh of {spec.name}"))
+        nbytes, mean = codec.nbytes(spec, codec.default(spec)), (total / self.workers).to(spec.dtype)
+        self.sent += nbytes
+        if self.down is None:
+            self.received += spec.numel * self.wire.itemsize
+        else:
+            self.received += nbytes
+            state = self._state(-1, f"refresh of {spec.name}")
+            mean = self._through(codec, ErrorFeedback(), mean, spec, state, step)
+        mean = memory.delivered(mean, spec, self._state(-2, f"refresh of {spec.name}"))
         return mean.view(spec.shape)
 
     def _through(self, codec: Codec, memory: Memory, x: Tensor, spec: Spec, state: State, step: int) -> Tensor:

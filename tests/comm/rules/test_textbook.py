@@ -11,6 +11,7 @@ import torch
 from weft.comm.rules import (
     MDA,
     NNM,
+    Bucketing,
     Bulyan,
     CenteredClip,
     GeometricMedian,
@@ -114,6 +115,45 @@ def test_nearest(count, f, seed):
     torch.testing.assert_close(NNM(f, Krum(f, spare=1))(x), Krum(f, spare=1)(mixed))
     for own in (0, count - 1):
         torch.testing.assert_close(NearestToOwn(f)(x, own), mixed[own])
+
+
+def trimmed(rows, f):
+    return np.sort(rows, 0)[f : len(rows) - f].mean(0)
+
+
+INNER = {  # rule with f -> the same by hand
+    "trimmed-mean": (TrimmedMean, trimmed),
+    "multi-krum": (
+        lambda f: MultiKrum(f, spare=1),
+        lambda rows, f: rows[krum_order(rows, len(rows) - f - 1)[: len(rows) - f]].mean(0),
+    ),
+    "nnm, trimmed-mean": (lambda f: NNM(f, TrimmedMean(f)), lambda rows, f: trimmed(nearest(rows, f), f)),
+    "bulyan": (Bulyan, lambda rows, f: Bulyan(f)(torch.from_numpy(rows)).numpy()),  # by hand above
+}
+
+
+def nearest(rows, f):
+    return np.stack([rows[np.argsort(row, kind="stable")[: len(rows) - f]].mean(0) for row in apart(rows)])
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("broken", [1, 2, 3])
+@pytest.mark.filterwarnings("ignore::weft.comm.rules.BrokenMessage")
+def test_mixing_leaves_the_inner_rule_as_many_faulty_ones_as_can_be_left(inner, broken):
+    """Mixed by hand from the n - b finite messages, of which f - b may lie: the paper's f for its n."""
+    f, (rule, by_hand) = 2, INNER[inner]
+    left = max(f - broken, 0)
+    for seed in SEEDS:
+        x = (64 * cloud(seed, 15)).round()  # products are exact: buckets are drawn by the bits of norms
+        x[torch.randperm(15, generator=torch.Generator().manual_seed(seed))[:broken]] = torch.nan
+        rest = x[x.isfinite().all(1)].numpy()
+        expected = by_hand(nearest(rest, left), left)
+        torch.testing.assert_close(NNM(f, rule(f))(x), torch.from_numpy(expected))
+        buckets = Bucketing(1, rule(f))(x)  # of one message each: a shuffle, then the rule
+        torch.testing.assert_close(buckets, torch.from_numpy(by_hand(rest, left)))
+        pairs = Bucketing(2).mix(torch.from_numpy(rest @ rest.T)).numpy() @ rest
+        if inner != "bulyan":  # wants 4f + 3 buckets
+            torch.testing.assert_close(Bucketing(2, rule(f))(x), torch.from_numpy(by_hand(pairs, left)))
 
 
 @pytest.mark.parametrize("count, f", [(4, 1), (5, 2), (7, 2), (9, 3)])

@@ -51,6 +51,10 @@ class Uniform(Controller):
     agreed = True
     needs_gradient = False
 
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"Uniform: every must be >= 1 steps, got {self.every}")
+
     def initial(self, spec: Spec, default: Setting) -> Setting:
         return self.setting
 

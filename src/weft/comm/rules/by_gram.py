@@ -3,6 +3,7 @@
 A message that is not finite has a diagonal entry of K that is not (`weft.comm.gram`). It gets weight 0, is named in a
 `BrokenMessage` warning, and is one of the f that the rule tolerates, so the rule goes on with n - b messages and f - b suspects,
 and takes fewer where its options ask for more than are left        `among`
+A rule of two stages hears of b in the second by as many rows of NaN below its m rows of weights      `left_out`
 
     distances     |x_i - x_j|^2 = K_ii + K_jj - 2 K_ij      `distances`
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from weft.comm.combine import Combine, Info
 
-__all__ = ["BrokenMessage", "ByGram", "check_enough", "check_faulty", "distances", "without_broken"]
+__all__ = ["BrokenMessage", "ByGram", "check_enough", "check_faulty", "distances", "left_out", "without_broken"]
 
 
 class BrokenMessage(RuntimeWarning):
@@ -44,10 +45,6 @@ class ByGram(Combine):
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         """Weights (n,) or (m, n) for n finite messages with inner products (n, n), float64 on the CPU."""
 
-    def among(self, count: int, faulty: int) -> ByGram:
-        """The rule for the `count` finite messages that are left, of which `faulty` lie."""
-        return self
-
     @final
     def weights(self, info: Info) -> Tensor:
         if info.gram is None:
@@ -59,13 +56,21 @@ class ByGram(Combine):
         if broken == 0:
             return self.row(found, self.faulty)
         without_broken(type(self).__name__, fine)
-        faulty = max(self.faulty - broken, 0)
-        rule = self.among(info.count - broken, faulty)
-        rule.check(info.count - broken, faulty)
-        part = rule.row(found[fine][:, fine], faulty)
+        rule = self.among(info.count - broken, broken)
+        assert isinstance(rule, ByGram)
+        rule.check(info.count - broken, rule.faulty)
+        part = rule.row(found[fine][:, fine], rule.faulty)
+        if part.ndim == 2:
+            part = torch.cat([part, part.new_full((broken, part.shape[1]), torch.nan)])
         whole = torch.zeros(*part.shape[:-1], info.count, dtype=torch.float64)
         whole[..., fine] = part
         return whole
+
+
+def left_out(mixed: Tensor) -> tuple[Tensor, int]:
+    """What the weights of a rule of two stages made (m, d), and how many messages were left out of it."""
+    broken = int(mixed[:, :1].isnan().any(1).sum())
+    return mixed[: len(mixed) - broken], broken
 
 
 def without_broken(rule: str, fine: Tensor) -> None:

@@ -69,7 +69,7 @@ class Flag(ByGram):
                 "faulty ones too; lower m, or say whole=True"
             )
 
-    def among(self, count: int, faulty: int) -> Flag:
+    def among(self, count: int, broken: int) -> Flag:
         return self if self.m is None or self.whole else replace(self, m=max(1, min(self.m, count - 1)))
 
     def row(self, gram: Tensor, faulty: int) -> Tensor:

@@ -19,7 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances
+from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances, left_out
 from weft.comm.rules.sorting import mean_near_median
 
 __all__ = ["Bulyan", "Krum", "MultiKrum"]
@@ -91,8 +91,9 @@ class MultiKrum(ByGram):
                 f"MultiKrum: m must be at most n - f = {count - faulty}, got {self.m}: more would hold a faulty message"
             )
 
-    def among(self, count: int, faulty: int) -> MultiKrum:
-        return self if self.m is None else replace(self, m=max(1, min(self.m, count - faulty)))
+    def among(self, count: int, broken: int) -> MultiKrum:
+        f = max(self.f - broken, 0)
+        return replace(self, f=f, m=None if self.m is None else max(1, min(self.m, count - f)))
 
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         kept = self.m or len(gram) - faulty
@@ -126,7 +127,5 @@ class Bulyan(ByGram):
         return torch.eye(len(gram), dtype=torch.float64)[sorted(picked)]
 
     def finish(self, mixed: Tensor) -> Tensor:
-        # Of the n - 2f picked, the n - 4f values nearest to the median stay. With broken messages left out more are picked; the
-        # same 2f go.
-        drop = min(2 * self.f, len(mixed) - 1)
-        return mean_near_median(mixed, drop)
+        picked, broken = left_out(mixed)
+        return mean_near_median(picked, 2 * max(self.f - broken, 0))  # of the n - 2f picked, n - 4f stay

@@ -3,6 +3,7 @@
 Problem    where honest workers' data differ, a robust rule throws honest messages out with the faulty ones.
 Method     NNM        replace each message by the mean of its n - f nearest, itself included: M = A X
            Bucketing  shuffle, replace s messages by their mean: n/s messages, each of s times less spread
+           Messages that are not finite are left out before, and fewer may then be faulty, to the inner rule too.
            The inner rule sees M. If it reads the Gram matrix, that of M is A K A^T, so that nothing of size d is made and the
            whole is one row, inner(A K A^T) A; if it goes entry by entry, M is made and given to it   `ByGram.row`, `finish`
 Guarantee  NNM makes any (f, kappa)-robust rule's error O(f/n) of the spread, which is optimal; Bucketing needs n > 2 f s.
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
 from weft.comm.combine import Combine, Info
-from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances
+from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances, left_out
 from weft.comm.rules.mean import Mean
 
 __all__ = ["NNM", "Bucketing"]
@@ -34,6 +35,10 @@ def _through(inner: Combine, mix: Tensor, gram: Tensor) -> Tensor:
 
 
 def _finish(inner: Combine, mixed: Tensor) -> Tensor:
+    if mixed.ndim == 1:
+        return inner.finish(mixed)
+    mixed, broken = left_out(mixed)
+    inner = inner.among(len(mixed), broken) if broken else inner
     return inner.elementwise(mixed) if inner.needs == "elementwise" else inner.finish(mixed)
 
 
@@ -64,6 +69,9 @@ class NNM(ByGram):
         near = square.sort(dim=1, stable=True).indices[:, : len(gram) - faulty]
         return torch.zeros_like(square).scatter_(1, near, 1.0 / near.shape[1])
 
+    def among(self, count: int, broken: int) -> NNM:
+        return replace(self, f=max(self.f - broken, 0), inner=self.inner.among(count, broken))
+
     def row(self, gram: Tensor, faulty: int) -> Tensor:
         return _through(self.inner, self.mix(gram, faulty), gram)
 
@@ -92,6 +100,9 @@ class Bucketing(ByGram):
     def check(self, count: int, faulty: int) -> None:
         if count < 1:
             raise ValueError("Bucketing: no message to combine")
+
+    def among(self, count: int, broken: int) -> Bucketing:
+        return replace(self, inner=self.inner.among(-(-count // self.s), broken))  # each lies in one bucket at most
 
     def mix(self, gram: Tensor) -> Tensor:
         """The mixing matrix (ceil(n/s), n)."""
