@@ -29,6 +29,7 @@ __all__ = [
     "PeerLost",
     "PlanMismatch",
     "UnknownOperators",
+    "Unreadable",
     "WeftError",
     "WorkerDied",
     "together",
@@ -152,6 +153,17 @@ class CheckpointDamaged(WeftError, ValueError):
 
     def __str__(self) -> str:
         return f"checkpoint {self.path} is damaged: {self.what}. Nothing was changed; load another checkpoint."
+
+
+class Unreadable(WeftError, ValueError):
+    """A file is missing, damaged, or holds something else than what it was read as. `what` is wrong, `remedy` helps."""
+
+    def __init__(self, path: str, what: str, remedy: str):
+        super().__init__(path, what, remedy)
+        self.path, self.what, self.remedy = path, what, remedy
+
+    def __str__(self) -> str:
+        return f"cannot read {self.path}: {self.what}. {self.remedy}"
 
 
 class NotFinite(WeftError, RuntimeError):

@@ -31,6 +31,8 @@ def pick(name: str, table: Mapping[str, T], what: str) -> T:
     >>> pick("Top_K", {"top-k": 1, "sign-sgd": 2}, "compressor")
     1
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a {what} must be given by its name, one of {', '.join(sorted(table))}; got {name!r}")
     if name in table:
         return table[name]
     same = [key for key in table if _plain(key) == _plain(name)]

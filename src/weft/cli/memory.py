@@ -105,17 +105,12 @@ def run(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be before tracing, which may take a while."""
     from weft.cluster import library
-    from weft.cluster.units import quantity
+    from weft.cluster.units import nbytes_of
 
     if arguments.device and arguments.device.split(":")[0] not in ("cpu", "cuda"):
         library.device(arguments.device)  # raises with the nearest names
     if arguments.budget:
-        try:
-            budget = quantity(arguments.budget, "bytes")
-        except ValueError as error:
-            raise ValueError(f"--budget {error}") from None
-        if budget < 1:
-            raise ValueError(f"--budget must be at least one byte, got {arguments.budget}")
+        nbytes_of(arguments.budget, "--budget")
     if arguments.save and not arguments.budget:
         raise ValueError("--save writes the plan for a budget; say which with --budget")
     inputs.check_folders({"--picture": arguments.picture, "--save": arguments.save})

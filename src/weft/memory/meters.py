@@ -21,7 +21,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, Self, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
+from weft.memory.arguments import device_of, expect
 from weft.memory.counting import Counter, CudaCounter, DispatchCounter, NativeCounter
 from weft.memory.native import NativeUnavailable, cuda
 
 __all__ = ["Meter", "meter"]
+
+T = TypeVar("T")
 
 Method = Literal["auto", "native", "dispatch"]
 
@@ -57,14 +60,24 @@ def meter(
         A `Meter`, counting. Use it as a context manager, or `close` it.
 
     Raises:
-        ValueError: another kind of device or method.
+        ValueError: another kind of device or method, or no such models and optimizers.
         NativeUnavailable: method "native" where there is no compiled allocator.
     """
-    models = [model] if isinstance(model, nn.Module) else list(model or ())
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    models = _all("model", model, nn.Module)
+    optimizers = _all("optimizer", optimizer, Optimizer)
     if device is None:
         device = next((p.device for m in models for p in m.parameters() if p.device.type != "meta"), "cpu")
-    return Meter(_counter(torch.device(device), method), models, optimizers)
+    return Meter(_counter(device_of("meter: device", device), method), models, optimizers)
+
+
+def _all(what: str, given: Any, kind: type[T]) -> list[T]:
+    """One, several or none of a kind, as a list."""
+    found = (
+        [] if given is None else list(given) if isinstance(given, Iterable) and not isinstance(given, kind) else [given]
+    )
+    for one in found:
+        expect(f"meter: {what}", one, kind)
+    return found
 
 
 def _counter(device: torch.device, method: Method) -> Counter:
@@ -75,8 +88,6 @@ def _counter(device: torch.device, method: Method) -> Counter:
             return NativeCounter(book)
         index = torch.cuda.current_device() if device.index is None else device.index
         return CudaCounter(torch.device("cuda", index))
-    if device.type != "cpu":
-        raise ValueError(f"meter: device must be cpu or cuda, got {device}")
     if method == "dispatch":
         return DispatchCounter()
     try:

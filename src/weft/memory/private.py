@@ -60,6 +60,7 @@ __all__ = [
     "at_end_of_backward",
     "backward_node",
     "below",
+    "broken_at",
     "bytes_of",
     "compiling",
     "direct",
@@ -423,6 +424,22 @@ def compiling() -> Compiling:
             "torch.compile, weft.memory.limit keeps the budget"
         ) from error
     return Compiling(aot_autograd, default_partition, boxed_nop)
+
+
+RESUMED = (
+    "torch_dynamo_resume_in_"  # what dynamo calls the rest of a function after a cut: + its name + "_at_" + the line
+)
+
+
+def broken_at(graph: torch.fx.GraphModule) -> str:
+    """Where dynamo, which has made this graph, has cut what it compiles in pieces, and why; "" if the graph is the whole."""
+    reason = getattr(graph, "compile_subgraph_reason", None)
+    if reason is None or not reason.user_stack:
+        return ""
+    whole, last = reason.user_stack[0], reason.user_stack[-1]
+    if reason.graph_break:
+        return f"{last.filename}:{last.lineno} ({reason.reason.splitlines()[0]})"
+    return f"{whole.filename}:{whole.name.rpartition('_at_')[2]}" if whole.name.startswith(RESUMED) else ""
 
 
 class Inductor(NamedTuple):

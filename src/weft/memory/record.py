@@ -9,15 +9,13 @@ Indices: `ops[i]` ran i-th; `values[v]` are numbered in the order in which they 
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from weft.paths import to_file
+from weft.memory.stored import read, write
 
 __all__ = ["CATEGORIES", "Category", "Op", "Phase", "Trace", "Value"]
 
@@ -246,12 +244,13 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, compressed if the name ends in `.z`, in a folder that is there."""
-        to_file("trace.save:", path)
-        text = json.dumps(self.to_dict(), separators=(",", ":")).encode()
-        Path(path).write_bytes(zlib.compress(text, 9) if str(path).endswith(".z") else text)
+        write(self.to_dict(), path, "trace.save:")
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read what `save` wrote."""
-        data = Path(path).read_bytes()
-        return cls.from_dict(json.loads(zlib.decompress(data) if str(path).endswith(".z") else data))
+        """Read what `save` wrote.
+
+        Raises:
+            Unreadable: there is no such file, or it holds no trace.
+        """
+        return read(path, cls.from_dict, "weft.memory.Trace")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weft.cluster import Cluster
+from weft.cluster.units import nbytes_of
 from weft.errors import BudgetError, DoesNotFit, ImpossibleConstraint, MeshTooLarge
 from weft.graph.graph import Graph
 from weft.placement.axes import find_cuts
@@ -412,35 +413,12 @@ def memory_limits(memory: int | str | Sequence[int | str] | None, cluster: Clust
     if memory is None:
         return None
     if isinstance(memory, (int, float, str)):
-        return (_nbytes(memory),) * len(cluster)
-    limits = tuple(_nbytes(m) for m in memory)
+        return (nbytes_of(memory, "memory"),) * len(cluster)
+    limits = tuple(nbytes_of(m, "memory") for m in memory)
     if len(limits) != len(cluster):
         given = f"{len(limits)} for {len(cluster)} devices"
         raise ValueError(f"memory: give one limit for all devices or one per device; got {given}")
     return limits
-
-
-def _nbytes(text: int | float | str) -> int:
-    if isinstance(text, (int, float)):
-        found = float(text)
-    else:
-        number = text.strip()
-        unit = number.lstrip("0123456789.+-eE ").strip()
-        scale = _UNITS.get(unit.lower())
-        try:
-            found = float(number[: len(number) - len(unit)]) * (scale or math.nan)
-        except ValueError:
-            found = math.nan
-    if not found > 0 or not math.isfinite(found):
-        raise ValueError(
-            f"memory must be a number of bytes > 0, or one with a unit such as '6GiB' or '500MB'; got {text!r}"
-        )
-    return int(found)
-
-
-_UNITS = {
-    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-}  # fmt: skip
 
 
 def _does_not_fit(candidates: list[tuple[Explorer, Candidate]], moves: Moves | None) -> DoesNotFit:

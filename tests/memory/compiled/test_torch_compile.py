@@ -389,3 +389,41 @@ def test_a_loss_that_keeps_the_bytes_of_its_summands_is_planned_so():
         torch._dynamo.reset()
         budget = int(trace.fixed + share * (trace.peak - trace.fixed))
         assert measured(compiled(made, backend(budget))) <= budget
+
+
+@torch._dynamo.disable
+def hoard(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.ones(64, *x.shape).sum(0)
+
+
+class Cut(nn.Module):
+    """What torch cannot follow is called first, or later."""
+
+    def __init__(self, first: bool):
+        super().__init__()
+        self.layer, self.first = nn.Linear(32, 32), first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(hoard(x)).sum() if self.first else hoard(self.layer(x)).sum()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_bytes_between_graphs_are_told_of(first):
+    """They exceed the budget, as the meter sees; the warning names the line, and `fullgraph` refuses."""
+    engine, x = backend("64KiB"), torch.ones(64, 32)
+    step = torch.compile(Cut(first), backend=engine, dynamic=False)
+    line = Cut.forward.__code__.co_firstlineno + 1
+    with meter() as m, pytest.warns(RuntimeWarning, match=rf"in pieces, at .*test_torch_compile\.py:{line}"):
+        step(x)
+    assert m.peak > engine.budget and "cut at" in str(engine)
+    torch._dynamo.reset()
+    engine = backend("64KiB")
+    assert "no graph yet" in str(engine)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(Cut(first), backend=engine, dynamic=False, fullgraph=True)(x)
+
+
+def test_one_graph_is_told_of_nothing(recwarn):
+    step = torch.compile(nn.Linear(32, 32), backend=backend("1MiB"), dynamic=False, fullgraph=True)
+    step(torch.ones(64, 32)).sum().backward()
+    assert not [w for w in recwarn if "pieces" in str(w.message)]

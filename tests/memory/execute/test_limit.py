@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -413,3 +415,52 @@ def test_room_for_an_optimizers_state_is_kept_from_the_start():
     assert begun == ["step", "update"]
     (told, reserved), (plain, _) = loop("2 MiB", True), loop("2 MiB", False)
     assert torch.equal(told, plain) and reserved is None
+
+
+class Failing(torch.optim.SGD):
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise FloatingPointError
+        return super().step(closure)
+
+
+def test_an_optimizer_that_raises_does_not_leave_its_step_open():
+    """What the next forward pass makes would count as the optimizer's, which must stay: too much for the budget."""
+
+    def train(within):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(*(m for _ in range(8) for m in (torch.nn.Linear(64, 64), torch.nn.GELU())))
+        opt, x, losses = Failing(net.parameters(), 0.1), torch.randn(256, 64), []
+        with within(net):
+            for number in range(4):
+                opt.zero_grad()
+                loss = net(x).square().mean()
+                loss.backward()
+                opt.fails = number == 1
+                with nullcontext() if number != 1 else pytest.raises(FloatingPointError):
+                    opt.step()
+                losses.append(loss.detach().clone())
+        return [*losses, *net.parameters()]
+
+    want = train(lambda net: nullcontext())
+    got = train(lambda net: limit("900 KiB", model=net, replay=False))
+    assert all(map(torch.equal, want, got))
+
+
+def test_every_step_by_a_closure_ends():
+    """Nothing runs between two of them but their closures."""
+    net, x = nn.Linear(8, 8), torch.randn(4, 8)
+    opt = torch.optim.LBFGS(net.parameters(), max_iter=3)
+
+    def closure():
+        opt.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+
+    with limit("1 MiB", model=net) as limited:
+        for _ in range(4):
+            opt.step(closure)
+    assert limited.steps == 4

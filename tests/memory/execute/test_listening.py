@@ -62,7 +62,7 @@ def test_a_module_on_another_thread_does_not_end_a_pause() -> None:
     training, seen = Training(), []
 
     def meanwhile() -> None:
-        assert limited._listening._paused is not None
+        assert limited._listening._paused
         elsewhere(lambda: (nn.Identity()(torch.ones(2)), seen.append(innermost())))
 
     with limit(BUDGET, model=training.net) as limited:
@@ -106,7 +106,7 @@ def test_an_optimizer_on_a_thread_of_autograds_ends_the_step() -> None:
             training.net(training.x).square().sum().backward()
             assert limited.steps == done
             elsewhere(on_the_devices_thread)
-            assert limited._succession.ended and seen == [None]  # a pause would have to end there, too
+            assert limited._succession.ended and seen == [False]  # a pause would have to end there, too
             assert innermost() is limited._listening._mode
         assert isinstance(limited._executor, Replay) and not limited.notes
     assert_nothing_is_left()

@@ -268,3 +268,11 @@ def test_a_loss_that_keeps_the_bytes_of_its_summands_does_so_on_paper(loss):
     fake, real = (trace(model, batch, loss=loss, fake=fake, costs=RATES) for fake in (True, False))
     same(fake, real)
     assert max(v.nbytes for v in fake.values if not fake.ops[v.born].makes[1:] and v.born >= 0) >= 16 * 8 * 4
+
+
+def test_what_was_not_measured_is_noted():
+    """The same model here and on the meta device: only here operators are tried, and tell their workspace."""
+    here, nowhere = nn.Linear(8, 8), nn.Linear(8, 8, device="meta")
+    assert trace(here, torch.ones(4, 8), lambda out, _: out.sum()).notes == ()
+    (note,) = trace(nowhere, torch.ones(4, 8), lambda out, _: out.sum()).notes
+    assert "nothing was measured" in note and "workspace of operators is unknown" in note

@@ -10,11 +10,14 @@ Guarantee  parameters, buffers, inputs, what is saved, gradients, temporaries, a
            compiled graphs together never exceed the budget; or `BudgetError` is raised before the call. What no compiled
            graph sees (optimizer state, a loss that is not compiled) is what `optimizer` and `outside` say. Fused kernels
            are checked after they ran                                                            `weft.memory.compiled.fused`
-Needs      fixed shapes: `torch.compile(..., dynamic=False)`.
+Needs      fixed shapes: `torch.compile(..., dynamic=False)`. And a model that is one graph: where torch cuts it in pieces, what
+           runs between them is outside; a function that it cannot follow at all (or compiles too often) runs without our
+           being asked. The first is told by a warning; `fullgraph=True` makes an error of both.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final, get_args
@@ -25,6 +28,7 @@ from torch import fx
 from weft.cluster.device import Device
 from weft.cluster.units import nbytes_of
 from weft.errors import BudgetError
+from weft.memory.arguments import expect, shown
 from weft.memory.compiled.book import Book
 from weft.memory.compiled.emit import promptly, write_joint
 from weft.memory.compiled.fused import Watch, compile_fused
@@ -32,7 +36,7 @@ from weft.memory.compiled.joint import Joint, read_joint
 from weft.memory.compiled.price import device_of, price_graph
 from weft.memory.planning.check import check
 from weft.memory.planning.choose import plan
-from weft.memory.private import compiling
+from weft.memory.private import broken_at, compiling
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
 from weft.memory.tracing.costs import CostTable
@@ -56,6 +60,8 @@ class Region:
         overhead: seconds of repetitions / seconds of the graph.
         repeated: how many operators run again.
         training: whether it has a backward.
+        broken: where torch has cut the model in pieces, of which this is one: what runs between them is no part of any; "" if
+            it has not.
     """
 
     trace: Trace
@@ -64,13 +70,13 @@ class Region:
     overhead: float
     repeated: int
     training: bool
+    broken: str = ""
 
     def __str__(self) -> str:
         kind = "forward and backward" if self.training else "forward"
         repeats = f", {self.repeated} operators again, {100 * self.overhead:.1f} % slower" if self.repeated else ""
-        return (
-            f"{kind}: {len(self.trace.ops)} operators, {_mib(self.peak)} (unplanned {_mib(self.trace.peak)}){repeats}"
-        )
+        broken = f"; a piece of what is cut at {self.broken}" if self.broken else ""
+        return f"{kind}: {len(self.trace.ops)} operators, {_mib(self.peak)} (unplanned {_mib(self.trace.peak)}){repeats}{broken}"
 
 
 def backend(
@@ -98,10 +104,11 @@ def backend(
             the backward of one that exceeded it raises `BudgetError`. Evaluation is watched, not planned.
 
     Raises:
-        ValueError: the budget is no number of bytes, or not positive; no such compiler.
+        ValueError: the budget is no number of bytes, or not positive; no such compiler; no optimizer or costs.
 
     The compiled model raises `BudgetError`, before it holds anything, where the budget cannot be kept, and `ValueError` for
-    graphs with symbolic sizes.
+    graphs with symbolic sizes. Where torch cuts a model in pieces, a `RuntimeWarning` says where: what runs between them counts
+    as `outside`. `torch.compile(..., fullgraph=True)` refuses such a model, and others that it would leave to eager execution.
     """
     return Backend(budget, outside=outside, optimizer=optimizer, costs=costs, compiler=compiler)
 
@@ -122,21 +129,40 @@ class Backend:
         compiler: Compiler = "eager",
     ):
         pick(compiler, COMPILERS, "compiler")
+        expect("backend: optimizer", optimizer, torch.optim.Optimizer, optional=True)
+        if not (costs is None or isinstance(costs, (CostTable, Device))):
+            raise ValueError(
+                f"backend: costs must be a weft.memory.CostTable or a weft.cluster.Device, got {shown(costs)}"
+            )
         self.compiler = compiler
         self.budget = nbytes_of(budget, "budget")
         self.book = Book(self.budget, nbytes_of(outside, "outside", least=0), optimizer)
         self.costs = costs
         self.regions: list[Region] = []
+        self._told = False  # that torch cuts the model in pieces
         self.watch = Watch(self.budget) if compiler == "inductor" else None
 
     def __str__(self) -> str:
         lines = [f"budget {_mib(self.budget)}, {_mib(self.book.elsewhere)} of it outside of compiled graphs"]
+        if not self.regions:
+            lines.append(
+                "  no graph yet: what torch.compile cannot follow runs as it is, within no budget (fullgraph=True says why)"
+            )
         return "\n".join(lines + [f"  {region}" for region in self.regions])
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """What dynamo calls for each graph; gives the function that it calls instead of the graph."""
+        broken = broken_at(module)
+        if broken and not self._told:
+            self._told = True
+            warnings.warn(
+                f"weft.memory.compiled: torch.compile cuts the model in pieces, at {broken}. What runs between them is not "
+                "planned and may exceed the budget: say its bytes as outside=, or have torch refuse it by fullgraph=True",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         try:
-            return _Compilation(self).compile(module, example_inputs)
+            return _Compilation(self, broken).compile(module, example_inputs)
         except (BudgetError, ValueError) as error:
             refusal = error  # dynamo hides the class of an error that is raised here, so it is raised by the first call
 
@@ -149,8 +175,8 @@ class Backend:
 class _Compilation:
     """One graph on its way through AOTAutograd."""
 
-    def __init__(self, owner: Backend):
-        self.owner, self.book = owner, owner.book
+    def __init__(self, owner: Backend, broken: str):
+        self.owner, self.book, self.broken = owner, owner.book, broken
         self.region: Region | None = None
         self.num_forward = 0
         self.fixed: set[int] = set()  # storages of the graph's inputs in its last call
@@ -240,7 +266,7 @@ class _Compilation:
             module.recompile()
         trace = joint.with_states_of(schedule)
         checked = check(trace, schedule)
-        self.region = Region(trace, schedule, checked.peak, checked.overhead, checked.repeated, training)
+        self.region = Region(trace, schedule, checked.peak, checked.overhead, checked.repeated, training, self.broken)
         self.owner.regions.append(self.region)
 
     def _within(self, room: int, *joints: Joint) -> tuple[Joint, Schedule]:

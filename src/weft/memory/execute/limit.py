@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from weft.cluster.device import Tier
 from weft.cluster.units import nbytes_of
 from weft.errors import BudgetError
+from weft.memory.arguments import device_of, expect
 from weft.memory.core import POLICIES
 from weft.memory.execute.backends import check_backend
 from weft.memory.execute.cycle import Cycle, planned
@@ -72,19 +73,24 @@ def limit(
             "native" (an arena of the native library: nothing lies outside of it); "auto" is "count".
         policy: what to drop online, a key of `weft.memory.core.POLICIES`; by default "pager" where addresses do not matter, else
             "coop".
-        device: whose bytes; by default the model's, else the CPU.
+        device: whose bytes, on the CPU or on CUDA; by default the model's, else the CPU.
         replay: False to stay online.
         by_hand: steps end only where `Limit.step()` says so, whatever optimizers do.
         tier: where activations may wait that are not made again: pinned memory of an accelerator's host, a temporary file of a
             CPU's process. Its figures decide what is cheaper. By default that of the plan, if a plan is given.
     Raises:
-        ValueError: the budget is not a positive number of bytes, there is no such backend or policy, or the tier is none.
+        ValueError: the budget is not a positive number of bytes, there is no such backend or policy, or another argument is not
+            what it must be.
         BudgetError: (with `trace`) no plan fits; `least` is what would do.
     """
+    expect("limit: model", model, nn.Module, optional=True)
+    expect("limit: optimizer", optimizer, torch.optim.Optimizer, optional=True)
+    expect("limit: trace", trace, Trace, optional=True)
+    expect("limit: tier", tier, Tier, optional=True)
     if device is None:
         first = next(model.parameters(), None) if model is not None else None
-        device = first.device if first is not None else torch.device("cpu")
-    found = Limit(budget, model, trace, backend, policy, torch.device(device), replay, by_hand, tier)
+        device = first.device if first is not None else "cpu"
+    found = Limit(budget, model, trace, backend, policy, device_of("limit: device", device), replay, by_hand, tier)
     found.optimizer = optimizer
     return found
 
@@ -108,7 +114,6 @@ class Limit:
         self.budget = _nbytes(budget)
         check_backend(backend)
         _check_policy(policy)
-        _check_tier(tier)
         self._by_hand = by_hand
         addresses = backend in ("copy", "native")
         if plan is None and trace is not None:
@@ -208,16 +213,19 @@ class Limit:
 
     def _check_entered(self) -> None:
         if self._executor is None:
-            raise RuntimeError(
-                "limit: this weft.memory.limit cannot rest or wake, since it is not entered (`with limit(...)`)"
-            )
+            raise RuntimeError("limit: this weft.memory.limit is not entered; do that within `with limit(...):`")
 
     def count(self, *tensors: Tensor) -> None:
         """Take note of tensors that are there but that no operator has read yet, such as the labels of a batch.
 
         A limit meets what was made outside when it is read first; until then its bytes are not counted.
+
+        Raises:
+            RuntimeError: it was not entered.
         """
+        self._check_entered()
         for tensor in tensors:
+            expect("Limit.count: what is counted", tensor, Tensor)
             if tensor.device.type == self.device.type:
                 self._executor.adopt(tensor)
 
@@ -271,7 +279,12 @@ class Limit:
                     self._executor.adopt(value, "optimizer")
 
     def step(self) -> None:
-        """A step of the loop ends here. Loops with a `torch.optim` optimizer need not say so."""
+        """A step of the loop ends here. Loops with a `torch.optim` optimizer need not say so.
+
+        Raises:
+            RuntimeError: it was not entered.
+        """
+        self._check_entered()
         self._succession.step()
 
     # -- what is not an operator --------------------------------------------------------------------------------------
@@ -300,14 +313,15 @@ class Limit:
                 self._succession.tell(lambda executor, part=part: executor.settle(part, "gradient"))
 
     def _before_optimizer(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._succession.ended = False
         if any(callable(value) for value in (*args, *kwargs.values())):
             return  # a closure: forward and backward run inside of it
+        self._succession.ended = False
+        self._listening.optimizing(optimizer, self._updated)
         if optimizer is self.optimizer:
             self._executor.spend()
         self._succession.tell(lambda executor: executor.optimizing(True))
         if self._keeps_as_much(optimizer) and self._listening.can_pause() and self._executor.skip_optimizer():
-            self._listening.pause(self._updated)
+            self._listening.pause()
 
     def _keeps_as_much(self, optimizer: Any) -> bool:
         """Whether an optimizer has the same options on as in its last step: with others (a momentum) it may keep more."""
@@ -345,13 +359,6 @@ def _nbytes(budget: Any) -> int:
 def _check_policy(policy: str | None) -> None:
     if policy is not None:
         pick(policy, POLICIES, "policy")
-
-
-def _check_tier(tier: Any) -> None:
-    if tier is not None and not isinstance(tier, Tier):
-        raise ValueError(
-            f"limit: tier must be a weft.memory.Tier, got {tier!r}; weft.memory.tiers.measured(folder) makes one of a folder"
-        )
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:

@@ -2,11 +2,13 @@
 
 Operators come by a dispatch mode, on the thread that entered it and on those of its backward passes; views pass by. Torch calls
 the hooks of optimizers and modules on every thread: what others do is none of ours. While an optimizer runs of which nothing is
-to be decided, the mode is left (`pause`): its operators then cost what they cost without us.
+to be decided, the mode is left (`pause`): its operators then cost what they cost without us. An optimizer that raises does not
+call its hook: its step is over when a module runs that it does not call itself.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -48,7 +50,8 @@ class Listening:
     ):
         self._thread = threading.get_ident()
         self._mode = _Mode(call)
-        self._paused: Any = None  # the hook that ends a pause
+        self._failed: Any = None  # the hook that sees that an optimizer's step has failed
+        self._paused = False
         self._hooks = [
             register_optimizer_step_pre_hook(self._if_heard(before)),
             register_optimizer_step_post_hook(self._if_heard(after)),
@@ -77,8 +80,8 @@ class Listening:
             self._guards.stop()
             for hook in self._hooks:
                 hook.remove()
-            if self._paused is not None:
-                self._paused.remove()
+            if self._failed is not None:
+                self._failed.remove()
         finally:
             self._mode.leave()
 
@@ -86,17 +89,40 @@ class Listening:
         """Whether nobody else listens more closely, who would be left with us; and no thread of autograd's asks."""
         return self._here() and is_innermost(self._mode)
 
-    def pause(self, over: Callable[[], None]) -> None:
-        """Operators pass by until `resume`. If a module runs before, `over` is called: an optimizer that raises does not call its
-        hook."""
+    def optimizing(self, optimizer: Any, over: Callable[[], None]) -> None:
+        """An optimizer's step begins. If a module runs before `resume`, and not inside it, the step has failed, and `over` is
+        called."""
+
+        def ran(module: nn.Module, args: Any) -> None:
+            if self._here() and not _inside(optimizer):
+                over()
+
+        if self._failed is None and self._here():
+            self._failed = register_module_forward_pre_hook(ran)
+
+    def pause(self) -> None:
+        """Operators pass by until `resume`."""
         self._mode.__exit__(None, None, None)
-        self._paused = register_module_forward_pre_hook(lambda module, args: over() if self._here() else None)
+        self._paused = True
 
     def resume(self) -> None:
-        if self._paused is not None and self._here():
-            self._paused.remove()
-            self._paused = None
+        """The optimizer's step is over."""
+        if not self._here():
+            return
+        if self._failed is not None:
+            self._failed.remove()
+            self._failed = None
+        if self._paused:
+            self._paused = False
             self._mode.__enter__()
+
+
+def _inside(owner: Any) -> bool:
+    """Whether this is called, over however many others, by a method of `owner`."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_locals.get("self") is not owner:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _all_plain(types: Any) -> bool:

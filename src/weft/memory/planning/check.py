@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import final
 
 from weft.cluster.device import Tier
+from weft.memory.arguments import expect
 from weft.memory.core.core import MOVE_RATE
 from weft.memory.planning.shape import recipes
 from weft.memory.record import Trace
@@ -69,7 +70,7 @@ def check(trace: Trace, schedule: Schedule, tiers: Sequence[Tier] | Tier | None 
     """Carry `schedule` out on paper and say what it costs.
 
     Args:
-        trace: the step.
+        trace: the step; for the schedule of a plan `plan.trace`, where results lie over gradients (`Trace.as_run`).
         schedule: what is to be judged.
         tiers: the lower tier that "save" and "load" go to (one; a sequence may hold at most one for now).
 
@@ -80,13 +81,24 @@ def check(trace: Trace, schedule: Schedule, tiers: Sequence[Tier] | Tier | None 
             program that has it still; or, at the end, an operator that
             never ran, a value of the user's that is not there, a temporary that is left.
     """
-    several = [tiers] if isinstance(tiers, Tier) else list(tiers or ())
+    expect("check: trace", trace, Trace)
+    expect("check: schedule", schedule, Schedule)
+    several = list(tiers) if isinstance(tiers, Sequence) else [] if tiers is None else [tiers]
+    for tier in several:
+        expect("check: tiers", tier, Tier)
     if len(several) > 1:
         raise ValueError(f"check: one lower tier at a time, got {[tier.name for tier in several]}")
     judge = _Judge(trace, schedule, several[0] if several else None)
-    for number, action in enumerate(schedule.actions):
-        judge.act(number, action)
-    return judge.verdict()
+    try:
+        for number, action in enumerate(schedule.actions):
+            judge.act(number, action)
+        return judge.verdict()
+    except ValueError as error:
+        if trace.as_run is trace:
+            raise
+        raise ValueError(
+            f"{error}. If the schedule is that of a plan, judge it by plan.trace, the step as weft runs it"
+        ) from None
 
 
 class _Arena:

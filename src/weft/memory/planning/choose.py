@@ -24,6 +24,7 @@ from typing import final
 from weft.cluster.units import nbytes_of
 from weft.errors import BudgetError
 from weft.graph.capture import rarely_collecting
+from weft.memory.arguments import expect, shown
 from weft.memory.core.core import MOVE_RATE
 from weft.memory.core.policy import POLICIES, Greedy, Policy
 from weft.memory.core.simulate import simulate
@@ -83,9 +84,13 @@ def plan(
         tier: lower tier that activations may be moved to.
     Raises:
         BudgetError: no way is known to run the step within the budget; it names the least budget for which one is.
-        ValueError: `budget` is neither a number of bytes nor text that says one; a policy is unknown.
+        ValueError: `budget` is neither a number of bytes nor text that says one; a policy is unknown; `trace` or `tier` is none.
     """
+    expect("plan: trace", trace, Trace)
+    expect("plan: tier", tier, Tier, optional=True)
     limit = None if budget is None else nbytes_of(budget, "budget", least=0)
+    if isinstance(policies, str):
+        policies = [policies]
     names = tuple(policies) if policies is not None else (("pager",) if len(trace.ops) <= MANY else ())
     for name in names:
         pick(name, POLICIES, "policy")
@@ -104,7 +109,13 @@ def frontier(trace: Trace, budgets: Iterable[int | str], **options: object) -> l
 
     Args:
         options: as for `plan`.
+    Raises:
+        ValueError: as for `plan`, or `budgets` is one instead of several.
     """
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise ValueError(
+            f"frontier: budgets must be several, as in [{budgets!r}], got {shown(budgets)}; plan takes one"
+        )
     limits = [nbytes_of(budget, "budget", least=0) for budget in budgets]
     plans: dict[int, MemoryPlan | None] = {}
     best: MemoryPlan | None = None
@@ -121,6 +132,8 @@ def frontier(trace: Trace, budgets: Iterable[int | str], **options: object) -> l
 
 def least(trace: Trace, tier: Tier | None = None) -> int:
     """The least budget in bytes, arena included, for which `plan` finds a way."""
+    expect("least: trace", trace, Trace)
+    expect("least: tier", tier, Tier, optional=True)
     with rarely_collecting():
         return _desk(trace, tier).least()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,7 +13,7 @@ from weft.memory.core.core import MOVE_RATE
 from weft.memory.planning.check import Checked, Tier, check
 from weft.memory.record import Trace
 from weft.memory.schedule import Action, Schedule
-from weft.paths import to_file
+from weft.memory.stored import read, write
 
 __all__ = ["MemoryPlan", "Part", "size"]
 
@@ -196,15 +194,16 @@ class MemoryPlan:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, compressed if the name ends in `.z`, in a folder that is there."""
-        to_file("plan.save:", path)
-        text = json.dumps(self.to_dict(), separators=(",", ":")).encode()
-        Path(path).write_bytes(zlib.compress(text, 9) if str(path).endswith(".z") else text)
+        write(self.to_dict(), path, "plan.save:")
 
     @classmethod
     def load(cls, path: str | Path) -> MemoryPlan:
-        """Read what `save` wrote."""
-        data = Path(path).read_bytes()
-        return cls.from_dict(json.loads(zlib.decompress(data) if str(path).endswith(".z") else data))
+        """Read what `save` wrote.
+
+        Raises:
+            Unreadable: there is no such file, or it holds no plan that runs.
+        """
+        return read(path, cls.from_dict, "weft.memory.MemoryPlan")
 
 
 def size(nbytes: float) -> str:

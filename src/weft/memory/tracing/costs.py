@@ -17,7 +17,6 @@ wall-clock with a synchronisation before and after.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +32,8 @@ from torch.utils.flop_counter import flop_registry
 from weft.cluster.device import Device
 from weft.graph.kinds import forward_name, kind_of
 from weft.memory import native
+from weft.memory.stored import read, write
 from weft.memory.tracing.operators import label, reads_bytes, tensors_of
-from weft.paths import to_file
 
 __all__ = ["CostTable", "Like", "Sample", "Work", "clock", "describe", "gauge", "measure_operators", "sample"]
 
@@ -287,21 +286,23 @@ class CostTable:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, in a folder that is there."""
-        to_file("costs.save:", path)
-        Path(path).write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
+        """Write JSON, compressed if the name ends in `.z`, in a folder that is there."""
+        write({"format": FORMAT, **asdict(self)}, path, "costs.save:")
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: another format.
+            Unreadable: there is no such file, it holds no table, or one of another format.
         """
-        data = json.loads(Path(path).read_text())
-        if data.pop("format", None) != FORMAT:
-            raise ValueError(f"CostTable: {path} is not of format {FORMAT}; measure again with this version of weft")
-        return cls(**data)
+
+        def made(data: Mapping[str, Any]) -> CostTable:
+            if data.get("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}; measure again with this version of weft")
+            return cls(data["device"], dict(data["seconds"]), dict(data["workspace"]), data["measured"])
+
+        return read(path, made, "weft.memory.CostTable")
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

@@ -49,6 +49,9 @@ from weft.memory.tracing.operators import (
 
 __all__ = ["Recorder", "storages_of"]
 
+CONSTANT = "aten.lift_fresh.default"
+"""What `torch.tensor(...)` ends with. Its bytes were made before it, out of sight: they count as an input, as under a limit."""
+
 
 def storages_of(tensor: Tensor) -> tuple[Any, ...]:
     """Storages that hold a tensor's bytes: one, or those of indices and values of a sparse tensor; none if it is opaque."""
@@ -269,17 +272,14 @@ class Recorder:
     def call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one operator and write down what it did."""
         phase, module = self._place()
-        if is_metadata(func):
+        if is_metadata(func) or label(func) == CONSTANT:
             return func(*args, **kwargs)
         variant = over_gradient(func) if phase == "backward" else None
         # asked before anything here refers to a tensor
         over = variant[0] if variant is not None and alone(label(func), args) else ""
-        index, fresh = len(self._rows), label(func) == "aten.lift_fresh.default"
+        index = len(self._rows)
         before = [
-            (tensor, storage)
-            for tensor in tensors_of((*args, *kwargs.values()))
-            for storage in storages_of(tensor)
-            if not (fresh and id(storage) not in self._held)  # a constant made this moment, out of sight
+            (tensor, storage) for tensor in tensors_of((*args, *kwargs.values())) for storage in storages_of(tensor)
         ]
         read = dict.fromkeys(self._value_of(tensor, storage) for tensor, storage in before)
         targets = list(writes(func, args, kwargs))
@@ -313,15 +313,12 @@ class Recorder:
                 read = written
             if makes_empty(func):
                 self._unfilled.update(dict.fromkeys(makes, index))
-            if fresh:
-                for number in makes:
-                    self._known[self._values[number].storage] = _Known("input", "")
             made = sum(self._values[v].nbytes for v in makes if v not in {new for _, new in overwrites})
             self._rows.append(
                 _Row(
                     label(func), module, phase, tuple(read), tuple(makes), tuple(overwrites), moves,
                     repeatable=bool(outputs or written)
-                    and not (fresh or communicates(func) or makes_empty(func)),
+                    and not (communicates(func) or makes_empty(func)),
                     random=draws(func, args, kwargs), dense=is_dense(func), seconds=seconds,
                     workspace=None if self._gauge is None else max(0, taken - made), wrapped=wrapped_bytes(func, args),
                     work=self._describe(func, args, kwargs, result) if self._priced else None, over=over,

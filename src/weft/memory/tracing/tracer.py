@@ -11,6 +11,7 @@ Costs: measured operator by operator where the device is at hand, else from rate
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from weft.cluster.device import Device
 from weft.cluster.library import device as library_device
 from weft.graph.batch import call, flatten_batch
+from weft.memory.arguments import expect
 from weft.memory.private import unlogged
 from weft.memory.record import Trace
 from weft.memory.tracing.costs import CostTable, clock, gauge, measure_operators
@@ -50,7 +52,8 @@ def trace(
     """One step of training: forward, backward and, if there is an optimizer, its update, as eager torch would run it.
 
     Model, gradients, optimizer and random generators are afterwards as they were. Gradients are taken to be absent before
-    the step (`zero_grad()`), the optimizer's state to be there.
+    the step (`zero_grad()`), the optimizer's state to be there. If nothing in the model wants a gradient (it is frozen, or
+    `torch.no_grad` is on), the step is the forward pass alone, and a note says so.
 
     Args:
         model: in the mode (train, eval) in which it shall run; on any device, "meta" too.
@@ -62,8 +65,10 @@ def trace(
         costs: a table; a `Device` or its name for its rates; "measure" to measure the operators here. By default they are
             measured if the device is at hand.
     Raises:
-        ValueError: the model needs its data and has none, or fake=False for a device that is not at hand.
+        ValueError: the model needs its data and has none, or fake=False for a device that is not at hand; there is no real
+            scalar with a gradient to minimise; the optimizer has nothing to update, or runs the model itself (`LBFGS`).
     """
+    expect("trace: model", model, nn.Module)
     where = _Place(model, device)
     step = _Step(model, batch, loss, optimizer)
     if fake is False and not where.at_hand:
@@ -134,13 +139,48 @@ class _Step:
     def __init__(self, model: nn.Module, batch: Any, loss: Any, optimizer: Any):
         self.model, self.batch, self.loss = model, batch, loss
         self.leaves, self.paths, _ = flatten_batch(batch)
-        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-            optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
-        self.optimizer: torch.optim.Optimizer | None = optimizer
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.forward_only = (
+            not (trained or any(leaf.requires_grad for leaf in self.leaves)) or not torch.is_grad_enabled()
+        )
+        self.optimizer = self._made(optimizer, trained)
+
+    def _made(self, optimizer: Any, trained: list[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """The optimizer, whose step can be traced.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if optimizer is None:
+            return None
+        if self.forward_only:
+            raise ValueError(
+                "trace: nothing in the model wants a gradient, so there is nothing for an optimizer to update; leave optimizer "
+                "out to trace the forward pass alone, or set requires_grad"
+            )
+        if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+            optimizer = optimizer(trained)
+        expect("trace: optimizer, or what it makes,", optimizer, torch.optim.Optimizer)
+        wanted = inspect.signature(optimizer.step).parameters.values()
+        if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in wanted):
+            raise ValueError(
+                f"trace: {type(optimizer).__name__} runs the model itself, by a closure, as often as it likes: there is no one "
+                "step to trace. Leave optimizer out; what its state takes is then not in the trace"
+            )
+        return optimizer
+
+    @property
+    def notes(self) -> list[str]:
+        return ["nothing wants a gradient: the step is the forward pass alone"] if self.forward_only else []
 
     def run(self, batch: Any, optimizer: torch.optim.Optimizer | None) -> Tensor:
         value = call(self.model, batch, self.loss)
-        if value.requires_grad:
+        if not self.forward_only:
+            if not value.requires_grad or value.is_complex():
+                why = f"it is {value.dtype}" if value.is_complex() else "it leads back to no parameter"
+                raise ValueError(
+                    f"loss: must be a real scalar with a gradient, and {why}; return one such as (a - b).abs().mean()"
+                )
             value.backward()
         if optimizer is not None:
             optimizer.step()
@@ -180,6 +220,7 @@ def _fake(step: _Step, where: _Place, costs: Any) -> Trace:
         with recorder:
             held = step.run(batch, optimizer)
     del held
+    recorder.notes += step.notes
     if recorder.views_written:
         recorder.notes.append(
             f"views are written in place {recorder.views_written} times: their backward is traced with other operators than "
@@ -190,7 +231,13 @@ def _fake(step: _Step, where: _Place, costs: Any) -> Trace:
             f"{where.name} imitated without CUDA: attention, dropout and batch norm as it would run them, others as the CPU "
             "does; workspace unknown"
         )
-    return recorder.trace(_table(recorder, where, costs))
+    table = _table(recorder, where, costs)
+    if not (table.measured or table.workspace or emulates_cuda(where.torch)):
+        recorder.notes.append(
+            f"nothing was measured: seconds are those of the rates of {table.device}, and the workspace of operators is unknown, "
+            "so that a step may take more bytes"
+        )
+    return recorder.trace(table)
 
 
 def _real(step: _Step, where: _Place, costs: Any) -> Trace:
@@ -215,6 +262,7 @@ def _real(step: _Step, where: _Place, costs: Any) -> Trace:
             with recorder:
                 held = step.run(step.batch, step.optimizer)
             del held
+            recorder.notes += step.notes
             recorders.append(recorder)
             untouched.rewind()
             for parameter in step.model.parameters():
