@@ -28,7 +28,8 @@ BAD = [
 ]  # fmt: skip
 SPEC = Spec("w", (5, 8))
 CODECS = (TopK(0.2), Quantise(3, 16), Identity())
-cases = pytest.mark.parametrize(("name", "memory"), CASES, ids=str)
+IDS = [repr(memory) if dataclasses.is_dataclass(memory) else name for name, memory in CASES]
+cases = pytest.mark.parametrize(("name", "memory"), CASES, ids=IDS)
 
 
 def gradient(step, rank):
