@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from tests.memory.planning.traces import Builder, chain, concatenating, random_step, training, transformer
 from tests.slow import slow
 
@@ -16,6 +17,7 @@ from weft.memory.planning.check import Tier, check
 from weft.memory.planning.choose import frontier, least, plan
 from weft.memory.planning.memory_plan import MemoryPlan, size
 from weft.memory.planning.retention import Retention
+from weft.memory.tracing.tracer import trace
 
 UNIT = 64 * 1024
 
@@ -50,6 +52,16 @@ def test_a_step_that_fits_is_left_as_it_is():
         assert [(a.kind, a.index) for a in found.schedule.actions] == [("run", op) for op in range(len(step.ops))]
         assert found.peak == step.peak
     assert plan(step, step.peak - 1).overhead == 0
+
+
+def test_a_tiny_step_fits_in_its_own_peak():
+    """An arena rounds every size up to 64 bytes, which counts only where bytes are scarce."""
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    step = trace(net, (torch.randn(3, 5), torch.randn(3, 3)), loss=torch.nn.functional.mse_loss)
+    assert plan(step, step.peak).peak == step.peak
+    assert least(step) <= step.peak
+    with pytest.raises(BudgetError):
+        plan(step, least(step) - 1)
 
 
 @pytest.mark.parametrize("seed", range(25))

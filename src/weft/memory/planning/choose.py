@@ -162,7 +162,7 @@ class _Desk:
         """The cheapest plan found for `limit` bytes, now or earlier."""
         trace, shape = self.shape.trace, self.shape
         floor, worst = self.floor
-        if floor > limit:
+        if floor > limit and trace.peak > limit:
             raise BudgetError(limit, self.least(), self._too_much(worst, floor))
         whole = Retention(shape)
         as_it_is = [Schedule(tuple(Action("run", op) for op in range(len(trace.ops))))] if trace.peak <= limit else []
@@ -209,8 +209,8 @@ class _Desk:
         return first
 
     def least(self) -> int:
-        """The least bytes for which a plan is known."""
-        found = [self.ladder.lowest().peak, *(found.reserved for found in self.plans)]
+        """The least bytes for which a plan is known; never more than the step takes as it is, no sizes rounded up."""
+        found = [self.shape.trace.peak, self.ladder.lowest().peak, *(found.reserved for found in self.plans)]
         if self.tier is not None:
             found.append(self._least_offloaded().reserved)
         return min(found)
