@@ -196,6 +196,18 @@ def test_a_failing_step_is_undone_too():
 # -- devices and data -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_traced_really(layer):
+    """Fake ones have no entries, and a plan of them knew nothing of the largest tensors of the step."""
+    model, x = nn.Sequential(layer(400, 16, sparse=True), nn.Tanh()), torch.randint(400, (24, 10))
+    loss = lambda output, target: (output.sum() - target).square()
+    batch = (x, torch.zeros(()))
+    real, asked = trace(model, batch, loss, fake=False), trace(model, batch, loss, fake=True)
+    found = trace(model, batch, loss)
+    assert found.peak == real.peak > asked.peak
+    assert any("sparse" in note for note in found.notes) and any("sparse" in note for note in asked.notes)
+
+
 def test_a_model_that_looks_at_its_data_runs_really():
     made = make("halting")
     found = trace(*made)

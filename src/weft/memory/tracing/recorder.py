@@ -53,6 +53,9 @@ CONSTANT = "aten.lift_fresh.default"
 """What `torch.tensor(...)` ends with. Its bytes were made before it, out of sight: they count as an input, as under a limit."""
 
 
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
+
 def storages_of(tensor: Tensor) -> tuple[Any, ...]:
     """Storages that hold a tensor's bytes: one, or those of indices and values of a sparse tensor; none if it is opaque."""
     if tensor.layout is torch.strided:
@@ -147,6 +150,7 @@ class Recorder:
         self._inputs = list(inputs)
         self.notes: list[str] = []
         self.views_written = 0  # calls in forward that wrote a view in place which has a gradient
+        self.sparse = 0  # calls that made sparse tensors
         self._rows: list[_Row] = []
         self._unfilled: dict[int, int] = {}  # values made empty that no operator has filled yet -> who made them
         self._values: list[_Draft] = []
@@ -298,6 +302,7 @@ class Recorder:
         finally:
             died, self._running = self._running, None
         outputs = list(tensors_of((result,)))
+        self.sparse += any(output.layout in _SPARSE for output in outputs)
         makes, overwrites = [], []
         for number in written:
             new = self._overwrite(number, index, objects, module)

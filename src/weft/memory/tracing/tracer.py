@@ -61,7 +61,8 @@ def trace(
         optimizer: one over the model's parameters, or a function that makes one of a list of parameters (`torch.optim.AdamW`).
         device: "cpu", "cuda", a name of `weft.cluster.library` ("A100-80GB") or a `weft.cluster.Device`; by default where the
             model is. One that is not at hand is imitated.
-        fake: True: with fake tensors. False: really. None: with fake tensors unless the model looks at its data.
+        fake: True: with fake tensors. False: really. None: with fake tensors unless the model looks at its data or makes sparse
+            gradients.
         costs: a table; a `Device` or its name for its rates; "measure" to measure the operators here. By default they are
             measured if the device is at hand.
     Raises:
@@ -79,7 +80,7 @@ def trace(
     if fake is not False:
         try:
             with unlogged():
-                return _fake(step, where, costs)
+                return _fake(step, where, costs, alone=bool(fake) or not where.at_hand)
         except (
             Exception
         ) as error:  # it looks at its data, or does else what fake tensors do not allow: numpy(), extensions
@@ -197,7 +198,11 @@ class _Step:
                 parameter.grad = None
 
 
-def _fake(step: _Step, where: _Place, costs: Any) -> Trace:
+def _fake(step: _Step, where: _Place, costs: Any, alone: bool) -> Trace:
+    """
+    Args:
+        alone: there is no other way; what is not known is noted.
+    """
     count_references(FakeTensor)
     fakes = Fakes(where.torch)
     batch = fakes.nested(step.batch)
@@ -221,6 +226,11 @@ def _fake(step: _Step, where: _Place, costs: Any) -> Trace:
             held = step.run(batch, optimizer)
     del held
     recorder.notes += step.notes
+    if recorder.sparse:
+        note = "how many entries sparse tensors have depends on the data: they are taken to have none, so a step takes more bytes"
+        if not alone:
+            raise ValueError(note)
+        recorder.notes.append(note)
     if recorder.views_written:
         recorder.notes.append(
             f"views are written in place {recorder.views_written} times: their backward is traced with other operators than "
