@@ -113,7 +113,7 @@ def forced(keep):
 
 class _Chooses:
     def __init__(self, choice):
-        self.link, self.trial, self.candidates = choice.link, choice.trial, choice.candidates
+        self.link, self.trial, self.exchanges = choice.link, choice.trial, choice.exchanges
 
     def predict(self, specs, ranks, trial, link):
         return {"plain": 2.0, "velocity": 1.0}
@@ -135,3 +135,47 @@ def test_bad_options():
         auto(trial=1)
     with pytest.raises(ValueError, match="margin"):
         auto(margin=1.0)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ([Exchange()], "must make a dict"),
+        ({"plain": Exchange()}, 'other than "plain"'),
+        ({1: Exchange()}, "called by words"),
+        ({"cast": Cast()}, "'cast' must be a weft.comm.Exchange"),
+    ],
+    ids=["a list", "plain", "a number", "a codec"],
+)
+def test_candidates_are_exchanges_by_name(made, said):
+    with pytest.raises(ValueError, match=said):
+        auto(candidates=lambda: made).exchanges()
+
+
+class Broken(TopK):
+    def encode(self, *args):
+        raise ArithmeticError("no digits left")
+
+
+def broken():
+    return {"broken": Exchange(Broken(0.1))}
+
+
+def not_exchanges():
+    return {"cast": Cast()}
+
+
+def said(candidates):
+    try:
+        trained(candidates)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def test_what_fails_while_rank_0_chooses_fails_on_every_rank(pool):
+    ours, theirs = pool(2).run(said, broken)
+    assert ours == ("ArithmeticError", "no digits left")
+    assert theirs == ("RuntimeError", "the choice of an exchange failed on rank 0: ArithmeticError: no digits left")
+    found = pool(2).run(said, not_exchanges)
+    assert found[0] == found[1] and found[0][0] == "ValueError"

@@ -16,7 +16,9 @@ from weft.comm.codecs.low_rank import LowRank
 from weft.comm.codecs.plain import Cast, Identity
 from weft.comm.codecs.quantise import Quantise
 from weft.comm.codecs.rand_k import RandK
+from weft.comm.codecs.scalar_seed import ScalarSeed
 from weft.comm.codecs.top_k import TopK
+from weft.comm.controllers.schedule import Schedule
 from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
 from weft.comm.memories.momentum_correction import MomentumCorrection
@@ -28,6 +30,7 @@ from weft.comm.rules.elementwise import Median, TrimmedMean
 from weft.comm.rules.flag import Flag
 from weft.comm.rules.krum import Krum
 from weft.comm.rules.mean import Mean
+from weft.comm.rules.subset import NearestToOwn
 from weft.comm.topology import AllGather, Gossip, Peer, Ring, ScatterGather, Star
 from weft.errors import ExchangeMismatch, PeerLost
 
@@ -426,8 +429,48 @@ def test_a_rank_that_refuses_its_rule_does_not_look_lost_to_the_others(pool):
         ({"combine": Krum(1)}, "Krum: needs n >= 5 messages for f = 1"),
         ({"topology": Star(7)}, "Star: root must be < 3"),
         ({"topology": Gossip(((1.0,),))}, "Gossip: weights must be 3 x 3"),
+        ({"combine": NearestToOwn(0)}, "NearestToOwn: needs the inner products and the own message's number"),
     ):
         assert pool(RANKS).run(refused, [options] * RANKS) == [("ValueError", said)] * RANKS
+
+
+def test_a_code_that_is_none_for_the_memory_is_refused_on_each_rank(pool):
+    """Also on the way back; and not where it is another one that is coded there, or nothing."""
+    down = Star(down=RandK(0.1), memory=ErrorFeedback())
+    for options, memory in (
+        ({"codec": ScalarSeed(), "memory": ErrorFeedback()}, ErrorFeedback()),
+        ({"codec": RandK(0.1), "memory": MomentumCorrection()}, MomentumCorrection()),
+        ({"codec": RandK(0.1), "memory": Shift(0.5)}, Shift(0.5)),
+        ({"codec": TopK(0.1), "topology": down}, ErrorFeedback()),
+        ({"codec": RandK(0.1), "topology": ScatterGather(memory=ErrorFeedback())}, ErrorFeedback()),
+    ):
+        said = f"Exchange: {memory} may keep ever more of w, ".split(",")[0]
+        assert pool(RANKS).run(refused, [options] * RANKS) == [("ValueError", said)] * RANKS
+    for options in (
+        {"codec": RandK(0.1), "memory": Shift(0.1)},
+        {"codec": RandK(0.1), "topology": Star(down=TopK(0.1), memory=ErrorFeedback())},
+        {"codec": ScalarSeed(), "memory": ErrorFeedback(), "select": nothing},
+    ):
+        assert pool(RANKS).run(refused, [options] * RANKS) == [("nothing", "")] * RANKS
+
+
+def nothing(spec):
+    return False
+
+
+def coarser():
+    """A schedule from a setting that suits the memory to one that does not."""
+    exchange = Exchange(RandK(0.9), ErrorFeedback(), controller=Schedule([0.9, 0.1], 0.9, stage_steps=2), timeout=8)
+    for step in range(6):
+        try:
+            exchange.reduce({"w": torch.ones(8, 2)}, step).wait()
+        except ValueError as error:
+            return step, "may keep ever more of w" in str(error)
+    return 6, False
+
+
+def test_a_setting_that_is_none_for_the_memory_ends_the_exchange_on_each_rank(pool):
+    assert pool(RANKS).run(coarser) == [(2, True)] * RANKS
 
 
 def unlike_checkpoints():

@@ -150,7 +150,7 @@ KEEPERS: dict[str, Any] = {
     "segments with a memory at both ends": partial(
         Exchange, TopK(0.1), ErrorFeedback(), topology=ScatterGather(memory=ErrorFeedback())
     ),
-    "drawn": partial(Exchange, RandK(0.1), ErrorFeedback()),
+    "drawn": partial(Exchange, RandK(0.1, unbiased=False), ErrorFeedback()),
     "dgc, warming up": partial(dgc, 0.02, warmup=[0.5, 0.25], stage_steps=2),
     "a controller with sums": partial(Exchange, TopK(0.1), ErrorFeedback(), controller=Accordion(0.1, 0.5, every=2)),
 }

@@ -138,7 +138,7 @@ def test_a_step_that_is_bad_in_one_group_changes_nothing_in_any(pool):
 @pytest.mark.parametrize(
     ("stage", "make"),
     [
-        (1, partial(Exchange, RandK(0.2), ErrorFeedback())),
+        (1, partial(Exchange, RandK(0.2, unbiased=False), ErrorFeedback())),
         pytest.param(3, LOSSY["velocities"], marks=slow),
         pytest.param(1, LOSSY["signs by segments"], marks=slow),
         pytest.param(3, LOSSY["low rank"], marks=slow),

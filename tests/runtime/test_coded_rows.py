@@ -212,7 +212,7 @@ def test_error_feedback_is_what_two_workers_do_by_the_book(pool):
 
 LOSSY: dict[str, Any] = {
     "random bits": partial(Exchange, Quantise(4)),
-    "random positions": partial(Exchange, RandK(0.2), ErrorFeedback()),
+    "random positions": partial(Exchange, RandK(0.2, unbiased=False), ErrorFeedback()),
     "a sampled threshold": partial(Exchange, TopK(0.1, "sampled"), ErrorFeedback()),
     "low rank": partial(Exchange, LowRank(1), ErrorFeedback()),
     "signs by segments": partial(Exchange, Sign(), ErrorFeedback(), topology=ScatterGather(memory=ErrorFeedback())),
@@ -238,7 +238,7 @@ def test_whoever_holds_the_same_gets_the_same(pool, name):
 
 
 def chances(plan: HandPlan) -> tuple[dict[str, int], dict[str, int]]:
-    engine = engine_of(plan, tiny(), PLAIN, exchange=Exchange(RandK(0.2), ErrorFeedback()))
+    engine = engine_of(plan, tiny(), PLAIN, exchange=Exchange(RandK(0.2, unbiased=False), ErrorFeedback()))
     engine.step([Job(batch())])
     states = engine.coded.exchange.state_dict()["states"]  # type: ignore[union-attr]
     engine.coded.exchange.close()  # type: ignore[union-attr]
@@ -353,7 +353,7 @@ def test_what_cannot_be_is_refused_on_every_rank(pool, strategy, make, other, sa
 @pytest.mark.parametrize(
     ("strategy", "make"),
     [
-        (("dp", "tp"), partial(Exchange, RandK(0.2), ErrorFeedback())),
+        (("dp", "tp"), partial(Exchange, RandK(0.2, unbiased=False), ErrorFeedback())),
         pytest.param(("dp", "tp"), LOSSY["velocities"], marks=pytest.mark.slow),
         pytest.param(("dp", "tp"), LOSSY["signs by segments"], marks=pytest.mark.slow),
         pytest.param(("zero-3", "tp"), partial(Exchange, Quantise(4), ErrorFeedback()), marks=pytest.mark.slow),

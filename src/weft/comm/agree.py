@@ -2,7 +2,7 @@
 
 what an exchange is, in words       `describe`
 the comparison                      `agree`, 16 bytes a rank; the words themselves travel only where hashes differ
-what rank 0 decided, to all         `announce`
+what rank 0 decided, to all         `announce`; what it is still to decide, which may fail  `decided`
 what each knows, to all             `shared`
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from weft.errors import ExchangeMismatch, together
 
-__all__ = ["agree", "announce", "describe", "hashed", "shared"]
+__all__ = ["agree", "announce", "decided", "describe", "hashed", "shared"]
 
 
 def describe(thing: Any) -> str:
@@ -89,6 +90,27 @@ def announce(value: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
     with together("a decision of rank 0"):
         dist.broadcast(buffer, source, group=group)
     return pickle.loads(bytes(buffer.cpu().numpy()))
+
+
+def decided(what: str, make: Callable[[], Any], group: dist.ProcessGroup, device: torch.device) -> Any:
+    """What `make` gives on rank 0, on every rank.
+
+    Raises:
+        Exception: on rank 0, what `make` raised.
+        RuntimeError: on the others, with that error's words: nobody waits for a decision that does not come.
+    """
+    value, error = None, None
+    if dist.get_rank(group) == 0:
+        try:
+            value = make()
+        except Exception as raised:
+            error = raised
+    value, words = announce((value, "" if error is None else f"{type(error).__name__}: {error}"), group, device)
+    if error is not None:
+        raise error
+    if words:
+        raise RuntimeError(f"{what} failed on rank 0: {words}")
+    return value
 
 
 def shared(value: Any, group: dist.ProcessGroup) -> list[Any]:

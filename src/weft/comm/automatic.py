@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from weft.cluster import Link
-from weft.comm.agree import announce
+from weft.comm.agree import announce, decided
 from weft.comm.codec import LinearCodec, Spec, State
 from weft.comm.codecs.low_rank import LowRank
 from weft.comm.codecs.plain import Cast
@@ -87,12 +87,30 @@ class Auto:
         if not 0 <= self.margin < 1:
             raise ValueError(f"auto: margin must be in [0, 1), got {self.margin}")
 
+    def exchanges(self) -> dict[str, Exchange]:
+        """What `candidates` makes.
+
+        Raises:
+            ValueError: it is not exchanges by name, or one is called "plain".
+        """
+        made = self.candidates()
+        if not isinstance(made, Mapping):
+            raise ValueError(f"auto: candidates must make a dict of exchanges by name, got {made!r:.80}")
+        for name, exchange in made.items():
+            if not isinstance(name, str) or name == "plain":
+                raise ValueError(
+                    f'auto: candidates are called by words other than "plain", which is no exchange; got {name!r}'
+                )
+            if not isinstance(exchange, Exchange):
+                raise ValueError(f"auto: candidate {name!r} must be a weft.comm.Exchange, got {exchange!r:.80}")
+        return dict(made)
+
     def predict(self, specs: Sequence[Spec], ranks: int, trial: Trial, link: Link) -> dict[str, float]:
         """Predicted step seconds of every candidate, and of "plain" (measured)."""
         found = {"plain": trial.step}
         plain = Exchange(select=lambda spec: False)
         saved = min(trial.waited, exposed(0.0, wire_seconds(plain, specs, ranks, link, trial.buckets), trial))
-        for name, exchange in self.candidates().items():
+        for name, exchange in self.exchanges().items():
             seconds = exposed(
                 codec_seconds(exchange, specs, ranks), wire_seconds(exchange, specs, ranks, link, trial.buckets), trial
             )
@@ -112,6 +130,8 @@ class Tryout:
     Args:
         choice: None where there is nothing to choose.
         specs: of the model's tensors.
+    Raises:
+        ValueError: the candidates are no exchanges by name.
     Attributes:
         chosen: the name of the choice once it is made, else "".
         predicted: step seconds by name.
@@ -119,6 +139,8 @@ class Tryout:
 
     def __init__(self, choice: Auto | None, specs: Sequence[Spec]):
         self.chosen, self.predicted = "", dict[str, float]()
+        if choice is not None:
+            choice.exchanges()  # refused here, where every rank comes by, and not by rank 0 alone later
         self._choice, self._specs = choice, specs
         self._began = self._ended = self._plain_step = 0.0
         self._buckets, self._steps = 0, list[tuple[float, float, float]]()  # of each step, see `Trial`
@@ -144,16 +166,17 @@ class Tryout:
     def _decide(self, choice: Auto, medians: Sequence[float], wired: Wired) -> Exchange | None:
         trial = Trial(*medians, buckets=max(self._buckets, 1))
         link = choice.link if choice.link is not None else measure_link(wired.group)
-        found = None
-        if wired.own == 0:
+
+        def decide() -> tuple[str, dict[str, float]]:
             predicted = choice.predict(self._specs, wired.ranks, trial, link)
-            found = choice.choose(predicted), predicted
-        self.chosen, self.predicted = announce(found, wired.group, wired.device)
+            return choice.choose(predicted), predicted
+
+        self.chosen, self.predicted = decided("the choice of an exchange", decide, wired.group, wired.device)
         self._plain_step = trial.step
         if self.chosen == "plain":
             self._choice = None
             return None
-        return choice.candidates()[self.chosen]
+        return choice.exchanges()[self.chosen]
 
     def _confirm(self, choice: Auto, medians: Sequence[float], wired: Wired) -> Exchange | None:
         self._choice = None

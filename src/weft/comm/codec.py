@@ -105,6 +105,14 @@ class Codec(abc.ABC):
         """The guaranteed omega of E|decode(encode(x)) - x|^2 <= omega |x|^2 for unbiased codecs; inf promises nothing."""
         return math.inf
 
+    def shrinks(self, spec: Spec, setting: Setting, rate: float = 1.0) -> bool:
+        """Whether x - rate decode(encode(x)) is shorter than x, in the mean: whether what a memory keeps stays bounded.
+
+        With an unbiased code it is (1 - rate)^2 + rate^2 omega of |x|^2, below 1 for rate (1 + omega) < 2. A biased one has to
+        see to it by itself.
+        """
+        return not self.unbiased or rate * (1 + self.variance(spec, setting)) < 2
+
     def nbytes(self, spec: Spec, setting: Setting) -> int:
         """Bytes of one message on the wire."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.message(spec, setting))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Literal
+from typing import Literal, final
 
 from torch import Tensor
 
@@ -70,7 +70,7 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
     needs: Needs = "count"
 
     def weights(self, info: Info) -> Tensor:
-        """W, float64 of shape (n,) for one result or (m, n) for m; below them, where messages were left out, rows for `finish`.
+        """W, float64 of shape (n,) for one result or (m, n) for m.
 
         Raises:
             ValueError: n is too small for the rule, or no message is finite.
@@ -82,7 +82,10 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
         raise NotImplementedError(f"{type(self).__name__} is a row of weights; use `weights`")
 
     def finish(self, mixed: Tensor) -> Tensor:
-        """What becomes of W @ messages: itself; rules with a second stage entry by entry make (d,) of (m, d) here."""
+        """What becomes of W @ messages: itself; rules with a second stage entry by entry make (d,) of (m, d) here.
+
+        Where messages may be broken, it is `left(info)` that finishes.
+        """
         return mixed
 
     def among(self, count: int, broken: int) -> Combine:
@@ -90,6 +93,12 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
         if not is_dataclass(self) or all(field.name != "f" for field in fields(self)):
             return self
         return replace(self, f=max(self.f - broken, 0))  # type: ignore[attr-defined]
+
+    @final
+    def left(self, info: Info) -> Combine:
+        """The rule for the messages that are finite, by their inner products: itself where all are, or nothing is known."""
+        broken = 0 if info.gram is None else int((~info.gram.diagonal().isfinite()).sum())
+        return self.among(info.count - broken, broken) if broken else self
 
     def __call__(self, stack: Tensor, own: int = -1) -> Tensor:
         """Combine messages (n, d) that lie in one place: the plain form, for one process and for tests.
@@ -103,8 +112,9 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
             return self(wide(type(self).__name__, stack), own).to(stack.dtype)
         if self.needs == "elementwise":
             return self.elementwise(stack)
-        found = gram(stack) if self.needs == "gram" else None
-        return self.finish(weighted(self.weights(Info(len(stack), found, own)), stack))
+        info = Info(len(stack), gram(stack) if self.needs == "gram" else None, own)
+        row = self.weights(info)
+        return self.left(info).finish(weighted(row, stack))
 
 
 def wide(rule: str, stack: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Core:
         self.gram: Tensor | None = None  # of the step's messages as far as they have come
         self.gram_of_pieces: Tensor | None = None  # of those that went to this rank alone
         self.held: list[CombiningBucket] = []  # whose results wait for it
-        self._row: Tensor | None = None
+        self._rule: tuple[Combine, Tensor] | None = None
 
     # ---- the course of a step
 
@@ -105,6 +105,7 @@ class Core:
         """Get a bucket ready to be encoded; the first one of a step comes when nothing is on the wire."""
         if not self.wired.agreed(bucket.same):
             self.wired.compare(bucket.same, "\n".join((self.words(bucket.specs), *bucket.words)))
+            self.check_codes(bucket.specs)
             if self.wired.crowded():
                 self.wired.forget()
         for spec in bucket.specs:
@@ -114,7 +115,7 @@ class Core:
             self._undo.clear()
             self.held.clear()
             self.poisoned, self.rounds, self.delivered = False, False, 0.0
-            self.gram, self.gram_of_pieces, self._row = None, None, None
+            self.gram, self.gram_of_pieces, self._rule = None, None, None
             if self.decides(bucket.step):
                 self._decide(bucket.step)
         for item in bucket.items:
@@ -134,9 +135,11 @@ class Core:
             decision = dict(controller.decide(step, chosen, self._total) if apart else controller.decide(step, chosen))
         if not alone:
             decision = announce(decision, self.wired.group, self.wired.device)
-        if any(self.settings.get(name) != setting for name, setting in decision.items()):
-            self.wired.forget()
+        changed = any(self.settings.get(name) != setting for name, setting in decision.items())
         self.settings.update(decision)
+        if changed:
+            self.wired.forget()
+            self.check_codes(list(chosen.values()))
 
     def _total(self, numbers: Numbers) -> dict[str, list[float]]:
         """Numbers of whole tensors: those of the groups' parts added in the groups' order, what several hold once."""
@@ -184,6 +187,28 @@ class Core:
     def words(self, specs: Sequence[Spec]) -> str:
         lines = [f"{spec.name}{spec.part} {spec.shape} {spec.dtype} setting {self.setting(spec)}" for spec in specs]
         return "\n".join((self.options.words, *lines))
+
+    def check_codes(self, specs: Sequence[Spec]) -> None:
+        """See that what memories keep stays bounded with their codes, here and where results are coded on the way back.
+
+        Raises:
+            ValueError: some tensor's would not.
+        """
+        codec, back = self.options.codec, self.topology.leg_back(self.options.codec)
+        for spec in specs:
+            setting = self.setting(spec)
+            if setting is None:
+                continue
+            for used, memory in ((codec, self.memory), *([] if back is None else [back])):
+                if used is not codec:
+                    setting = used.default(spec)
+                if memory is not None and not memory.suits(used, spec, setting):
+                    raise ValueError(
+                        f"Exchange: {memory} may keep ever more of {spec.name}, step by step: an error of {used} at setting "
+                        f"{setting} can be as long as what it codes (omega = {used.variance(spec, setting):.3g}). Use "
+                        "unbiased=False where the codec has it (which scales by 1/(1 + omega)), a finer setting, or no memory; "
+                        "with Shift, a rate of 1/(1 + omega)"
+                    )
 
     # ---- states
 
@@ -264,11 +289,13 @@ class Core:
         """By the whole model's inner products, no rank's message is finite; False where they are not known."""
         return self.gram is not None and not bool(self.gram.diagonal().isfinite().any())
 
-    def weights_of_step(self, own: int) -> Tensor:
-        """The rule's weights, made of the whole model's inner products."""
-        if self._row is None:
-            self._row = self.combine.weights(Info(self.wired.ranks, self.gram, own))
-        return self._row
+    def rule_of_step(self, own: int) -> tuple[Combine, Tensor]:
+        """(the rule that is left, which finishes, and its weights), made of the whole model's inner products."""
+        if self._rule is None:
+            info = Info(self.wired.ranks, self.gram, own)
+            row = self.combine.weights(info)
+            self._rule = self.combine.left(info), row
+        return self._rule
 
     # ---- what goes uncompressed, and counters
 

@@ -193,7 +193,7 @@ class Exchange:
             ExchangeMismatch: on every rank, if any has other options or tensors; or a loaded checkpoint is of others.
             PeerLost: a rank did not come.
             ValueError: it is at work already, with tensors of another model; their memories would be mixed up. Or, on every
-                rank, topology or rule are not for so many ranks.
+                rank, topology or rule are not for so many ranks, or the codec is none for the memory (`Memory.suits`).
         """
         if self._core is not None and self._core.specs and specs:
             raise ValueError(
@@ -223,6 +223,7 @@ class Exchange:
         refusal = None
         try:
             self._check_ranks(core.wired.ranks)
+            core.check_codes(specs)
         except ValueError as error:
             refusal = error  # raised when the others have heard of it: a group that one rank leaves is lost to all
         core.specs.update({spec.name: spec for spec in specs})
@@ -258,7 +259,9 @@ class Exchange:
         if rule.needs == "elementwise":
             rule.elementwise(torch.zeros(ranks, 1))
         elif rule.needs == "gram":
-            rule.weights(Info(ranks, torch.eye(ranks, dtype=torch.float64), 0))
+            rule.weights(
+                Info(ranks, torch.eye(ranks, dtype=torch.float64), 0 if isinstance(self.topology, Peer) else -1)
+            )
 
     @property
     def core(self) -> Core:

@@ -37,7 +37,7 @@ from weft.comm.exchange import Exchange
 from weft.comm.memories.shift import Shift
 from weft.comm.memory import Memory, NoMemory
 from weft.comm.rules.mean import Mean
-from weft.comm.topology import Gossip, Peer, ScatterGather, Star
+from weft.comm.topology import Gossip, Peer
 from weft.comm.variational import Adam, Ask, Inner, Named, Operator, Rate, Rounds, finite, moved, rate_of
 
 __all__ = ["MASHA", "Anchor", "coin", "masha", "rate", "step_size"]
@@ -471,12 +471,8 @@ def _check_mean(exchange: Exchange) -> None:
 
 def _back(exchange: Exchange) -> list[tuple[str, Codec, Memory | None]]:
     """What results are coded by on the way back, under which name, and the memory there."""
-    topology = exchange.topology
-    if isinstance(topology, Star) and topology.down is not None:
-        return [("Star's down codec", topology.down, topology.memory)]
-    if isinstance(topology, ScatterGather):
-        return [("ScatterGather's down codec", topology.down or exchange.codec, topology.memory)]
-    return []
+    leg = exchange.topology.leg_back(exchange.codec)
+    return [] if leg is None else [(f"{type(exchange.topology).__name__}'s down codec", *leg)]
 
 
 def _bare(memory: Memory | None) -> bool:

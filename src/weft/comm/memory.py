@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from weft.comm.codec import Spec, State
+from weft.comm.codec import Codec, Setting, Spec, State
 
 __all__ = ["Memory", "NoMemory", "VelocityMemory"]
 
@@ -28,6 +28,10 @@ class Memory(abc.ABC):
     def sized(self, ranks: int) -> Memory:
         """The same memory as one of so many ranks, which an exchange knows once it is open: as a rule itself."""
         return self
+
+    def suits(self, codec: Codec, spec: Spec, setting: Setting) -> bool:
+        """Whether what is kept of a tensor stays bounded under this code; an exchange refuses to go on where it does not."""
+        return codec.shrinks(spec, setting)
 
     @abc.abstractmethod
     def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
@@ -84,6 +88,9 @@ class NoMemory(Memory):
     """What is not sent is lost."""
 
     additive = True
+
+    def suits(self, codec: Codec, spec: Spec, setting: Setting) -> bool:
+        return True
 
     def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
         return x

@@ -345,7 +345,8 @@ class CombiningBucket(Bucket):
             return rule.elementwise(self.stacked(number))
         own = self.own if isinstance(exchange.topology, Peer) else -1
         if rule.needs == "gram":
-            return rule.finish(weighted(exchange.weights_of_step(own), self.stacked(number)))
+            left, row = exchange.rule_of_step(own)
+            return left.finish(weighted(row, self.stacked(number)))
         if self._row is None:
             self._row = self.weights(own)
         codec, spec, setting = self.combined[number]

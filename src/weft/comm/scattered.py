@@ -51,7 +51,9 @@ def scattered(vector: Tensor, rule: Combine, group: dist.ProcessGroup | None = N
         if rule.needs == "gram":
             found = gram(stack)
             dist.all_reduce(found, group=group)
-        mine = rule.finish(weighted(rule.weights(Info(ranks, found)), stack))
+        info = Info(ranks, found)
+        row = rule.weights(info)
+        mine = rule.left(info).finish(weighted(row, stack))
     result = vector.new_empty(ranks * length)
     dist.all_gather_single(result, mine.contiguous(), group=group)
     return result[: len(vector)]

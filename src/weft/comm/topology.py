@@ -47,6 +47,10 @@ class Topology(abc.ABC):
             back: of the combined result's, where that is a leg of its own; None for as many.
         """
 
+    def leg_back(self, codec: Codec) -> tuple[Codec, Memory | None] | None:
+        """How results are coded on the way back, given the exchange's codec, and the memory there; None: as they are, or not."""
+        return None
+
     def back(self, spec: Spec, nbytes: float) -> float:
         """Bytes of the combined result of one coded tensor, whose message has `nbytes`."""
         return nbytes
@@ -110,6 +114,9 @@ class ScatterGather(Topology):
     def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
         return (ranks - 1) / ranks * (nbytes + (nbytes if back is None else back))
 
+    def leg_back(self, codec: Codec) -> tuple[Codec, Memory | None] | None:
+        return self.down or codec, self.memory
+
     def back(self, spec: Spec, nbytes: float) -> float:
         return nbytes if self.down is None else self.down.nbytes(spec, self.down.default(spec))
 
@@ -138,6 +145,9 @@ class Star(Topology):
 
     def wire(self, nbytes: float, ranks: int, back: float | None = None) -> float:
         return (ranks - 1) * (nbytes + (nbytes if back is None else back))
+
+    def leg_back(self, codec: Codec) -> tuple[Codec, Memory | None] | None:
+        return None if self.down is None else (self.down, self.memory)
 
     def back(self, spec: Spec, nbytes: float) -> float:
         down = self.down or Identity()

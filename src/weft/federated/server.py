@@ -342,7 +342,8 @@ def believed(rule: Combine, row: Tensor, stack: Tensor, arrivals: tuple[Arrival,
     """Weights (n,), as a robust rule leaves them, and the step (d,) that it makes of changes (n, d)."""
     if rule.needs == "elementwise":
         return row, float(row.sum()) * rule.elementwise(stack)
-    chosen = rule.weights(Info(len(stack), gram(stack) if rule.needs == "gram" else None, arrivals=arrivals))
+    info = Info(len(stack), gram(stack) if rule.needs == "gram" else None, arrivals=arrivals)
+    chosen, rule = rule.weights(info), rule.left(info)
     if chosen.ndim == 1:  # a choice among messages: those that it leaves keep their weights
         row = len(stack) * chosen * row
         return row, rule.finish(weighted(row, stack))

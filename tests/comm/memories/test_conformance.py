@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import math
 
 import pytest
 import torch
 
 from weft.comm.codec import Spec
-from weft.comm.codecs import Identity, Quantise, TopK
+from weft.comm.codecs import CODECS as TABLE
+from weft.comm.codecs import Identity, LowRank, Quantise, RandK, ScalarSeed, SharedRandK, Sign, TopK
 from weft.comm.memories import MEMORIES, ErrorFeedback, MomentumCorrection, Shift
 from weft.comm.memory import Memory
 
@@ -121,3 +123,69 @@ def test_bad_options_are_named(name, options):
     kind = MEMORIES[name]
     with pytest.raises(ValueError, match=rf"{kind.__name__}: .*{next(iter(options))}"):
         kind(**options)
+
+
+CODES = {  # a codec that is not named here is tested with its defaults
+    "low-rank": (LowRank(1), LowRank(1, warm=False)),
+    "quantise": tuple(
+        Quantise(bits, scale=scale, stochastic=drawn)
+        for scale in ("range", "max", "norm")
+        for bits in (2, 3, 8)
+        for drawn in (True, False)
+    ),
+    "rand-k": (RandK(0.1), RandK(0.1, unbiased=False), RandK(0.7)),
+    "scalar-seed": (ScalarSeed(), ScalarSeed(12, unbiased=False)),
+    "shared-rand-k": (SharedRandK(0.1), SharedRandK(0.1, unbiased=True)),
+    "sign": (Sign(), Sign(8, "sides")),
+    "top-k": (TopK(0.1),),
+}
+KEEP = (ErrorFeedback(), MomentumCorrection(0.5), MomentumCorrection(0.5, masking=False), Shift())
+GROW = [RandK(0.1), ScalarSeed(), SharedRandK(0.1, unbiased=True), Quantise(2, scale="norm")]
+
+
+def descend(codec, memory, steps, lr):
+    """Two ranks of a quadratic whose gradients differ at its minimum: (distance of the last third's mean, relative; the last)."""
+    memory, setting = memory.sized(2), codec.default(SPEC)
+    lr *= 1 - getattr(memory, "momentum", 0.0)
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.randn(2, SPEC.numel, generator=generator) + torch.tensor([[-1.5], [1.5]])
+    best, x, tail = centres.mean(0), torch.zeros(SPEC.numel), torch.zeros(SPEC.numel)
+    states = [start(0), start(1)]
+    for step in range(steps):
+        total = torch.zeros(SPEC.numel)
+        for centre, state in zip(centres, states, strict=True):
+            y = memory.before(x - centre, SPEC, state)
+            message = tuple(part.clone() for part in codec.encode(y, SPEC, state, setting, step))
+            memory.after(y, *codec.sent(message, SPEC, setting), state)
+            codec.add_to(total, message, SPEC, setting, 0.5)
+        delivered, _ = [memory.delivered(total, SPEC, state) for state in states]
+        x = x - lr * delivered
+        tail += x * (3 * step >= 2 * steps) / (steps / 3)
+    return float((tail - best).norm() / best.norm()), float(x.norm() / best.norm())
+
+
+@pytest.mark.parametrize("memory", KEEP, ids=str)
+@pytest.mark.parametrize("codec", [code for name in TABLE for code in CODES.get(name, (TABLE[name](),))], ids=str)
+def test_descent_reaches_the_minimum_with_every_code_that_a_memory_takes(codec, memory):
+    setting = codec.default(SPEC)
+    if memory.suits(codec, SPEC, setting):
+        assert descend(codec, memory, 450, 0.04)[0] < 0.1
+    else:  # nothing is refused that has the promise which error feedback asks for
+        assert codec.contraction(SPEC, setting) == 0 and codec.variance(SPEC, setting) >= 1
+
+
+@pytest.mark.parametrize("codec", GROW, ids=str)
+@pytest.mark.parametrize("memory", [ErrorFeedback(), MomentumCorrection(0.5, masking=False), Shift()], ids=str)
+def test_a_code_that_errs_by_more_than_it_codes_is_none_for_a_memory(codec, memory):
+    assert not memory.suits(codec, SPEC, codec.default(SPEC))
+    last = descend(codec, memory, 450, 0.04)[1]
+    assert not math.isfinite(last) or last > 100
+
+
+@pytest.mark.parametrize("codec", [RandK(0.2), SharedRandK(0.2, unbiased=True), ScalarSeed(10)], ids=str)
+def test_a_reference_that_follows_slowly_takes_an_unbiased_code(codec):
+    """DIANA: a rate of 1/(1 + omega); from 2/(1 + omega) on what is coded grows."""
+    omega = codec.variance(SPEC, codec.default(SPEC))
+    assert Shift(1 / (1 + omega)).suits(codec, SPEC, codec.default(SPEC))
+    assert not Shift(2 / (1 + omega)).suits(codec, SPEC, codec.default(SPEC))
+    assert descend(codec, Shift(1 / (1 + omega)), 450, 0.04)[0] < 0.01

@@ -185,9 +185,24 @@ def test_six_of_fifteen_as_far_as_floats_go_move_it_no_further_than_near_ones(ru
 def test_weights_are_what_the_exchange_applies(name):
     """The plain call is finish(W @ messages) with W from the Gram matrix, and segments may be combined one by one."""
     messages, rule = cloud(6), build(name)
-    whole = rule.weights(Info(15, gram(messages), 0))
-    parts = torch.cat([rule.finish(weighted(whole, part)) for part in messages.split(13, 1)])
+    info = Info(15, gram(messages), 0)
+    whole = rule.weights(info)
+    parts = torch.cat([rule.left(info).finish(weighted(whole, part)) for part in messages.split(13, 1)])
     torch.testing.assert_close(parts, rule(messages, 0), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::weft.comm.rules.BrokenMessage")
+@pytest.mark.parametrize("name", [n for n in WITH_F if RULES[n].needs == "gram"] + ["bucketing"])
+def test_segments_of_broken_messages_are_finished_by_the_rule_that_is_left(name):
+    """Message 5 is broken in one segment alone; in the others its Gram matrix must tell. One weight row for each result."""
+    messages = cloud(6)
+    messages[5, 3] = torch.nan
+    info = Info(15, gram(messages), 0)
+    whole = build(name).weights(info)
+    assert whole.isfinite().all() and not whole[..., 5].any()
+    parts = [build(name).left(info).finish(weighted(whole, part)) for part in messages.split(13, 1)]
+    rest = torch.cat([messages[:5], messages[6:]])
+    torch.testing.assert_close(torch.cat(parts), build(name, f=1)(rest, 0), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -127,6 +127,16 @@ class Quantise(Codec):
             return (entries - 1) / (4 * levels**2)
         return min(entries / (4 * levels**2), math.sqrt(entries) / levels)
 
+    def shrinks(self, spec: Spec, setting: Setting, rate: float = 1.0) -> bool:
+        """Whatever omega is with "range" and "max": no error is as large as the largest entry, which therefore shrinks.
+
+        To the nearest level of a "norm" nothing at all is sent of n > 4 s^2 equal entries.
+        """
+        if self.scale != "norm":
+            return True
+        few = self._width(spec) < 4 * (2 ** (_bits(setting) - 1) - 1) ** 2
+        return super().shrinks(spec, setting, rate) if self.stochastic else few
+
     def _width(self, spec: Spec) -> int:
         return max(1, min(self.bucket, spec.numel))
 

@@ -19,7 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from weft.comm.codec import Spec, State
+from weft.comm.codec import Codec, Setting, Spec, State
 from weft.comm.memory import Memory
 
 __all__ = ["Shift"]
@@ -43,6 +43,9 @@ class Shift(Memory):
             raise ValueError(
                 f"Shift: rate must be in (0, 1], got {self.rate}; 1/(1 + omega) for an unbiased codec, else 1"
             )
+
+    def suits(self, codec: Codec, spec: Spec, setting: Setting) -> bool:
+        return codec.shrinks(spec, setting, self.rate)
 
     def before(self, x: Tensor, spec: Spec, state: State) -> Tensor:
         reference = state.get("reference")

@@ -3,7 +3,6 @@
 A message that is not finite has a diagonal entry of K that is not (`weft.comm.gram`). It gets weight 0, is named in a
 `BrokenMessage` warning, and is one of the f that the rule tolerates, so the rule goes on with n - b messages and f - b suspects,
 and takes fewer where its options ask for more than are left        `among`
-A rule of two stages hears of b in the second by as many rows of NaN below its m rows of weights      `left_out`
 
     distances     |x_i - x_j|^2 = K_ii + K_jj - 2 K_ij      `distances`
 """
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from weft.comm.combine import Combine, Info
 
-__all__ = ["BrokenMessage", "ByGram", "check_enough", "check_faulty", "distances", "left_out", "without_broken"]
+__all__ = ["BrokenMessage", "ByGram", "check_enough", "check_faulty", "distances", "without_broken"]
 
 
 class BrokenMessage(RuntimeWarning):
@@ -52,25 +51,16 @@ class ByGram(Combine):
         found = info.gram.detach().to("cpu", torch.float64)
         self.check(info.count, self.faulty)
         fine = torch.isfinite(found.diagonal())
-        broken = int((~fine).sum())
-        if broken == 0:
+        if bool(fine.all()):
             return self.row(found, self.faulty)
         without_broken(type(self).__name__, fine)
-        rule = self.among(info.count - broken, broken)
+        rule = self.left(info)
         assert isinstance(rule, ByGram)
-        rule.check(info.count - broken, rule.faulty)
+        rule.check(int(fine.sum()), rule.faulty)
         part = rule.row(found[fine][:, fine], rule.faulty)
-        if part.ndim == 2:
-            part = torch.cat([part, part.new_full((broken, part.shape[1]), torch.nan)])
         whole = torch.zeros(*part.shape[:-1], info.count, dtype=torch.float64)
         whole[..., fine] = part
         return whole
-
-
-def left_out(mixed: Tensor) -> tuple[Tensor, int]:
-    """What the weights of a rule of two stages made (m, d), and how many messages were left out of it."""
-    broken = int(mixed[:, :1].isnan().any(1).sum())
-    return mixed[: len(mixed) - broken], broken
 
 
 def without_broken(rule: str, fine: Tensor) -> None:

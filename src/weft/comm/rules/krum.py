@@ -19,7 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances, left_out
+from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances
 from weft.comm.rules.sorting import mean_near_median
 
 __all__ = ["Bulyan", "Krum", "MultiKrum"]
@@ -127,5 +127,4 @@ class Bulyan(ByGram):
         return torch.eye(len(gram), dtype=torch.float64)[sorted(picked)]
 
     def finish(self, mixed: Tensor) -> Tensor:
-        picked, broken = left_out(mixed)
-        return mean_near_median(picked, 2 * max(self.f - broken, 0))  # of the n - 2f picked, n - 4f stay
+        return mean_near_median(mixed, 2 * self.f)  # of the n - 2f picked, n - 4f stay

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from weft.comm.combine import Combine, Info
-from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances, left_out
+from weft.comm.rules.by_gram import ByGram, check_enough, check_faulty, distances
 from weft.comm.rules.mean import Mean
 
 __all__ = ["NNM", "Bucketing"]
@@ -35,10 +35,6 @@ def _through(inner: Combine, mix: Tensor, gram: Tensor) -> Tensor:
 
 
 def _finish(inner: Combine, mixed: Tensor) -> Tensor:
-    if mixed.ndim == 1:
-        return inner.finish(mixed)
-    mixed, broken = left_out(mixed)
-    inner = inner.among(len(mixed), broken) if broken else inner
     return inner.elementwise(mixed) if inner.needs == "elementwise" else inner.finish(mixed)
 
 
