@@ -321,6 +321,24 @@ def test_memory_says_what_a_step_holds(deep, capsys):
     assert "optimizer" not in json.loads(capsys.readouterr().out)["by_category"]
 
 
+WRITTEN = """
+import torch
+def build():
+    net = torch.nn.Sequential(torch.nn.InstanceNorm2d(8, affine=True, track_running_stats=True), torch.nn.SiLU(inplace=True))
+    return net, (torch.randn(4, 8, 6, 6), torch.zeros(4, 8, 6, 6)), torch.nn.functional.mse_loss
+"""
+
+
+def test_memory_says_what_a_trace_could_not_see(here, monkeypatch, capsys):
+    (here / "written.py").write_text(WRITTEN)
+    monkeypatch.delitem(sys.modules, "written", raising=False)
+    for words in ([], ["--budget", "1GiB"]):
+        assert main(["memory", "written:build", *words]) == 0
+        assert capsys.readouterr().out.count("views are written in place") == 1
+    assert main(["memory", "written:build", "--json"]) == 0
+    assert "views are written in place" in json.loads(capsys.readouterr().out)["notes"][0]
+
+
 def test_memory_fits_a_step_into_a_budget(deep, capsys):
     from weft.memory.planning.memory_plan import MemoryPlan
 

@@ -144,6 +144,7 @@ def in_words(traced: Trace, planned: MemoryPlan) -> str:
     ]
     if planned.budget:
         return "\n".join([*lines, str(planned)])
+    lines += [f"note: {note}" for note in traced.notes]
     lines.append(
         f"the least that will do is {size(planned.least)}; --budget SIZE says what that, or anything between, costs"
     )
@@ -184,6 +185,7 @@ def as_json(traced: Trace, planned: MemoryPlan, others: list[MemoryPlan]) -> dic
         "seconds": traced.seconds,
         "peak": traced.peak,
         "fixed": traced.fixed,
+        "notes": list(traced.notes),
         "least": planned.least,
         "by_category": by_category(traced, at),
         "largest": [

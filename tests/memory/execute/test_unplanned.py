@@ -89,6 +89,34 @@ def test_the_budget_holds_in_steps_that_take_more_than_planned(body, share):
     assert measured <= budget
 
 
+def test_what_comes_from_outside_counts_in_the_step_that_meets_it():
+    def loop(within):
+        model, bits, kinds = net(), [], []
+        shadow = torch.ones(100_000)  # a frozen copy, say, that is first used while steps are replayed
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with meter(model, optimizer) as counter, within as manager, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for step in range(8):
+                if step == 5:
+                    counter.count(shadow, "buffer")
+                    shadow.sum()
+                optimizer.zero_grad()
+                net_out = model(torch.randn(ROWS, 64))
+                kinds.append(type(getattr(manager, "_executor", None)))
+                net_out.square().mean().backward()
+                optimizer.step()
+                bits.append(next(model.parameters()).detach().clone())
+        return bits, counter.peak, kinds
+
+    eager, peak, _ = loop(nullcontext())
+    budget = int(0.9 * peak)
+    found, measured, kinds = loop(limit(budget))
+    assert all(map(torch.equal, eager, found)) and measured <= budget
+    assert kinds[4] is Replay and kinds[5] is not Replay
+    found, measured, kinds = loop(limit(2 * peak))
+    assert kinds[5] is Replay and measured <= 2 * peak  # there is room for it
+
+
 def test_a_plan_that_knows_no_optimizer_does_not_let_its_state_in():
     model, x = net(), torch.randn(ROWS, 64)
     planned = plan(trace(model, x, lambda out, _: out.mean()), "1.1 MiB")

@@ -266,6 +266,12 @@ def test_a_plan_prints_what_it_does_and_survives_json(tmp_path):
         MemoryPlan.from_dict({**data, "format": 0})
 
 
+def test_a_plan_prints_what_its_trace_could_not_see():
+    trace = replace(transformer(2, unit=UNIT), notes=("views are written in place", "a collective is left out"))
+    text = str(plan(trace, None)).splitlines()
+    assert text[-2:] == ["  note      views are written in place", "  note      a collective is left out"]
+
+
 def test_sizes_for_people():
     assert [size(n) for n in (0, 1023, 2048, 80 * 2**20, 5 * 2**29)] == [
         "0 B",

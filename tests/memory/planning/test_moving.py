@@ -124,7 +124,8 @@ def test_steps_whose_values_move_are_replayed_bit_for_bit(backend, monkeypatch):
     monkeypatch.setattr(packing, "pack", one_above_the_other)
     monkeypatch.setattr(packing, "keep_below", counted)
     eager, made = train(make("unet")), make("unet")
-    limited = limit(int(0.85 * peak_of("unet")), model=made.model, backend=usable(backend))
+    share = 1.1 if backend == "copy" else 0.85  # beside its arena there is what an operator makes
+    limited = limit(int(share * peak_of("unet")), model=made.model, backend=usable(backend))
     found = train(made, within=limited)
     assert_same(eager, found)
     assert found.replayed[2:] == [True] * 3 and moves and min(moves) > 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -63,7 +63,7 @@ class Actions:
         """What carries an action out."""
         v = action.index
         if action.kind == "drop":
-            return (lambda: None) if v in self.spared else partial(self._drop, v)
+            return partial(self._spare if v in self.spared else self._drop, v)
         if action.kind == "again":
             return self._repeating(action)
         if action.kind == "move":
@@ -99,6 +99,13 @@ class Actions:
             self.dropped[block] = None
         self.backend.drop(block)
         block.resident = False
+
+    def _spare(self, v: int) -> None:
+        """Keep what the plan drops; where it lies others are to lie."""
+        block = self.blocks[v]
+        if self.backend.addresses and block is not None and block.resident:
+            self.backend.leave(shown(block))
+            block.offset = -1
 
     def _move(self, v: int, offset: int) -> None:
         block = self.blocks[v]
@@ -170,10 +177,14 @@ class Actions:
         block = self.blocks[v]
         if block in self.shelf:
             if block.alive:  # else nobody refers to it any more
-                self._back(block, self.shelf.load(block), offset)
+                self._back(block, self.shelf.load(block, partial(self._empty, offset)), offset)
                 self.backend.bound()
             if last:
                 self.shelf.forget(block)
+
+    def _empty(self, offset: int, nbytes: int, **options: Any) -> torch.Tensor:
+        """`torch.empty`, at an address: bytes need not be copied there."""
+        return self.backend.run([(nbytes, offset)], (-1, 0), torch.empty, (nbytes,), options)
 
     def load_all(self) -> None:
         """Bring back whatever the lower tier has of what is not there."""

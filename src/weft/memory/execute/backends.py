@@ -11,6 +11,7 @@ away, give them back, move them. Blocks say where (`offset`); a block's `payload
 from __future__ import annotations
 
 import abc
+import sys
 import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
@@ -146,8 +147,8 @@ class Backend(abc.ABC):
     def born(self, block: Block, storage: torch.UntypedStorage) -> None:  # noqa: B027
         """An operator made `storage`, whose bytes are those of `block`: put them at its address if they are not there."""
 
-    def bound(self) -> None:  # noqa: B027
-        """All outputs of an operator have been told by `born` or `back`."""
+    def bound(self, room: int = 0) -> None:  # noqa: B027
+        """All outputs of an operator have been told by `born` or `back`. `room`: bytes that may be taken for a moment."""
 
     def drop(self, block: Block) -> None:
         """Give the bytes of a block back."""
@@ -175,11 +176,13 @@ class Backend(abc.ABC):
     def move(self, block: Block, old_offset: int) -> None:
         """Copy a block's bytes from an address to `block.offset`."""
 
-    def leave(self, storage: torch.UntypedStorage) -> None:  # noqa: B027
-        """A storage outlives the step: if its bytes lie in the arena, they move to torch's own memory."""
+    def leave(self, storage: torch.UntypedStorage, room: int = sys.maxsize) -> bool:
+        """A storage outlives the step: if its bytes lie in the arena, they move to torch's own memory. False if they stay, since
+        more than `room` bytes would be there for a moment besides."""
+        return True
 
     def close(self) -> None:  # noqa: B027
-        """No more operators run here. Everybody has left before."""
+        """No more operators run here. What has not left stays valid."""
 
 
 @final
@@ -197,7 +200,9 @@ class Count(Backend):
 class Copy(Backend):
     """An arena in plain Python: torch makes an output, its bytes are copied to their address and torch's are given back.
 
-    At any moment the process holds the arena and what one operator makes.
+    At any moment the process holds the arena and what one operator makes (`cycle.beside`), for which plans leave room. The arena
+    goes as a whole, when it has been closed and nothing that was put there lives: if a step turns out not to be the planned
+    one, it is until then there besides the budget.
     """
 
     name = "copy"
@@ -258,10 +263,18 @@ class Copy(Backend):
             self._settle(block.offset, storage, mine)
         super().back(block, storage)
 
-    def leave(self, storage: torch.UntypedStorage) -> None:
-        if self.holds(storage):
+    def leave(self, storage: torch.UntypedStorage, room: int = sys.maxsize) -> bool:
+        if self.holds(storage):  # room or not: the arena is there as a whole, and plans count on what leaves it
             with below():
                 swap(storage, storage_of(bytes_of(storage).clone()))
+        return True
+
+    def close(self) -> None:
+        for start, (_, whose) in self._lives.items():
+            storage = whose()
+            if storage is not None and address(storage) == self.base + start:
+                storage._weft_arena = self.arena  # type: ignore[attr-defined]  # torch's storage over it owns nothing
+        self.arena = self.arena[:0].clone()
 
     def holds(self, storage: torch.UntypedStorage) -> bool:
         """Whether a storage's bytes lie in the arena."""
@@ -270,12 +283,13 @@ class Copy(Backend):
     def move(self, block: Block, old_offset: int) -> None:
         if block.payload is None or not block.nbytes or not self.holds(shown(block)):
             return  # what was adopted lies elsewhere, only its bytes are taken off the arena
-        self._forget(old_offset)
+        start = address(shown(block)) - self.base  # not the old offset, if it could not move before
+        self._forget(start)
         if not self._clear(block.offset, block.offset + block.nbytes):
-            self.leave(shown(block))  # somebody lives there longer than planned: these bytes go outside
+            self._take(start, block.nbytes, shown(block))  # somebody lives there longer than planned: these bytes stay
             return
-        source, target = self._slice(old_offset, block.nbytes), self._slice(block.offset, block.nbytes)
-        if abs(old_offset - block.offset) < block.nbytes:  # they overlap: copy_ of torch is no memmove
+        source, target = self._slice(start, block.nbytes), self._slice(block.offset, block.nbytes)
+        if abs(start - block.offset) < block.nbytes:  # they overlap: copy_ of torch is no memmove
             bytes_of(target).copy_(bytes_of(source).clone())
         else:
             bytes_of(target).copy_(bytes_of(source))
@@ -285,7 +299,11 @@ class Copy(Backend):
 
 @final
 class Native(Backend):
-    """An arena of the native library: operators allocate in it, workspace included, at the addresses that their blocks have."""
+    """An arena of the native library: operators allocate in it, workspace included, at the addresses that their blocks have.
+
+    What counts is bytes alive, wherever they are. So whatever cannot lie where it belongs (somebody lives there longer than
+    planned, its size was not foreseen) stays where it is: to move it through torch's memory would take its bytes twice.
+    """
 
     name = "native"
     addresses = True
@@ -318,44 +336,69 @@ class Native(Backend):
             self._astray.append((block, storage))
 
     def back(self, block: Block, storage: torch.UntypedStorage) -> None:
-        payload = block.payload
-        self.born(block, payload() or storage if type(payload) is Hold else storage)
         super().back(block, storage)
+        payload = block.payload
+        mine = payload() if type(payload) is Hold else storage
+        if mine is not None:
+            self.born(block, mine)
 
-    def bound(self) -> None:
-        if self._astray:
-            astray, self._astray = self._astray, []
-            for _, storage in astray:
-                self.leave(storage)
-            for block, storage in astray:
-                self._enter(block, storage)
+    def bound(self, room: int = 0) -> None:
+        astray, self._astray = self._astray, []
+        for block, storage in astray:
+            at = self.arena.offset(storage)
+            if at < 0:
+                if block.nbytes <= room:
+                    self._enter(block, storage)
+            elif at != block.offset and not self._moved(block, storage):
+                there = [other for _, other in astray if self.arena.offset(other) == block.offset]
+                if there and there[0].nbytes() == block.nbytes:
+                    _exchange(storage, there[0])
 
     def _enter(self, block: Block, storage: torch.UntypedStorage) -> None:
+        """Bytes outside of the arena move there, if their place is free; for a moment there are twice as many."""
         place = hollow(block.nbytes, storage.device)
         try:
             self.arena.place(place, block.nbytes, block.offset)
         except ValueError:
-            return  # somebody lives there longer than planned: these bytes stay outside
+            return
         with below():
             bytes_of(place).copy_(bytes_of(storage))
         swap(storage, place)
 
-    def leave(self, storage: torch.UntypedStorage) -> None:
+    def _moved(self, block: Block, storage: torch.UntypedStorage) -> bool:
+        """Move bytes within the arena to their place; False if it is not free."""
+        try:
+            self.arena.move(storage, block.offset)
+        except ValueError:
+            return False
+        return True
+
+    def leave(self, storage: torch.UntypedStorage, room: int = sys.maxsize) -> bool:
         if address(storage) and self.arena.offset(storage) >= 0:
+            if storage.nbytes() > room:
+                return False
             with below():
                 swap(storage, storage_of(bytes_of(storage).clone()))
+        return True
 
     def move(self, block: Block, old_offset: int) -> None:
         if block.payload is not None and block.nbytes:
             storage = shown(block)
-            if self.arena.offset(storage) == old_offset:
-                try:
-                    self.arena.move(storage, block.offset)
-                except ValueError:  # somebody lives there longer than planned: these bytes go outside
-                    self.leave(storage)
+            if self.arena.offset(storage) not in (-1, block.offset):
+                self._moved(block, storage)
 
     def close(self) -> None:
         self.arena.close()  # what lives in it stays valid
+
+
+def _exchange(one: torch.UntypedStorage, other: torch.UntypedStorage) -> None:
+    """Two storages of one size exchange their addresses and keep their bytes, without memory for a third."""
+    with below():
+        a, b = bytes_of(one), bytes_of(other)
+        a.bitwise_xor_(b)
+        b.bitwise_xor_(a)
+        a.bitwise_xor_(b)
+    swap(one, other)
 
 
 def check_backend(name: str) -> None:

@@ -20,7 +20,7 @@ from weft.memory.planning.check import check
 from weft.memory.planning.memory_plan import MemoryPlan
 from weft.memory.record import Trace
 
-__all__ = ["Cycle", "planned"]
+__all__ = ["Cycle", "beside", "planned", "planned_for_copy"]
 
 RESERVE = 2**16  # bytes (a 64th of the budget at most) that plans leave for what a program does besides, if they can
 LASTING = 100  # steps after which a plan that no longer holds was a good one
@@ -43,12 +43,14 @@ class Cycle:
         carried: for each of them, bytes that were there when it began; empty if it was not seen online.
         watching: whether steps are to be written down.
         given_up: plans that did not hold.
+        copies: operators run beside the arena (`beside`), and plans leave room for that. Who executes says so.
     """
 
     def __init__(self, budget: int, addresses: bool, tier: Tier | None, given: MemoryPlan | None, replay: bool):
         self.budget, self.addresses, self.tier = budget, addresses, tier
         self.plans: Sequence[MemoryPlan] = (given,) if given is not None else ()
         self.carried: Sequence[int] = ()
+        self.copies = False
         self.watching = replay
         self.given_up = 0
         self._strayed = 0  # steps in a row that were not the planned one
@@ -91,10 +93,11 @@ class Cycle:
     def _planned(self, trace: Trace) -> MemoryPlan:
         """A plan for a step; with some bytes left over if there is one."""
         reserve = min(RESERVE, self.budget // 64)
+        plan = planned_for_copy if self.copies else planned
         try:
-            return planned(trace, self.budget - reserve, self.addresses, self.tier)
+            return plan(trace, self.budget - reserve, self.addresses, self.tier)
         except BudgetError:
-            return planned(trace, self.budget, self.addresses, self.tier)
+            return plan(trace, self.budget, self.addresses, self.tier)
 
     def held(self) -> None:
         """A step was the planned one."""
@@ -129,6 +132,29 @@ def planned(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> Me
         if trace is found.trace:
             return found
     raise BudgetError(budget, 0, "each plan holds more, for what may be made again, than it counts")
+
+
+def planned_for_copy(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> MemoryPlan:
+    """The same for `backends.Copy`: beside the arena there is room for what an operator makes.
+
+    Raises:
+        BudgetError: there is no plan.
+    """
+    room = beside(trace)
+    try:
+        return planned(trace, max(budget - room, 1), addresses, tier)
+    except BudgetError as error:
+        what = f"{error.what}, and backend 'copy' needs {room:,} bytes for what an operator makes beside the arena"
+        raise BudgetError(budget, error.least and error.least + room, what) from None
+
+
+def beside(trace: Trace) -> int:
+    """Most bytes that `backends.Copy` takes at once beside the arena and what is outside anyway: what an operator makes, unless
+    over something else, and its workspace; gradients, when they leave the arena after the step."""
+    values, end = trace.values, len(trace.ops)
+    fresh = (({*op.makes}.difference(new for _, new in op.overwrites), op.workspace) for op in trace.ops)
+    leaving = sum(v.nbytes for v in values if v.category == "gradient" and v.born >= 0 and v.dies >= end)
+    return max(leaving, 0, *(sum(values[v].nbytes for v in made) + workspace for made, workspace in fresh))
 
 
 def _best(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> MemoryPlan:

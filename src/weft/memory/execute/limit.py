@@ -69,8 +69,10 @@ def limit(
             refused before that step, not by it.
         trace: of a step of this loop: it is planned before anything runs, so that a budget that is too small is refused at
             once.
-        backend: where bytes lie: "count" (torch's allocator, which may place them anywhere), "copy" (an arena in plain Python),
-            "native" (an arena of the native library: nothing lies outside of it); "auto" is "count".
+        backend: where bytes lie: "count" (torch's allocator, which may place them anywhere), "native" (an arena of the native
+            library, outside of which lies only what no plan foresees), "copy" (an arena in plain Python for planned steps; the
+            budget covers all of it and the outputs of an operator besides, but for what is left of it after a step that is not
+            the planned one); "auto" is "count".
         policy: what to drop online, a key of `weft.memory.core.POLICIES`; by default "pager" where addresses do not matter, else
             "coop".
         device: whose bytes, on the CPU or on CUDA; by default the model's, else the CPU.

@@ -17,6 +17,7 @@ makes, results of collectives, everything whose address is known outside (`numpy
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
@@ -347,7 +348,7 @@ class Online(Executor):
             at += 1
         call.places = places
         if self.backend.addresses:
-            self.backend.bound()
+            self.backend.bound(self.core.arena.free)
         fresh = made[start:at]
         if at < len(made):
             size.fresh = None
@@ -479,7 +480,11 @@ class Online(Executor):
 
     def all_fits(self) -> bool:
         """Whether everything that is alive may be there at once."""
-        return sum(hold.block.nbytes for hold in list(self.owner.holds.values())) <= self.core.budget
+        return self._alive() <= self.core.budget
+
+    def _alive(self) -> int:
+        """Bytes of everything that is alive, there or not."""
+        return sum(hold.block.nbytes for hold in list(self.owner.holds.values()))
 
     def rest(self) -> None:
         """Between two steps: everything that is alive is there when this returns, and needs no recipe.
@@ -499,21 +504,22 @@ class Online(Executor):
             BudgetError: that does not fit.
         """
         self.rest()
+        room = self.core.budget - self._alive()
         for hold in self.owner.holds.values():
-            self._leave(hold)
+            self._leave(hold, room)  # or it stays in the arena, which outlives us
         self._end()
 
-    def _leave(self, hold: Hold) -> None:
+    def _leave(self, hold: Hold, room: int) -> None:
         storage = hold()
         if storage is not None and self.backend.addresses:
-            self.backend.leave(storage)
+            self.backend.leave(storage, room)
 
     def leave(self) -> None:
         """Nothing is managed any more; what lies in an arena moves to torch's own memory."""
         self.bytes.dropped.clear()
         self._gone = []
         for hold in self.owner.holds.values():
-            self._leave(hold)
+            self._leave(hold, sys.maxsize)
         self.owner.holds.clear()
         self._end()
 

@@ -86,6 +86,7 @@ class Replay(Executor):
         self.dropped = self.actions.dropped
         self._lay_out(cautious=True)
         self._extra_calls = self._extra_bytes = 0
+        self._unmet = 0  # bytes that the plan counts from the start of the step, and that we have not met then
         self._larger = False  # an operator of this step has made more than planned
         self._updating = 0  # bytes that unplanned calls of the optimizer's step may still make
 
@@ -239,7 +240,7 @@ class Replay(Executor):
         if call is not None:
             call.places, call.made, call.over = places, made, over
         if self.backend.addresses:
-            self.backend.bound()
+            self.backend.bound(self.slack - self._extra_bytes)
 
     def _measure(self, places: Places, result: Any) -> None:
         """The step may do what was planned and be larger (another batch): what its operators make beyond the plan counts."""
@@ -354,6 +355,7 @@ class Replay(Executor):
             raise Deviation(f"{facts.name} where the plan has {self.rows[self.at].name}")
         if facts.opaque or not is_plain(args, kwargs):
             return self._extra_opaque(facts, args, kwargs)
+        self._meet(args, kwargs)
         self._expect(facts, self.sizes.of(facts, args, kwargs).taken)
         if facts.statistics:
             self._check_statistics(facts, args)
@@ -372,6 +374,19 @@ class Replay(Executor):
             self._stray(facts, made, bool(flat(result)))
         return result
 
+    def _meet(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A call that the plan does not have is about to read these. What came from outside, and is none of what the plan counts,
+        counts as made beyond it."""
+        for value in (*args, *kwargs.values()):
+            for tensor in flat(value):
+                if self.hold_of(tensor) is None and tensor.device.type == self.device.type:
+                    nbytes = storage_of(tensor).nbytes()
+                    known = min(nbytes, self._unmet)
+                    self._unmet -= known
+                    self._extra_bytes += nbytes - known
+                    self._updating -= nbytes - known
+                    self.adopt(tensor, None if known == nbytes else "buffer")  # no batch, of which the plan knows
+
     def _matters(self, block: Block) -> bool:
         """Whether something may be made again from what a block holds now, or the block itself."""
         return block.last == self.token or block in self._leaned_on
@@ -384,13 +399,15 @@ class Replay(Executor):
 
     def brought_along(self, expected: int, but: str = "") -> int:
         """How many bytes more than `expected` are there as the step begins; they count as made beyond the plan."""
-        self._extra_bytes = max(self.held(but) - expected, 0)
+        more = self.held(but) - expected
+        self._extra_bytes, self._unmet = max(more, 0), max(-more, 0)
         return self._extra_bytes
 
     def _begin(self) -> None:
         """The first operator of a step is about to run: gradients are gone, if they go at all."""
         if self.brought_along(self._expected, but="input") > self.slack:
             raise Deviation(f"{self._extra_bytes:,} bytes are there that its trace does not have")
+        self._unmet = max(self.trace.fixed - self.held(), 0)
 
     def _expect(self, facts: Facts, nbytes: int) -> None:
         """A call that the plan does not have is about to take so many bytes.
@@ -522,10 +539,11 @@ class Replay(Executor):
     def forget(self) -> None:
         """Begin again with the first operator."""
         if self.backend.addresses:
+            room = self.budget - self.held()
             for hold in self.owner.holds.values():
                 storage = hold()
-                if storage is not None and hold.block.offset >= 0:
-                    self.backend.leave(storage)
+                # without room it stays: what the next step places there goes elsewhere
+                if storage is not None and hold.block.offset >= 0 and self.backend.leave(storage, room):
                     hold.block.offset = -1
         self.steps += 1
         if self.steps == CAUTIOUS_STEPS:

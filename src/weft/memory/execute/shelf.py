@@ -89,10 +89,10 @@ class Shelf:
         if done is not None:
             done[0]()
 
-    def fetch(self, key: Any) -> None:
-        """Begin to copy the bytes of a key back, for `load`."""
+    def fetch(self, key: Any, empty: Callable[..., torch.Tensor] = torch.empty) -> None:
+        """Begin to copy the bytes of a key back, for `load`. `empty`: as `torch.empty`, makes the place for them."""
         where, nbytes = self._copies[key]
-        target = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        target = empty(nbytes, dtype=torch.uint8, device=self.device)
         if isinstance(where, torch.Tensor):
             self.saved(key)
             self._coming[key] = self._stream_copy(target, where), storage_of(target)
@@ -101,11 +101,11 @@ class Shelf:
             after = leaving[0] if leaving is not None else None
             self._coming[key] = _Copy(self._disk, False, storage, where, after), storage
 
-    def load(self, key: Any) -> torch.UntypedStorage:
-        """A storage of torch's own with the bytes that were saved; the copy stays until `forget`."""
+    def load(self, key: Any, empty: Callable[..., torch.Tensor] = torch.empty) -> torch.UntypedStorage:
+        """A storage with the bytes that were saved; the copy stays until `forget`. `empty`: see `fetch`, unless that began."""
         self.saved(key)
         if key not in self._coming:
-            self.fetch(key)
+            self.fetch(key, empty)
         done, storage = self._coming.pop(key)
         done()
         return storage

@@ -144,6 +144,7 @@ class MemoryPlan:
             )
             lines.append("  policies  " + ", ".join(rows))
         lines.append(f"  found by  {self.method}")
+        lines += [f"  note      {note}" for note in trace.notes]
         return "\n".join(lines)
 
     # -- JSON ---------------------------------------------------------------------------------------------------------
