@@ -3,7 +3,7 @@
 python examples/checkpoint_reshard.py [--quick]
 
 Tensor parallel over two processes trains and saves; data parallel over one or three loads and goes on. The losses are those
-of a run that was never interrupted.
+of a run that was never interrupted. Not for torchrun: each of the two runs starts as many processes as its plan is for.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from tests.slow import slow
 from torch import nn
 
 from weft.cluster import Cluster
+from weft.comm import Cast, Exchange
 from weft.errors import DoesNotFit, ImpossibleConstraint, MeshTooLarge, PlanMismatch, UnknownOperators
 from weft.graph import capture
 from weft.placement.assignment import ParameterPlacement
@@ -203,6 +204,24 @@ def test_does_not_fit(gpt_graph, found):
         found.check(tight)
     assert not Plan.manual(gpt_graph, cluster=tight, strategy="dp").prediction.fits
     found.check()
+
+
+@pytest.mark.parametrize(
+    "strategy", ["dp", "zero-1", slow("zero-3"), pytest.param(("zero-2", "dp"), marks=pytest.mark.slow), ("dp", "tp")]
+)
+@pytest.mark.parametrize("share", [0.9, slow(0.3)])
+def test_parameters_stay_whole_under_a_limit(gpt_graph, strategy, share):
+    """Along axes of data parallelism and ZeRO, tied ones too, so that an exchange that is priced without a limit is with one."""
+    exchange = Exchange(Cast("bfloat16"))
+    make = partial(Plan.manual, gpt_graph, cluster=plain_cluster(4, link=1e7), strategy=strategy)
+    peak = make().prediction.peak
+    for made in (make(memory=int(share * peak)), make(memory=int(share * peak), exchange=exchange)):
+        for placement in made.assignment.parameters.values():
+            for axis, name in enumerate((strategy,) if isinstance(strategy, str) else strategy):
+                whole = isinstance(placement.used[axis], Replicate)
+                assert whole or name == "tp"
+                assert not whole or isinstance(placement.stored[axis], Shard) == (name == "zero-3")
+    assert made.exchange == exchange.options
 
 
 def test_less_memory_is_found_when_needed(gpt_graph):

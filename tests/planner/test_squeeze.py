@@ -210,7 +210,10 @@ def test_words_and_json_of_a_plan_that_offloads(gpt_graph, tmp_path):
     for word in ("offloads", "to the disk", "of waiting", "can do with", "blocks.*"):
         assert word in text and word in page
     assert any(event.kind == "offload" for event in made.prediction.timeline)
-    assert not tight(gpt_graph, "dp", 0.5, below(DISK), offload=False).prediction.fits
+    without = tight(gpt_graph, "dp", 0.6, below(DISK, 0.5), offload=False)
+    assert without.squeezes and not any(squeeze.moved for squeeze in without.squeezes)
+    assert not any(event.kind == "offload" for event in without.prediction.timeline)
+    assert not tight(gpt_graph, "dp", 0.45, below(DISK), offload=False).prediction.fits
 
 
 def test_what_talks_to_others_is_never_repeated(gpt_graph):

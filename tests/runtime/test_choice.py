@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from torch import nn
 import weft
 from weft.cluster import Cluster, Level, Link
 from weft.cluster.costs import all_reduce, ring_link
-from weft.comm import Cast, ErrorFeedback, Exchange, Spec, TopK, auto
+from weft.comm import Cast, ErrorFeedback, Exchange, Spec, TopK, auto, dgc
 from weft.placement.axes import find_cuts
 from weft.planner import OptimizerCost, price
 from weft.runtime import checkpoint
@@ -65,6 +68,7 @@ def test_by_prediction_it_is_never_slower_than_plain(stage, monkeypatch):
     assert "plain" in chosen and len(chosen) > 1
 
 
+ROOT = Path(__file__).resolve().parents[2]
 SLOW, FAST = Link(1e-4, 1e3), Link(1e-7, 1e11)
 
 
@@ -125,6 +129,90 @@ def test_from_a_plan_and_bad_values():
     assert which.fitting(Exchange(Cast("bfloat16")).options) == "bfloat16" and which.fitting("codec of mine") == ""
     with pytest.raises(ValueError, match="'auto' or None"), weft.run(plan, model, exchange="fast"):
         pass
+
+
+def velocities() -> dict[str, Exchange]:
+    return {**codes(), "velocities": dgc(0.01, momentum=0.9)}
+
+
+def test_velocities_are_not_clipped_whatever_is_chosen():
+    """Over this fast link it would be plain."""
+    arguments: dict[str, Any] = {"optimizer": torch.optim.SGD, "exchange": auto(FAST, velocities)}
+    plan = plan_of(tiny(), batch(), (2,), 0)
+    with (
+        pytest.raises(ValueError, match=r"velocities, and clip_norm=0\.1"),
+        weft.run(plan, tiny(), clip_norm=0.1, **arguments),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("exchange", "part"),
+    [
+        (auto(candidates=lambda: codes()), "candidates"),
+        (Exchange(TopK(0.1), select=lambda spec: True), "select"),
+        (Exchange(type("Local", (Cast,), {})("bfloat16")), "codec"),
+    ],
+)
+def test_what_cannot_be_sent_is_named_before_any_process_starts(exchange, part, monkeypatch):
+    monkeypatch.setattr("weft.runtime.launch.subprocess.Popen", None)
+    model, example = nn.Linear(8, 4), (torch.randn(4, 8), torch.randn(4, 4))
+    loss = nn.functional.mse_loss
+    plan = weft.Plan.manual(model, example, loss=loss, cluster=cluster_of(FAST), strategy="dp")
+    with (
+        pytest.raises(ValueError, match=f"run: {part} of exchange= cannot be sent .* at the top level of the script"),
+        weft.run(plan, model, torch.optim.SGD, exchange=exchange),
+    ):
+        pass
+
+
+OF_THE_SCRIPT = """
+import torch, weft
+from weft.comm import Cast, Exchange, auto
+
+class Mine(Cast):
+    pass
+
+def large(spec):
+    return spec.numel > 4
+
+def codes():
+    return {"mine": Exchange(Mine("bfloat16"), select=large)}
+
+if __name__ == "__main__":
+    from torch.nn.functional import mse_loss
+    model, example = torch.nn.Linear(8, 4), (torch.randn(4, 8), torch.randn(4, 4))
+    gradients = torch.autograd.grad(mse_loss(model(example[0]), example[1]), [*model.parameters()])
+    want = [w.detach() - 0.1 * g for w, g in zip(model.parameters(), gradients)]
+    plan = weft.Plan.manual(model, example, loss=mse_loss, cluster=weft.Cluster.local(processes=2), strategy="dp")
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with weft.run(plan, model, sgd, loss=mse_loss, exchange=EXCHANGE) as trainer:
+        trainer.step(example)
+        print("name", trainer.exchange)
+    weight, bias = (float((a - b).abs().max()) for a, b in zip(model.parameters(), want))
+    print("weight", weight / float(0.1 * gradients[0].abs().max()))
+    print("bias", bias)
+"""
+
+
+@pytest.mark.parametrize(
+    ("exchange", "name"),
+    [
+        ("codes()['mine']", []),
+        pytest.param("auto(weft.Link(1e-4, 1e3), codes)", ["mine"], marks=pytest.mark.slow),
+    ],
+)
+def test_functions_and_classes_of_the_script(exchange, name, tmp_path):
+    """One step has the parameters of one device, to the gradients' eight bits where the codec is for them (not the bias)."""
+    (tmp_path / "script.py").write_text(OF_THE_SCRIPT.replace("EXCHANGE", exchange))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "script.py"], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    assert said["name"].split() == name
+    assert 1e-5 < float(said["weight"]) < 2**-7 and float(said["bias"]) < 1e-7
 
 
 @pytest.mark.slow

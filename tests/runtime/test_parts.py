@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.runtime.plans import VOCABULARY, Tiny, batch, plan_of, tiny, zero
@@ -24,7 +26,7 @@ from weft.planner import Plan
 from weft.planner.buckets import buckets_of
 from weft.planner.costs import Costs
 from weft.runtime.batches import count_samples, count_tokens, split
-from weft.runtime.failure import how_it_ended
+from weft.runtime.failure import PeerWatch, how_it_ended
 from weft.runtime.optimizer import check_elementwise, recipe
 from weft.runtime.pieces import hold, holdings
 from weft.runtime.shared import SharedTensors, take
@@ -224,6 +226,32 @@ def test_repeated_blocks_are_gathered_one_by_one() -> None:
     assert plan.graph is not None
     buckets = plan_buckets(holdings(plan.graph, plan.assignment, 0), Readings.of(plan.graph))
     assert [{h.name.split(".")[1] for h in bucket} for bucket in buckets] == [{"3"}, {"2"}, {"1"}, {"0"}]
+
+
+@pytest.mark.parametrize("size", [2, 3])  # of three, one never comes
+def test_a_closed_watch_has_no_thread_and_has_said_so_last(size: int) -> None:
+    """Also where it is closed in the middle of a heartbeat."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    beating, go_on = threading.Event(), threading.Event()
+
+    def step() -> int:
+        if threading.current_thread() is not threading.main_thread():
+            beating.set()
+            go_on.wait(10)
+        return 0
+
+    watches = [PeerWatch(store, 0, size, step), PeerWatch(store, 1, size, lambda: 0)]
+    for watch in watches:
+        watch.start(lambda: None)
+    if size == 2:
+        assert beating.wait(10)
+    later = threading.Timer(0.1, go_on.set)
+    later.start()
+    for watch in reversed(watches):
+        watch.close()
+    assert not any(thread.name == "weft-watch" for thread in threading.enumerate())
+    assert [store.get(f"weft/beat/{rank}") for rank in range(2)] == [b"done"] * 2
+    later.join()
 
 
 def test_how_a_process_ended() -> None:

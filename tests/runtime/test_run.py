@@ -422,6 +422,29 @@ def test_no_orphans_when_the_main_process_dies(tmp_path: Path, number: signal.Si
     assert folders and not any(folder.exists() for folder in folders)
 
 
+STOPPED = """
+import torch.distributed as dist
+import weft
+from tests.runtime.plans import batch, plan_of, tiny
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for _ in range(2):  # the watch of the second finds everybody at once, and is in the store when the program ends
+        with weft.run(plan_of(tiny(), batch(), (2,), 0), tiny()):
+            pass
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_programs_end_well_right_after_a_run(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(STOPPED)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "script.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_names_the_dead(tmp_path: Path) -> None:
     process = start(tmp_path, "-m", "torch.distributed.run", "--nproc_per_node=2")

@@ -35,6 +35,13 @@ from weft.planner.search import Variable
 __all__ = ["STRATEGIES", "Constraints", "masks", "modes_left"]
 
 STRATEGIES = ("dp", "zero-1", "zero-2", "zero-3", "tp", "sp", "tp+sp", "any")
+USE_WHOLE = (
+    "dp",
+    "zero-1",
+    "zero-2",
+    "zero-3",
+    "sp",
+)  # along their axes: parameters, also those that several operands read
 
 Where: TypeAlias = "str | Placement | Sequence[Placement] | ParameterPlacement"
 
@@ -112,9 +119,17 @@ def masks(model: Model, constraints: Constraints, roles: Roles) -> dict[Variable
             raise ImpossibleConstraint(node.name, node.target, shapes, str(constraints.strategy), legal)
         if not mask.all():
             allowed[node.name] = mask
-    for name, states in model.used_states.items():
+    whole = [axis for axis, strategy in enumerate(strategies) if strategy in USE_WHOLE and model.mesh.shape[axis] > 1]
+    for (
+        name,
+        states,
+    ) in model.used_states.items():  # a parameter that one operand reads has the call's state, masked above
         where = constraints.for_parameter(name)
-        if where is not None:
+        if where is None:
+            mask = np.array([all(isinstance(state[axis], Replicate) for axis in whole) for state in states])
+            if not mask.all():
+                allowed["parameter", name] = mask
+        else:
             wanted = _placements(_used(where), model.mesh, f"parameter {name!r}")
             mask = np.array([_matches(wanted, placements, model.mesh) for placements in states])
             if not mask.any():

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from weft.cluster import Cluster
 from weft.comm import Exchange
-from weft.comm.agree import announce
+from weft.comm.agree import decided
 from weft.comm.automatic import Auto
 from weft.graph.graph import Graph
 from weft.placement.assignment import Assignment
@@ -65,24 +65,25 @@ class Choice:
         prepared = Prepared(graph, cuts)
         pricing = Pricing(prepared, Roles(prepared), Costs(self.cluster, assignment.mesh), self.optimizer)
         found = {}
-        for name, exchange in {"plain": plain, **self.auto.candidates()}.items():
+        for name, exchange in {"plain": plain, **self.auto.exchanges()}.items():
             pricing.coding = None if exchange is None else Coding.of(exchange, graph, self.cluster, link)
             found[name] = pricing.price(assignment, details=False).seconds + self.repeated
         return found
 
     def pick(self, graph: Graph, assignment: Assignment, cuts: Cuts, device: torch.device) -> str:
         """The name of the exchange to use, or "plain"; every process of the default group calls this."""
-        name = ""
-        if dist.get_rank() == 0:
-            name = self.auto.choose(self.predict(graph, assignment, cuts))
         world = dist.group.WORLD
         assert world is not None
-        return str(announce(name, world, device))
+
+        def choose() -> str:
+            return self.auto.choose(self.predict(graph, assignment, cuts))
+
+        return str(decided("the choice of an exchange", choose, world, device))
 
     def fitting(self, options: str) -> str:
         """The candidate with these options (`Exchange.options`), "" if there is none."""
-        found = self.auto.candidates()
+        found = self.auto.exchanges()
         return next((name for name in sorted(found) if found[name].options == options), "")
 
     def make(self, name: str) -> Exchange | None:
-        return None if name == "plain" else self.auto.candidates()[name]
+        return None if name == "plain" else self.auto.exchanges()[name]

@@ -31,6 +31,7 @@ POLL_SECONDS = 0.25  # between looks at the processes of this machine
 BEAT_SECONDS = 1.0  # between heartbeats
 SILENT_SECONDS = 20.0  # without a heartbeat a process counts as lost: long enough for a busy machine
 GRACE_SECONDS = 5.0  # for the main thread to raise the error itself
+LEAVE_SECONDS = 2.0  # for the thread to end: longer only if the store does not answer
 
 
 def how_it_ended(returncode: int | None) -> str:
@@ -176,6 +177,11 @@ class PeerWatch:
         if self._stopping.is_set():
             return
         self._stopping.set()
+        self._raised.set()  # it need not wait for the main thread either
+        # a thread that is in the store while the interpreter ends aborts it; and a beat must not come after "done"
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(LEAVE_SECONDS)
         if not broken:
             with contextlib.suppress(Exception):
                 self._store.set(self._key("beat", self.rank), "done")
@@ -203,8 +209,11 @@ class PeerWatch:
     # ---- the thread
 
     def _watch(self) -> None:
+        names = [self._key("peer", r) for r in range(self.size)]
         try:
-            self._store.wait([self._key("peer", r) for r in range(self.size)])
+            while not self._store.check(names):  # not `wait`, which `close` could not end
+                if self._stopping.wait(POLL_SECONDS):
+                    return
             peers = {r: json.loads(self._store.get(self._key("peer", r))) for r in range(self.size) if r != self.rank}
         except Exception:
             return
@@ -249,6 +258,8 @@ class PeerWatch:
 
     def _found(self, rank: int, pid: int, step: int, how: str) -> None:
         """Tell the main thread; if it cannot hear, end the process with the error on stderr."""
+        if self._stopping.is_set():
+            return
         self.died = WorkerDied(rank, pid, how, max(step, self.step()))  # a step ends for all or none
         with contextlib.suppress(
             Exception

@@ -1,7 +1,8 @@
 """Start local processes and drive them from this one: what `weft.run` does without torchrun.
 
-Each process is a fresh interpreter (the user's script is not imported again), reached through a pipe. Commands go to all, and
-each answers; batches and values go through shared memory. Every wait listens to all pipes at once and has an end:
+Each process is a fresh interpreter (it imports the user's script only for classes and functions that this defines), reached
+through a pipe. Commands go to all, and each answers; batches and values go through shared memory. Every wait listens to all
+pipes at once and has an end:
 
     a process dies             its pipe closes: `WorkerDied` here within milliseconds; the others are told, print the same and end
     a command fails alike      on every process, nothing is lost: the error is raised here, and the run may go on
@@ -35,6 +36,7 @@ from weft.graph.graph import Graph
 from weft.graph.origins import defining_modules
 from weft.placement.assignment import Assignment
 from weft.placement.deferred import Tape
+from weft.runtime.choice import Choice
 from weft.runtime.driver import Driver, Values
 from weft.runtime.engine import Job, Options, StepResult
 from weft.runtime.failure import Interrupts, how_it_ended
@@ -89,11 +91,37 @@ class _Process:
         self.pipe.close()
 
 
+def _pickled(options: Options) -> bytes:
+    """The options of a run for its processes.
+
+    Raises:
+        ValueError: a part of the exchange cannot be sent.
+    """
+    try:
+        return pickle.dumps(options)
+    except Exception as error:
+        of = options.exchange.auto if isinstance(options.exchange, Choice) else options.exchange
+        part = next((name for name, value in vars(of).items() if not _picklable(value)), "")
+        raise ValueError(
+            f"run: {part or 'a part'} of exchange= cannot be sent to the processes that weft starts ({error}); define its "
+            "functions and classes at the top level of the script or of a module, or start the script with torchrun"
+        ) from error
+
+
+def _picklable(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return False
+    return True
+
+
 @final
 class Spawned(Driver):
     """Local processes, started here. They come up while the caller goes on; `setup` waits for them."""
 
     def __init__(self, processes: int, options: Options, device: str = "cpu"):
+        sent = _pickled(options)
         self.rank, self.processes, self.alone, self.options = 0, processes, True, options
         self._folder = run_folder()
         self._shared = SharedTensors(self._folder)
@@ -112,7 +140,7 @@ class Spawned(Driver):
         boot = {
             "processes": processes,
             "folder": str(self._folder),
-            "options": options,
+            "options": sent,
             "device": device,
             "threads": threads,
             "main": getattr(sys.modules.get("__main__"), "__file__", None),

@@ -93,7 +93,8 @@ def run(
     temporary file of each process, where `TMPDIR` says.
 
     Raises:
-        ValueError: an argument out of range, or a plan for another number of processes.
+        ValueError: an argument out of range, a plan for another number of processes, or an exchange with a function or class
+            that processes started here could not import, such as a lambda.
         BudgetError: with a step: a process cannot stay within its bytes; the run has ended on all.
         PlanMismatch: with the first batch, or `resume`: the plan is for another model.
     """
@@ -110,11 +111,8 @@ def run(
         raise ValueError(
             f"run: exchange must be a weft.comm.Exchange, 'auto' or None, got {exchange!r}; `weft.comm.dgc()` makes one"
         )
-    if clip_norm is not None and isinstance(exchange, Exchange) and isinstance(exchange.memory, VelocityMemory):
-        raise ValueError(
-            f"run: {type(exchange.memory).__name__} delivers velocities, and clip_norm={clip_norm} would take them for "
-            "gradients; give the memory a clip of its own (weft.comm.dgc(clip=...)) and leave clip_norm out"
-        )
+    if exchange is not None:
+        _check_velocities(clip_norm, exchange)
     _check_priced(plan, exchange)
     _check(clip_norm, accumulate, autocast, seed, checkpoint, checkpoint_every, device, timeout)
     if checkpoint is not None:
@@ -149,6 +147,16 @@ def run(
         raise
     else:
         trainer.close()
+
+
+def _check_velocities(clip_norm: float | None, exchange: Exchange | Auto) -> None:
+    """Refuse to clip velocities, also of a candidate that might not be chosen: that depends on the machine."""
+    for which in exchange.exchanges().values() if isinstance(exchange, Auto) else (exchange,):
+        if clip_norm is not None and isinstance(which.memory, VelocityMemory):
+            raise ValueError(
+                f"run: {type(which.memory).__name__} delivers velocities, and clip_norm={clip_norm} would take them for "
+                "gradients; give the memory a clip of its own (weft.comm.dgc(clip=...)) and leave clip_norm out"
+            )
 
 
 def _check_priced(plan: Plan, exchange: Exchange | Auto | None) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from weft.errors import WorkerDied
 from weft.placement.deferred import Tape
 from weft.runtime.driver import InProcess
-from weft.runtime.engine import Job
+from weft.runtime.engine import Job, Options
 from weft.runtime.failure import say
 from weft.runtime.shared import Note, SharedTensors, remove_folder, take
 
@@ -45,7 +45,7 @@ def main(handle: int) -> None:
     reader = threading.Thread(target=_read, args=(pipe, inbox, boot["rank"], Path(boot["folder"])), daemon=True)
     reader.start()
     try:
-        worker = _Worker(boot)
+        worker = _Worker(boot, _unpickled(boot["options"], boot["main"]))
     except Exception as error:
         pipe.send_bytes(_pickled(("error", error, traceback.format_exc())))
         return
@@ -53,9 +53,7 @@ def main(handle: int) -> None:
     while True:
         try:
             message = inbox.get()
-            if b"__main__" in message:
-                _import_main(boot["main"])
-            name, arguments = pickle.loads(message)
+            name, arguments = _unpickled(message, boot["main"])
             if name == "stop":
                 break
             reply = ("done", getattr(worker, name)(*arguments))
@@ -94,13 +92,14 @@ def _read(pipe: Connection, inbox: queue.SimpleQueue[bytes], rank: int, folder: 
 _MAIN: list[str] = []
 
 
-def _import_main(path: str | None) -> None:
-    """Make the user's script importable here, as `multiprocessing` does, for classes that it defines."""
-    if not _MAIN and path:
+def _unpickled(message: bytes, script: str | None) -> Any:
+    """What the controller sent; for what the user's script defines it is imported here, as `multiprocessing` does."""
+    if b"__main__" in message and not _MAIN and script:
         from multiprocessing import spawn
 
-        _MAIN.append(path)
-        spawn._fixup_main_from_path(path)  # type: ignore[attr-defined]
+        _MAIN.append(script)
+        spawn._fixup_main_from_path(script)  # type: ignore[attr-defined]
+    return pickle.loads(message)
 
 
 def _import_all(modules: Sequence[str]) -> None:
@@ -113,7 +112,7 @@ def _import_all(modules: Sequence[str]) -> None:
 class _Worker:
     """The commands. Every worker runs each of them; replies that only one need give come from rank 0."""
 
-    def __init__(self, boot: dict[str, Any]):
+    def __init__(self, boot: dict[str, Any], options: Options):
         torch.set_num_threads(boot["threads"])
         self.folder, self.rank = Path(boot["folder"]), boot["rank"]
         device = torch.device(boot["device"])
@@ -125,9 +124,9 @@ class _Worker:
             store=dist.FileStore(str(self.folder / "rendezvous"), boot["processes"]),
             rank=self.rank,
             world_size=boot["processes"],
-            timeout=datetime.timedelta(seconds=boot["options"].timeout),
+            timeout=datetime.timedelta(seconds=options.timeout),
         )
-        self.driver = InProcess(boot["options"], device)
+        self.driver = InProcess(options, device)
         self.shared = SharedTensors(self.folder)
         self._opened: dict[str, Tensor] = {}
 
