@@ -34,7 +34,7 @@ from weft.comm.codecs.top_k import TopK
 from weft.comm.memories.error_feedback import ErrorFeedback
 from weft.comm.memories.momentum_correction import MomentumCorrection
 from weft.comm.zeroth import Alone, Log, Rendezvous, SharedSeed
-from weft.comm.zeroth.transport import HEADER
+from weft.comm.zeroth.transport import HEADER, LR
 
 __all__ = [
     "Digits", "centralised_mezo", "digits", "gradient_digits", "group", "lora_digits", "one_byte_digits", "passes", "text",
@@ -449,8 +449,15 @@ def text(seed: int, steps: int = 130, samples: int = 2, lr: float = 1e-3) -> Ite
     after, dense = validation(), 4 * sum(p.numel() for p in model.parameters())
     yield "text", {
         "loss_before": before, "loss": after, "loss_fall": 1 - after / before, "parameters": dense / 4,
-        "sent_bytes": steps * (samples + HEADER.size), "step_bytes": samples + HEADER.size, "dense_step_bytes": dense,
+        "sent_bytes": steps * samples + header_bytes(ours.log), "step_bytes": samples + HEADER.size, "dense_step_bytes": dense,
     }  # fmt: skip
+
+
+def header_bytes(log: Log) -> int:
+    """Bytes that a member of an open group sends beside its codes for the steps of a log: rates where they change."""
+    rates = [record.lr for record in log]
+    changes = sum(rate != before for before, rate in zip([None, *rates], rates, strict=False))
+    return len(log) * HEADER.size + changes * LR.size
 
 
 def passes(parameters: int = 4_000_000, rounds: int = 5) -> Iterator[tuple[str, dict[str, float]]]:

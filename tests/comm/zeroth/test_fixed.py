@@ -9,7 +9,7 @@ import torch
 from tests.comm.zeroth.machines import SAMPLES, loss_fn, network, shard, tuned, values
 
 from weft.comm.zeroth import Alone, Fixed, OtherRun, SharedSeed
-from weft.comm.zeroth.transport import HEADER, outliers
+from weft.comm.zeroth.transport import MEMBER, outliers
 from weft.errors import PeerLost
 
 
@@ -34,7 +34,7 @@ def test_n_ranks_are_one_process(pool, size, options):
     for found, _, records, info in pool(size).run(_train, 25, options):
         assert all(torch.equal(a, b) for a, b in zip(found, values(alone), strict=True))
         assert records == alone.log.records
-        assert info.bytes == HEADER.size + SAMPLES * (4 if options else 1)
+        assert info.bytes == MEMBER.size + SAMPLES * (4 if options else 1)
 
 
 @pytest.mark.parametrize("drift", ["replay", "free"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from weft.comm.zeroth.hub import Frame, Hub, Kind
 from weft.comm.zeroth.log import Log, Passport, Record, unpack_records
+from weft.comm.zeroth.tcp import CALLS
 
 PASSPORT = Passport(0, "byte", "rademacher", "mean", 0.0, 1.0, "aa", "bb")
 
@@ -26,7 +27,7 @@ def admitted(hub: Hub, *conns: int) -> None:
         hub.ready(conn, hub.step)
 
 
-def scalars(step: int, payload: bytes = b"\x10", digest: int = 0, lr: float = 0.5) -> Frame:
+def scalars(step: int, payload: bytes = b"\x10", digest: int = 0, lr: float | None = 0.5) -> Frame:
     return Frame(Kind.SCALARS, payload, step, digest, lr)
 
 
@@ -55,6 +56,23 @@ def test_who_is_refused_defines_no_run(passport, chain):
     hub = Hub()
     assert kinds(hub.hello(1, passport, "stranger", 0, chain or Log(passport).chain(0))) == [(1, "REFUSED")]
     assert kinds(hello(hub, 2)) == [(2, "RECORDS")] and hub.log.passport == PASSPORT
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.25, None])
+def test_frames_come_as_they_went(lr):
+    frame = Frame(Kind.SCALARS, b"codes", 2**32 - 1, 7, lr)
+    inbox = bytearray(frame.pack() + b"more")
+    assert Frame.of(CALLS.take(inbox)) == frame and inbox == b"more"
+
+
+def test_no_rate_is_that_of_the_last_record():
+    hub = Hub()
+    admitted(hub, 1)
+    records = [
+        unpack_records(hub.scalars(1, scalars(t, lr=lr), 0.0)[0][1].payload)
+        for t, lr in enumerate([0.5, None, 0.1, None])
+    ]
+    assert [record.lr for (record,) in records] == [0.5, 0.5, 0.1, 0.1]
 
 
 def test_the_late_are_dropped_and_come_back():
@@ -154,6 +172,9 @@ def test_who_is_refused():
         assert sends[0][1].kind == Kind.REFUSED and said in sends[0][1].payload.decode(), said
     admitted(hub, 1)  # its name is free again
     assert hub.scalars(1, scalars(1, lr=float("nan")), 0.0)[0][1].kind == Kind.REFUSED
+    fresh = Hub()
+    admitted(fresh, 1)
+    assert fresh.scalars(1, scalars(0, lr=None), 0.0)[0][1].kind == Kind.REFUSED  # there is no rate before it
     with pytest.raises(ValueError, match="start_with must be"):
         Hub(start_with=0)
     with pytest.raises(ValueError, match="late_seconds must be"):

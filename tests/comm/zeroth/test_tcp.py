@@ -14,9 +14,9 @@ import torch
 from tests.comm.zeroth.machines import SAMPLES, loss_fn, network, shard, tuned, values
 
 from weft.comm.zeroth import Alone, Log, MemberRefused, OtherRun, OutOfStep, Passport, Rendezvous, SharedSeed
-from weft.comm.zeroth.hub import Frame, Kind
+from weft.comm.zeroth.hub import RATED, Frame, Kind
 from weft.comm.zeroth.tcp import CALLS
-from weft.comm.zeroth.transport import HEADER
+from weft.comm.zeroth.transport import HEADER, LR
 from weft.errors import PeerLost
 
 LIMIT = 30.0
@@ -239,7 +239,7 @@ def test_a_silent_rendezvous_is_no_hang():
 
 @pytest.mark.parametrize("drift", ["exact", "replay"])
 def test_payload_on_the_socket(drift):
-    """A stand-in for the rendezvous counts what comes in: K bytes and a fixed header a step, nothing else."""
+    """A stand-in for the rendezvous counts what comes in: K bytes and a fixed header a step, and the first learning rate."""
     server = socket.create_server(("127.0.0.1", 0))
     counted = []
 
@@ -270,7 +270,21 @@ def test_payload_on_the_socket(drift):
 
     with contextlib.closing(server):
         _, info = run(count, member)
-    assert counted == [info.bytes] == [HEADER.size + SAMPLES] and HEADER.size == 21
+    assert counted == [info.bytes] == [HEADER.size + LR.size + SAMPLES] and HEADER.size == 13
+
+
+def test_learning_rates_travel_where_they_change():
+    """A newcomer knows from the log what the last one was."""
+    rates = [0.05, 0.05, 0.02, 0.02, 0.05]
+    with Rendezvous() as place:
+        first = tuned(lr=rates.__getitem__).join(place.address, "first", timeout=LIMIT)
+        sent = [first.step(shard(0, t)).bytes - HEADER.size - SAMPLES for t in range(4)]
+        first.leave()
+        second = tuned(lr=rates.__getitem__).join(place.address, "second", timeout=LIMIT)
+        sent += [second.step(shard(1, 4)).bytes - HEADER.size - SAMPLES]
+        assert sent == [LR.size, 0, LR.size, 0, LR.size]
+        assert [record.lr for record in second.log] == rates and [record.lr for record in first.log] == rates[:4]
+        second.leave()
 
 
 @pytest.mark.parametrize(
@@ -280,8 +294,9 @@ def test_payload_on_the_socket(drift):
         Frame(Kind.HELLO, b"{}\n00\nname").pack(),
         Frame(Kind.HELLO, b"\xff\xfe\n00\nname").pack(),
         Frame(Kind.RESULT, b"").pack(),
-        HEADER.pack(Kind.SCALARS, 2**31, 0, 0, 0.1),
-        HEADER.pack(99, 0, 0, 0, 0.1),
+        HEADER.pack(Kind.SCALARS, 2**31, 0, 0),
+        HEADER.pack(99, 0, 0, 0),
+        HEADER.pack(Kind.SCALARS | RATED, 3, 0, 0) + b"abc",
         Frame(Kind.SCALARS, b"\x01").pack(),
         Frame(Kind.HELLO, b"[" * 200_000 + b"\n00\nname").pack(),
         Frame(Kind.HELLO, Passport(0, ["byte"], "r", "m", 0.0, 1.0, "", "").to_json().encode() + b"\n00\nx").pack(),
@@ -294,6 +309,7 @@ def test_payload_on_the_socket(drift):
         "wrong-side",
         "huge",
         "unknown",
+        "no-rate",
         "no-hello",
         "deep",
         "no-text-wire",

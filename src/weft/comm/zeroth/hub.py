@@ -18,17 +18,21 @@ of its connection. The driver with sockets is tcp.py.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from weft.comm.sockets import Parts
 from weft.comm.zeroth.log import LONGEST, Log, Passport, Record, pack_records
 from weft.comm.zeroth.scalars import WIRES
-from weft.comm.zeroth.transport import HEADER, outliers
+from weft.comm.zeroth.transport import HEADER, LR, outliers
 from weft.names import pick
 
 __all__ = ["Frame", "Hub", "Kind"]
+
+
+RATED = 0x80  # beside a kind: a learning rate comes before the payload
 
 
 class Kind(IntEnum):
@@ -48,22 +52,31 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Frame:
-    """One message: a fixed header of `HEADER.size` bytes and a payload."""
+    """One message: a fixed header of `HEADER.size` bytes, a learning rate if there is one, and a payload."""
 
     kind: Kind
     payload: bytes = b""
     step: int = 0
     digest: int = 0
-    lr: float = 0.0
+    lr: float | None = None  # None: that of the last record
 
     def pack(self) -> bytes:
-        return HEADER.pack(self.kind, len(self.payload), self.step, self.digest, self.lr) + self.payload
+        kind, body = int(self.kind), self.payload
+        if self.lr is not None:
+            kind, body = kind | RATED, LR.pack(self.lr) + body
+        return HEADER.pack(kind, len(body), self.step, self.digest) + body
 
     @classmethod
     def of(cls, came: Parts) -> Frame:
-        """A message from what came: the header's fields and the payload. Raises `ValueError` for an unknown kind."""
-        (kind, _, step, digest, lr), payload = came
-        return cls(Kind(kind), payload, step, digest, lr)
+        """A message from what came: the header's fields and what follows. Raises `ValueError` if it is none."""
+        (kind, _, step, digest), body = came
+        if not kind & RATED:
+            return cls(Kind(kind), body, step, digest)
+        try:
+            (lr,) = LR.unpack_from(body)
+        except struct.error as error:
+            raise ValueError(f"no learning rate in {len(body)} bytes") from error
+        return cls(Kind(kind & ~RATED), body[LR.size :], step, digest, lr)
 
 
 Sends = list[tuple[Hashable, Frame]]
@@ -167,9 +180,10 @@ class Hub:
         assert self.log is not None
         if len(frame.payload) > LONGEST or len(frame.payload) % WIRES[self.log.passport.wire].nbytes:
             return self._refuse(conn, f"{len(frame.payload)} bytes are no scalars") + self.tick(now)
-        if not math.isfinite(frame.lr):
-            return self._refuse(conn, f"a learning rate of {frame.lr}") + self.tick(now)
-        peer.answer = frame
+        lr = frame.lr if frame.lr is not None else self.log[-1].lr if self.step else math.nan
+        if not math.isfinite(lr):
+            return self._refuse(conn, f"a learning rate of {lr}") + self.tick(now)
+        peer.answer = replace(frame, lr=lr)
         if self.deadline is None:
             self.deadline = now + self.late_seconds
         return self.tick(now)
@@ -217,6 +231,7 @@ class Hub:
             else:
                 entries.append((peer.number, answer.payload))
         first = next(answer for place, answer in enumerate(answers) if place not in out)
+        assert first.lr is not None
         record = Record(self.step, first.lr, tuple(entries))
         self.log.append(record)
         body = b"".join(pack_records([record]))

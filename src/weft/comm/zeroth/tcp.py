@@ -4,7 +4,8 @@
     `Open`        the transport of a member: scalars out, records in; catches up whenever the group went on without it;
                   goes on alone if the rendezvous is gone or silent
 
-What a member sends in a step is `HEADER.size` bytes and its codes; what it receives is the step's record, everybody's codes.
+What a member sends in a step is `HEADER.size` bytes and its codes, and its learning rate where that is not the last step's;
+what it receives is the step's record, everybody's codes.
 Nothing is encrypted or authenticated: use it inside a private network or a tunnel, as torch.distributed itself.
 """
 
@@ -170,7 +171,8 @@ class Open(Transport):
             OutOfStep: its parameters are not the group's, and it has no values of the start to repair them with.
         """
         (codes,) = outgoing.codes
-        frame = Frame(Kind.SCALARS, codes, outgoing.step, outgoing.digest, outgoing.lr)
+        known = len(replica.log) > 0 and replica.log[-1].lr == outgoing.lr
+        frame = Frame(Kind.SCALARS, codes, outgoing.step, outgoing.digest, None if known else outgoing.lr)
         before = self.sent
         try:
             self._send(frame)

@@ -1,7 +1,7 @@
 """How the scalars of a step reach everybody: what a transport promises, and the two that need no sockets of their own.
 
     `Alone`    one process; it may stand for several members, and then evaluates what n machines would
-    `Fixed`    a torch.distributed group whose members stay: one all-gather of K codes and a fixed header a step
+    `Fixed`    a torch.distributed group whose members stay: one all-gather of K codes and `MEMBER.size` bytes a step
     `Open`     machines that come and go, over TCP through a rendezvous                          (tcp.py)
 
 Every transport hands the same records to every member, and the record alone decides what is applied. Members whose step, or
@@ -23,9 +23,25 @@ from torch import Tensor
 from weft.comm.zeroth.log import Log, Record
 from weft.errors import WeftError, together
 
-__all__ = ["HEADER", "Alone", "Fixed", "Outgoing", "Outcome", "OutOfStep", "Replica", "Transport", "outliers"]
+__all__ = [
+    "HEADER",
+    "LR",
+    "MEMBER",
+    "Alone",
+    "Fixed",
+    "Outgoing",
+    "Outcome",
+    "OutOfStep",
+    "Replica",
+    "Transport",
+    "outliers",
+]
 
-HEADER = struct.Struct("<BIIId")  # kind, bytes that follow, step, digest of the parameters, learning rate
+HEADER = struct.Struct("<BIII")  # of a frame: kind, bytes that follow, step, digest of the parameters
+LR = struct.Struct("<d")  # a learning rate, where it is not the last record's
+MEMBER = struct.Struct(
+    "<IId"
+)  # of a rank of a fixed group, whose messages have one length: step, digest, learning rate
 
 
 class OutOfStep(WeftError, RuntimeError):
@@ -164,20 +180,20 @@ class Fixed(Transport):
 
     def exchange(self, outgoing: Outgoing, replica: Replica) -> Outcome:
         (codes,) = outgoing.codes
-        head = HEADER.pack(0, len(codes), outgoing.step, outgoing.digest, outgoing.lr)
+        head = MEMBER.pack(outgoing.step, outgoing.digest, outgoing.lr)
         message = torch.frombuffer(bytearray(head + codes), dtype=torch.uint8)
         found = [torch.empty_like(message) for _ in range(self.size)]
         with together(f"step {outgoing.step} of the one-byte exchange"):
             self.dist.all_gather(found, message, group=self.group)
         messages = [bytes(tensor.numpy()) for tensor in found]
-        heads = [HEADER.unpack_from(message) for message in messages]
-        out = outliers([(step, digest) for *_, step, digest, _ in heads])
+        heads = [MEMBER.unpack_from(message) for message in messages]
+        out = outliers([(step, digest) for step, digest, _ in heads])
         good = [rank for rank in range(self.size) if rank not in out]
-        lead = heads[good[0]]
+        step, _, lr = heads[good[0]]
         if out:
             self._heal(replica, good[0], out)
-        entries = tuple((rank, messages[rank][HEADER.size :]) for rank in good)
-        replica.apply([Record(lead[2], lead[4], entries)])
+        entries = tuple((rank, messages[rank][MEMBER.size :]) for rank in good)
+        replica.apply([Record(step, lr, entries)])
         width = len(codes)
         return Outcome(len(head) + width, width * len(out), self.size == 1, False, self.rank in out)
 

@@ -76,27 +76,30 @@ SYSTEM = System(
 
 def run(seed: int) -> Iterator[Row]:
     from weft.bench import one_byte
-    from weft.comm.zeroth.transport import HEADER
 
     for name, values in one_byte.passes():
         yield Row(f"pass: {name}", **values)
     data = one_byte.digits(seed)
     yield Row("before", accuracy=data.accuracy(data.model), loss=data.loss(data.model))
     yield Row("over TCP", **one_byte.group(data, seed))
-    budget, headers = one_byte.STEPS * one_byte.SAMPLES, one_byte.STEPS * HEADER.size
+    budget = one_byte.STEPS * one_byte.SAMPLES
     mezo, curve = one_byte.centralised_mezo(data, 4, seed)
     yield Row("centralised MeZO", **{name: curve.values(budget)[name] for name in ("accuracy", "loss")})
     for direction in ("rademacher", "normal"):
         for machines in (1, 4):
             for wire in ("byte", "float32"):
                 ours, curve = one_byte.one_byte_digits(data, machines, wire, direction, seed)
-                measured = {**curve.values(budget), "header_bytes": headers}
+                measured = {**curve.values(budget), "header_bytes": one_byte.header_bytes(ours.log)}
                 if (machines, wire, direction) == (4, "float32", "rademacher"):
                     pairs = zip(ours.model.parameters(), mezo.parameters(), strict=True)
                     measured["differs_from_mezo"] = sum(int((a != b).sum()) for a, b in pairs)
                 yield Row(f"{machines} machine{'s' * (machines > 1)}, {wire}, {direction}", **measured)
-    _, curve = one_byte.one_byte_digits(data, 1, "byte", "rademacher", seed, lr=one_byte.RATE[4])
-    yield Row("1 machine, byte, rademacher, the learning rate of 4", **curve.values(budget), header_bytes=headers)
+    ours, curve = one_byte.one_byte_digits(data, 1, "byte", "rademacher", seed, lr=one_byte.RATE[4])
+    yield Row(
+        "1 machine, byte, rademacher, the learning rate of 4",
+        **curve.values(budget),
+        header_bytes=one_byte.header_bytes(ours.log),
+    )
     for name, method in (
         ("dense gradients", "dense"), ("DGC 0.1 %", "dgc"), ("PowerSGD-1", "power-sgd"),
         ("local training with rare averaging", "rare averaging"),
