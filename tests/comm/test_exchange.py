@@ -18,6 +18,7 @@ from weft.comm.codecs.quantise import Quantise
 from weft.comm.codecs.rand_k import RandK
 from weft.comm.codecs.scalar_seed import ScalarSeed
 from weft.comm.codecs.top_k import TopK
+from weft.comm.controller import Controller
 from weft.comm.controllers.schedule import Schedule
 from weft.comm.exchange import Exchange
 from weft.comm.memories.error_feedback import ErrorFeedback
@@ -471,6 +472,33 @@ def coarser():
 
 def test_a_setting_that_is_none_for_the_memory_ends_the_exchange_on_each_rank(pool):
     assert pool(RANKS).run(coarser) == [(2, True)] * RANKS
+
+
+class Undecided(Controller):
+    """Its decision, which rank 0 alone makes, fails."""
+
+    def observe(self, spec, gradient, step):
+        return None
+
+    def decide(self, step, specs, total=None):
+        raise ArithmeticError("no setting")
+
+
+def undecided():
+    exchange = Exchange(TopK(0.5), controller=Undecided(), timeout=8)
+    try:
+        exchange.reduce({"w": torch.ones(8, 2)}, 0).wait()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def test_a_decision_that_fails_on_rank_0_fails_on_every_rank_by_its_words(pool):
+    first, *others = pool(RANKS).run(undecided)
+    assert first == ("ArithmeticError", "no setting")
+    assert others == [("RuntimeError", "the controller's decision failed on rank 0: ArithmeticError: no setting")] * (
+        RANKS - 1
+    )
 
 
 def unlike_checkpoints():

@@ -37,7 +37,8 @@ from weft.comm.zeroth import Alone, Log, Rendezvous, SharedSeed
 from weft.comm.zeroth.transport import HEADER, LR
 
 __all__ = [
-    "Digits", "centralised_mezo", "digits", "gradient_digits", "group", "lora_digits", "one_byte_digits", "passes", "text",
+    "Digits", "centralised_mezo", "digits", "gradient_digits", "group", "header_bytes", "lora_digits", "one_byte_digits",
+    "passes", "text",
 ]  # fmt: skip
 
 BATCH = 64

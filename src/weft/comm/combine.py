@@ -84,7 +84,7 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
     def finish(self, mixed: Tensor) -> Tensor:
         """What becomes of W @ messages: itself; rules with a second stage entry by entry make (d,) of (m, d) here.
 
-        Where messages may be broken, it is `left(info)` that finishes.
+        Where messages may be broken, it is the rule that is left which finishes: see `resolve`.
         """
         return mixed
 
@@ -100,6 +100,16 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
         broken = 0 if info.gram is None else int((~info.gram.diagonal().isfinite()).sum())
         return self.among(info.count - broken, broken) if broken else self
 
+    @final
+    def resolve(self, info: Info) -> tuple[Combine, Tensor]:
+        """(the rule that is left, which finishes, and W).
+
+        Raises:
+            ValueError: see `weights`.
+        """
+        row = self.weights(info)
+        return self.left(info), row
+
     def __call__(self, stack: Tensor, own: int = -1) -> Tensor:
         """Combine messages (n, d) that lie in one place: the plain form, for one process and for tests.
 
@@ -112,9 +122,8 @@ class Combine(abc.ABC):  # noqa: B024  one of two methods is to be written, whic
             return self(wide(type(self).__name__, stack), own).to(stack.dtype)
         if self.needs == "elementwise":
             return self.elementwise(stack)
-        info = Info(len(stack), gram(stack) if self.needs == "gram" else None, own)
-        row = self.weights(info)
-        return self.left(info).finish(weighted(row, stack))
+        left, row = self.resolve(Info(len(stack), gram(stack) if self.needs == "gram" else None, own))
+        return left.finish(weighted(row, stack))
 
 
 def wide(rule: str, stack: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
-from weft.comm.agree import announce, describe, hashed, shared
+from weft.comm.agree import decided, describe, hashed, shared
 from weft.comm.codec import Codec, Setting, Spec, State
 from weft.comm.combine import Combine, Info
 from weft.comm.controller import Controller, Numbers
@@ -129,12 +129,14 @@ class Core:
         assert controller is not None
         chosen = {name: spec for name, spec in self.specs.items() if self.options.selects(spec)}
         alone = controller.agreed or self.wired.ranks == 1
-        decision: dict[str, Setting] = {}
-        if alone or self.wired.own == 0:
-            apart = self.wired.across is not None and controller.additive
-            decision = dict(controller.decide(step, chosen, self._total) if apart else controller.decide(step, chosen))
-        if not alone:
-            decision = announce(decision, self.wired.group, self.wired.device)
+        apart = self.wired.across is not None and controller.additive
+
+        def decide() -> dict[str, Setting]:
+            return dict(controller.decide(step, chosen, self._total) if apart else controller.decide(step, chosen))
+
+        decision = (
+            decide() if alone else decided("the controller's decision", decide, self.wired.group, self.wired.device)
+        )
         changed = any(self.settings.get(name) != setting for name, setting in decision.items())
         self.settings.update(decision)
         if changed:
@@ -292,9 +294,7 @@ class Core:
     def rule_of_step(self, own: int) -> tuple[Combine, Tensor]:
         """(the rule that is left, which finishes, and its weights), made of the whole model's inner products."""
         if self._rule is None:
-            info = Info(self.wired.ranks, self.gram, own)
-            row = self.combine.weights(info)
-            self._rule = self.combine.left(info), row
+            self._rule = self.combine.resolve(Info(self.wired.ranks, self.gram, own))
         return self._rule
 
     # ---- what goes uncompressed, and counters

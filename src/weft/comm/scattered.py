@@ -51,9 +51,8 @@ def scattered(vector: Tensor, rule: Combine, group: dist.ProcessGroup | None = N
         if rule.needs == "gram":
             found = gram(stack)
             dist.all_reduce(found, group=group)
-        info = Info(ranks, found)
-        row = rule.weights(info)
-        mine = rule.left(info).finish(weighted(row, stack))
+        left, row = rule.resolve(Info(ranks, found))
+        mine = left.finish(weighted(row, stack))
     result = vector.new_empty(ranks * length)
     dist.all_gather_single(result, mine.contiguous(), group=group)
     return result[: len(vector)]

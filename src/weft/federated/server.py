@@ -343,7 +343,7 @@ def believed(rule: Combine, row: Tensor, stack: Tensor, arrivals: tuple[Arrival,
     if rule.needs == "elementwise":
         return row, float(row.sum()) * rule.elementwise(stack)
     info = Info(len(stack), gram(stack) if rule.needs == "gram" else None, arrivals=arrivals)
-    chosen, rule = rule.weights(info), rule.left(info)
+    rule, chosen = rule.resolve(info)
     if chosen.ndim == 1:  # a choice among messages: those that it leaves keep their weights
         row = len(stack) * chosen * row
         return row, rule.finish(weighted(row, stack))

@@ -186,8 +186,8 @@ def test_weights_are_what_the_exchange_applies(name):
     """The plain call is finish(W @ messages) with W from the Gram matrix, and segments may be combined one by one."""
     messages, rule = cloud(6), build(name)
     info = Info(15, gram(messages), 0)
-    whole = rule.weights(info)
-    parts = torch.cat([rule.left(info).finish(weighted(whole, part)) for part in messages.split(13, 1)])
+    left, whole = rule.resolve(info)
+    parts = torch.cat([left.finish(weighted(whole, part)) for part in messages.split(13, 1)])
     torch.testing.assert_close(parts, rule(messages, 0), rtol=1e-9, atol=1e-9)
 
 
@@ -198,9 +198,9 @@ def test_segments_of_broken_messages_are_finished_by_the_rule_that_is_left(name)
     messages = cloud(6)
     messages[5, 3] = torch.nan
     info = Info(15, gram(messages), 0)
-    whole = build(name).weights(info)
+    left, whole = build(name).resolve(info)
     assert whole.isfinite().all() and not whole[..., 5].any()
-    parts = [build(name).left(info).finish(weighted(whole, part)) for part in messages.split(13, 1)]
+    parts = [left.finish(weighted(whole, part)) for part in messages.split(13, 1)]
     rest = torch.cat([messages[:5], messages[6:]])
     torch.testing.assert_close(torch.cat(parts), build(name, f=1)(rest, 0), rtol=1e-9, atol=1e-9)
 

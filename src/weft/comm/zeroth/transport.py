@@ -39,9 +39,7 @@ __all__ = [
 
 HEADER = struct.Struct("<BIII")  # of a frame: kind, bytes that follow, step, digest of the parameters
 LR = struct.Struct("<d")  # a learning rate, where it is not the last record's
-MEMBER = struct.Struct(
-    "<IId"
-)  # of a rank of a fixed group, whose messages have one length: step, digest, learning rate
+MEMBER = struct.Struct("<IId")  # of a rank of a fixed group, all messages of one length: step, digest, learning rate
 
 
 class OutOfStep(WeftError, RuntimeError):
