@@ -64,8 +64,8 @@ def test_dropped_and_brought_back_elsewhere(backend):
 def test_moves_are_whole(backend, target):
     a, block = made(backend, 1024, 0)
     a.copy_(torch.arange(64.0))
-    old, block.offset = block.offset, target
-    backend.move(block, old)
+    block.offset = target
+    backend.move(block)
     assert a.data_ptr() - base(backend) == target and a.tolist() == list(range(64))
 
 
@@ -78,13 +78,13 @@ def test_nobody_is_overwritten(backend):
 def test_a_move_overwrites_nobody(backend):
     a, _ = made(backend, 1024, 1)
     b, block = made(backend, 2048, 2)
-    old, block.offset = block.offset, 960  # against the plan: a is still there, the user's loss perhaps
-    backend.move(block, old)
+    block.offset = 960  # against the plan: a is still there, the user's loss perhaps
+    backend.move(block)
     c, _ = made(backend, 2048, 3)  # b is still there, too
     assert a.tolist() == [1.0] * 64 and b.tolist() == [2.0] * 64 and c.tolist() == [3.0] * 64
     assert b.data_ptr() - base(backend) == 2048
-    old, block.offset = block.offset, 0
-    backend.move(block, old)
+    block.offset = 0
+    backend.move(block)
     assert b.data_ptr() == base(backend) and b.tolist() == [2.0] * 64
 
 
@@ -105,8 +105,8 @@ def test_nothing_lies_twice_where_blocks_come_back_or_move():
         block.offset = 1024
         backend.back(block, storage_of(again))
         backend.bound()
-        old, other.offset = other.offset, 1024  # against the plan: a is there
-        backend.move(other, old)
+        other.offset = 1024  # against the plan: a is there
+        backend.move(other)
         assert not backend.leave(storage_of(b), room=255)
         assert counter.peak == counter.live == 512
     assert a.data_ptr() - base(backend) == 1024 and a.tolist() == [1.0] * 64 and b.tolist() == [2.0] * 64

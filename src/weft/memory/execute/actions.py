@@ -111,8 +111,8 @@ class Actions:
         block = self.blocks[v]
         if block is None or not block.resident or (type(block.payload) is Hold and block.payload.exposed):
             return
-        old, block.offset = block.offset, offset
-        self.backend.move(block, old)
+        block.offset = offset
+        self.backend.move(block)
 
     # -- running again ------------------------------------------------------------------------------------------------
 

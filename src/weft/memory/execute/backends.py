@@ -173,8 +173,8 @@ class Backend(abc.ABC):
             block.payload = storage
 
     @abc.abstractmethod
-    def move(self, block: Block, old_offset: int) -> None:
-        """Copy a block's bytes from an address to `block.offset`."""
+    def move(self, block: Block) -> None:
+        """Copy a block's bytes from where they are to `block.offset`."""
 
     def leave(self, storage: torch.UntypedStorage, room: int = sys.maxsize) -> bool:
         """A storage outlives the step: if its bytes lie in the arena, they move to torch's own memory. False if they stay, since
@@ -192,7 +192,7 @@ class Count(Backend):
     name = "count"
     addresses = False
 
-    def move(self, block: Block, old_offset: int) -> None:
+    def move(self, block: Block) -> None:
         pass
 
 
@@ -280,10 +280,10 @@ class Copy(Backend):
         """Whether a storage's bytes lie in the arena."""
         return self.base <= address(storage) < self.base + len(self.arena)
 
-    def move(self, block: Block, old_offset: int) -> None:
+    def move(self, block: Block) -> None:
         if block.payload is None or not block.nbytes or not self.holds(shown(block)):
             return  # what was adopted lies elsewhere, only its bytes are taken off the arena
-        start = address(shown(block)) - self.base  # not the old offset, if it could not move before
+        start = address(shown(block)) - self.base
         self._forget(start)
         if not self._clear(block.offset, block.offset + block.nbytes):
             self._take(start, block.nbytes, shown(block))  # somebody lives there longer than planned: these bytes stay
@@ -381,7 +381,7 @@ class Native(Backend):
                 swap(storage, storage_of(bytes_of(storage).clone()))
         return True
 
-    def move(self, block: Block, old_offset: int) -> None:
+    def move(self, block: Block) -> None:
         if block.payload is not None and block.nbytes:
             storage = shown(block)
             if self.arena.offset(storage) not in (-1, block.offset):

@@ -58,7 +58,7 @@ class Bytes:
             self.leaves.back(block)
 
     def move(self, block: Block, old_offset: int) -> None:
-        self.backend.move(block, old_offset)
+        self.backend.move(block)
 
     def describe(self, step: Step | None, block: Block) -> str:
         call = (step or block.step).payload if step is not None or block.step is not None else None

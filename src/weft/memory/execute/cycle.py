@@ -20,7 +20,7 @@ from weft.memory.planning.check import check
 from weft.memory.planning.memory_plan import MemoryPlan
 from weft.memory.record import Trace
 
-__all__ = ["Cycle", "beside", "planned", "planned_for_copy"]
+__all__ = ["Cycle", "beside", "planned"]
 
 RESERVE = 2**16  # bytes (a 64th of the budget at most) that plans leave for what a program does besides, if they can
 LASTING = 100  # steps after which a plan that no longer holds was a good one
@@ -43,14 +43,26 @@ class Cycle:
         carried: for each of them, bytes that were there when it began; empty if it was not seen online.
         watching: whether steps are to be written down.
         given_up: plans that did not hold.
-        copies: operators run beside the arena (`beside`), and plans leave room for that. Who executes says so.
+        copies: operators run beside the arena, as `backends.Copy` has them; plans leave room for that (`beside`).
+
+    Raises:
+        BudgetError: the given plan leaves none, and there is none that does.
     """
 
-    def __init__(self, budget: int, addresses: bool, tier: Tier | None, given: MemoryPlan | None, replay: bool):
-        self.budget, self.addresses, self.tier = budget, addresses, tier
+    def __init__(
+        self,
+        budget: int,
+        addresses: bool,
+        tier: Tier | None,
+        given: MemoryPlan | None,
+        replay: bool,
+        copies: bool = False,
+    ):
+        self.budget, self.addresses, self.tier, self.copies = budget, addresses, tier, copies
+        if given is not None and copies and given.peak + self.beside(given) > budget:
+            given = planned(given.trace, budget, addresses, given.tier, copies)
         self.plans: Sequence[MemoryPlan] = (given,) if given is not None else ()
         self.carried: Sequence[int] = ()
-        self.copies = False
         self.watching = replay
         self.given_up = 0
         self._strayed = 0  # steps in a row that were not the planned one
@@ -93,11 +105,14 @@ class Cycle:
     def _planned(self, trace: Trace) -> MemoryPlan:
         """A plan for a step; with some bytes left over if there is one."""
         reserve = min(RESERVE, self.budget // 64)
-        plan = planned_for_copy if self.copies else planned
         try:
-            return plan(trace, self.budget - reserve, self.addresses, self.tier)
+            return planned(trace, self.budget - reserve, self.addresses, self.tier, self.copies)
         except BudgetError:
-            return plan(trace, self.budget, self.addresses, self.tier)
+            return planned(trace, self.budget, self.addresses, self.tier, self.copies)
+
+    def beside(self, plan: MemoryPlan) -> int:
+        """Bytes that carrying out a plan takes besides its peak: the arena is there as a whole, and operators run beside it."""
+        return plan.reserved - plan.peak + beside(plan.trace) if self.copies else 0
 
     def held(self) -> None:
         """A step was the planned one."""
@@ -120,32 +135,25 @@ class Cycle:
         return f"{MOST_PLANS} plans did not hold; all further steps run online"
 
 
-def planned(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> MemoryPlan:
-    """The best plan for a step that counts all that replay holds for it (`recall.counted`).
+def planned(trace: Trace, budget: int, addresses: bool, tier: Tier | None, copies: bool = False) -> MemoryPlan:
+    """The best plan for a step that counts all that replay holds for it (`recall.counted`); `copies`: see `Cycle`.
 
     Raises:
         BudgetError: there is none.
     """
+    if copies:
+        room = beside(trace)
+        try:
+            return planned(trace, max(budget - room, 1), addresses, tier)
+        except BudgetError as error:
+            what = f"{error.what}, and backend 'copy' needs {room:,} bytes for what an operator makes beside the arena"
+            raise BudgetError(budget, error.least and error.least + room, what) from None
     for _ in range(ROUNDS):
         found = _best(trace, budget, addresses, tier)
         trace = counted(found.trace, found.schedule)
         if trace is found.trace:
             return found
     raise BudgetError(budget, 0, "each plan holds more, for what may be made again, than it counts")
-
-
-def planned_for_copy(trace: Trace, budget: int, addresses: bool, tier: Tier | None) -> MemoryPlan:
-    """The same for `backends.Copy`: beside the arena there is room for what an operator makes.
-
-    Raises:
-        BudgetError: there is no plan.
-    """
-    room = beside(trace)
-    try:
-        return planned(trace, max(budget - room, 1), addresses, tier)
-    except BudgetError as error:
-        what = f"{error.what}, and backend 'copy' needs {room:,} bytes for what an operator makes beside the arena"
-        raise BudgetError(budget, error.least and error.least + room, what) from None
 
 
 def beside(trace: Trace) -> int:

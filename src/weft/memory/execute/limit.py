@@ -117,11 +117,11 @@ class Limit:
         check_backend(backend)
         _check_policy(policy)
         self._by_hand = by_hand
-        addresses = backend in ("copy", "native")
+        addresses, copies = backend in ("copy", "native"), backend == "copy"
         if plan is None and trace is not None:
-            plan = planned(trace, self.budget, addresses, tier)
+            plan = planned(trace, self.budget, addresses, tier, copies)
         tier = tier or (plan and plan.tier)  # a step that is not the planned one may use it, too
-        cycle = Cycle(self.budget, addresses, tier, plan if replay else None, replay)
+        cycle = Cycle(self.budget, addresses, tier, plan if replay else None, replay, copies)
         name = type(model).__name__ if model is not None else ""
         self._succession = Succession(cycle, backend, policy, device, name)
         self.optimizer: torch.optim.Optimizer | None = None

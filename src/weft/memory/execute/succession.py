@@ -22,7 +22,7 @@ from weft.memory import native
 from weft.memory.execute.actions import Deviation
 from weft.memory.execute.away import Sender
 from weft.memory.execute.backends import Backend, Count, Owner, make_backend
-from weft.memory.execute.cycle import Cycle, beside, planned_for_copy
+from weft.memory.execute.cycle import Cycle
 from weft.memory.execute.executor import Executor
 from weft.memory.execute.facts import Facts
 from weft.memory.execute.online import Online
@@ -30,7 +30,6 @@ from weft.memory.execute.replay import Replay
 from weft.memory.execute.sizes import Sizes
 from weft.memory.execute.takeover import take_over
 from weft.memory.execute.tape import Tape
-from weft.memory.planning.memory_plan import MemoryPlan
 
 __all__ = ["Succession"]
 
@@ -63,14 +62,6 @@ class Succession:
         self._watch: Callable[[Tensor], None] | None = None
         self._gauge = native.ledger() if device.type == "cpu" and native.problem() is None else None
         self._sizes = Sizes()  # what operators have taken so far
-        if backend == "copy":
-            cycle.copies = True
-            cycle.plans = tuple(
-                plan
-                if self._reserved(plan) <= self.budget
-                else planned_for_copy(plan.trace, self.budget, True, plan.tier)
-                for plan in cycle.plans  # those that were given
-            )
 
     def begin(self, watch: Callable[[Tensor], None]) -> None:
         """Somebody executes from now on, and calls `watch` with each leaf that wants a gradient when it is first met."""
@@ -78,8 +69,8 @@ class Succession:
         if self.cycle.plans:
             self.executor = self._new_replay()
         else:
-            # by `Copy` what is made is for a moment there twice: plans leave room for that, who decides as operators come cannot
-            backend = Count() if self._backend == "copy" else make_backend(self._backend, self.budget, self.device)
+            # what is copied is for a moment there twice: plans leave room for that, who decides as operators come cannot
+            backend = Count() if self.cycle.copies else make_backend(self._backend, self.budget, self.device)
             self._write(self._new_online(backend, self.budget))
 
     def leave(self) -> Online | None:
@@ -203,7 +194,7 @@ class Succession:
         plan = plans[self.steps % len(plans)]
         backend = make_backend(self._backend, plan.schedule.arena, self.device)
         given = not self.cycle.carried
-        budget = self.budget - (self._reserved(plan) - plan.peak if self._backend == "copy" else 0)
+        budget = self.budget - self.cycle.beside(plan)
         replay = Replay(plan, budget, backend, self.device, self._owner, self._sizes, given)
         replay.watch = self._watch
         return replay
@@ -214,7 +205,3 @@ class Succession:
         take_over(replay, online)
         replay.backend.close()
         return online
-
-    def _reserved(self, plan: MemoryPlan) -> int:
-        """Bytes that a plan takes by `Copy`, whose arena is there as a whole and beside which operators run."""
-        return plan.reserved + beside(plan.trace)
