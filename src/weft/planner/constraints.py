@@ -35,13 +35,7 @@ from weft.planner.search import Variable
 __all__ = ["STRATEGIES", "Constraints", "masks", "modes_left"]
 
 STRATEGIES = ("dp", "zero-1", "zero-2", "zero-3", "tp", "sp", "tp+sp", "any")
-USE_WHOLE = (
-    "dp",
-    "zero-1",
-    "zero-2",
-    "zero-3",
-    "sp",
-)  # along their axes: parameters, also those that several operands read
+USE_WHOLE = ("dp", "zero-1", "zero-2", "zero-3", "sp")  # along their axes operands read whole parameters
 
 Where: TypeAlias = "str | Placement | Sequence[Placement] | ParameterPlacement"
 
@@ -120,10 +114,8 @@ def masks(model: Model, constraints: Constraints, roles: Roles) -> dict[Variable
         if not mask.all():
             allowed[node.name] = mask
     whole = [axis for axis, strategy in enumerate(strategies) if strategy in USE_WHOLE and model.mesh.shape[axis] > 1]
-    for (
-        name,
-        states,
-    ) in model.used_states.items():  # a parameter that one operand reads has the call's state, masked above
+    # of parameters that several operands read; one that a single operand reads has the call's state, masked above
+    for name, states in model.used_states.items():
         where = constraints.for_parameter(name)
         if where is None:
             mask = np.array([all(isinstance(state[axis], Replicate) for axis in whole) for state in states])
