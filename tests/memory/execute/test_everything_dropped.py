@@ -60,7 +60,7 @@ def test_any_schedule_replayed(monkeypatch, name, backend):
         pytest.skip(native.problem())
     draw, repeats = random.Random(0), []
 
-    def plan_at_random(trace, budget, addresses, tier):
+    def plan_at_random(trace, budget, *_):
         plan = Retention(Shape(trace, arena=True, align=64))
         for v, start, stop in plan.droppable(1):
             if draw.random() < 0.3 and plan.is_kept(v, start, stop):
