@@ -7,7 +7,7 @@ import gc
 import torch
 
 from weft.memory import private
-from weft.memory.private import Tie, bytes_of, empty_out, fill, hollow, over, shaped, storage_of, swap, tie_of
+from weft.memory.private import Tie, bytes_of, empty_out, fill, hollow, over, shaped, storage_of, swap, tie_of, tied
 
 
 def test_this_torch_can_do_it():
@@ -19,7 +19,7 @@ def test_a_tie_lives_as_long_as_the_bytes():
     rung = []
     x = torch.ones(3, requires_grad=True)
     y = (x * 2).exp()  # autograd keeps the result
-    tie = Tie(storage_of(y), lambda t: rung.append(t is tie))
+    tie = tied(Tie, storage_of(y), lambda t: rung.append(t is tie))
     view, total = y[1:], y.sum()
     assert tie_of(y) is tie_of(view) is tie
     del y

@@ -119,7 +119,7 @@ def compiled(model: Any, share: float) -> Way:
     return Way(f"torch budget {share:g}", module, lambda: functorch.patch(activation_memory_budget=share))
 
 
-def limited(model: Any, nbytes: int, label: str) -> Way:
+def limited(model: Any, nbytes: int, label: str, replay: bool = True) -> Way:
     """Within `nbytes` of activations and workspace, by `weft.memory.limit`; parameters and gradients come on top.
 
     It is entered once and rests while others take their turns: what a loop does once is not what its steps cost.
@@ -128,7 +128,7 @@ def limited(model: Any, nbytes: int, label: str) -> Way:
 
     model = _with_gradients(model)
     held = 2 * sum(p.untyped_storage().nbytes() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    context = limit(held + nbytes, model=model)
+    context = limit(held + nbytes, model=model, replay=replay)
 
     @contextmanager
     def turn() -> Iterator[None]:

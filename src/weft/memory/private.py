@@ -30,10 +30,10 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ __all__ = [
     "storage_of",
     "swap",
     "tie_of",
+    "tied",
     "uncast",
     "unlogged",
     "wanted_by",
@@ -135,22 +136,23 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 )
 
 
+T = TypeVar("T", bound="Tie")
+
+
 class Tie(weakref.ref):
     """What we know of one StorageImpl: a weak reference to its storage object that the storage object itself carries.
 
-    `Tie(storage, died)` calls `died(tie)` when the last tensor, view or saved copy over the bytes is gone. Subclasses add
-    slots. `tie_of(tensor)` finds it again.
+    `tied(Tie, storage, died)` makes one, which calls `died(tie)` when the last tensor, view or saved copy over the bytes is
+    gone. Subclasses add slots. `tie_of(tensor)` finds it again.
     """
 
     __slots__ = ()
 
-    def __new__(cls, storage: torch.UntypedStorage, died: Callable[[Any], None] | None = None) -> Any:
-        self = super().__new__(cls, storage, died)
-        storage._weft_tie = self  # type: ignore[attr-defined]
-        return self
 
-    def __init__(self, storage: torch.UntypedStorage, died: Callable[[Any], None] | None = None):
-        super().__init__(storage, died)  # type: ignore[call-arg]
+def tied(kind: type[T], storage: torch.UntypedStorage, died: Callable[[Any], None]) -> T:
+    """A new tie of a storage, in place of one that it may have. No constructor of ours: one is made for every output."""
+    storage._weft_tie = tie = kind(storage, died)  # type: ignore[attr-defined, call-arg]
+    return tie
 
 
 def tie_of(tensor: Tensor) -> Any:
@@ -266,10 +268,9 @@ class QuickMode(TorchDispatchMode):
 _get_mode, _FAKE = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
 
 
-def faking() -> Any:
-    """The mode of fake tensors that is on, None if none is. It comes after all modes of users, and is theirs to call: DTensor
-    asks it for shapes in the middle of a real step."""
-    return _get_mode(_FAKE)
+faking: Callable[[], Any] = partial(_get_mode, _FAKE)
+"""The mode of fake tensors that is on, None if none is. It comes after all modes of users, and is theirs to call: DTensor asks
+it for shapes in the middle of a real step."""
 
 
 def is_innermost(mode: TorchDispatchMode) -> bool:
@@ -485,7 +486,7 @@ def _ties_work() -> bool:
     leaf = torch.ones(3, requires_grad=True)
     made = leaf * 2
     result = made.exp()  # autograd saves it: its bytes outlive our tensor
-    tie = Tie(storage_of(result), lambda _: seen.append(1))
+    tie = tied(Tie, storage_of(result), lambda _: seen.append(1))
     total = result.sum()
     del result, made
     gc.collect()

@@ -7,14 +7,16 @@ import random
 import pytest
 from tests.memory.core.synthetic import scramble, transformer
 
+from weft.bench import step_traces
 from weft.errors import BudgetError
-from weft.memory.core import POLICIES, Greedy, Window, price, simulate
+from weft.memory.core import POLICIES, QUICK, Greedy, Window, price, simulate
 from weft.memory.core import policy as policies
 from weft.memory.core.arena import MOMENT
 
 
-def plain(core, gaps, done):
+def plain(core, gaps, done, spare):
     """DTR and DTE as published."""
+    assert not spare
     while True:
         scored = []
         for number, block in enumerate(core.arena.blocks()):
@@ -61,6 +63,23 @@ def test_greedy_is_the_published_method(name, monkeypatch):
                 assert ours.candidates == theirs.candidates
                 assert ours.scored <= ours.candidates + 1
     assert compared > 200
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.35, 0.3])
+def test_dropping_ahead_searches_less_and_fits_the_same(share):
+    """Thousands of small tensors. At 0.3 of the peak the step takes more than four times as long: no byte may be left unused."""
+    trace = step_traces.load("BiLSTM")
+    budget = trace.fixed + int(share * (trace.peak - trace.fixed))
+    exact, quick = (simulate(trace, budget, policy, moves=False, log=False) for policy in ("pager", QUICK))
+    assert quick.overhead <= 1.1 * exact.overhead and quick.peak <= budget
+    assert quick.searches <= (0.2 if share >= 0.5 else 1.0) * exact.searches
+
+
+def test_large_blocks_do_not_go_ahead():
+    trace = step_traces.load("ResNet")
+    budget = trace.fixed + (trace.peak - trace.fixed) // 2
+    exact, quick = (simulate(trace, budget, policy, moves=False) for policy in ("pager", QUICK))
+    assert quick.schedule == exact.schedule and quick.evictions == exact.evictions > 10
 
 
 def test_table():

@@ -16,12 +16,13 @@ from weft.memory.core.arena import Arena, PagedArena, Piece, Space
 from weft.memory.core.blocks import Block, Step, price
 from weft.memory.core.core import MOVE_RATE, Core
 from weft.memory.core.machine import Machine
-from weft.memory.core.policy import POLICIES, Greedy, Policy, Window
+from weft.memory.core.policy import POLICIES, QUICK, Greedy, Policy, Window
 from weft.memory.core.simulate import Simulation, simulate
 
 __all__ = [
     "MOVE_RATE",
     "POLICIES",
+    "QUICK",
     "Arena",
     "Block",
     "Core",

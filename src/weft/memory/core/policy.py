@@ -29,7 +29,9 @@ from weft.memory.core.blocks import Block, price
 if TYPE_CHECKING:
     from weft.memory.core.core import Core
 
-__all__ = ["POLICIES", "Greedy", "Policy", "Window"]
+__all__ = ["POLICIES", "QUICK", "Greedy", "Policy", "Window"]
+
+STRAINED = 0.6  # of all seconds so far, those of steps that ran again
 
 
 @dataclass(frozen=True)
@@ -88,26 +90,24 @@ class Greedy(Policy):
 
     Attributes:
         size: what h is divided by: the block's "bytes" (DTR), or "gap", its bytes and the free ones beside it (DTE).
-        ahead: share of the memory that is left free beyond what is asked for: fewer searches, nearly the same drops.
+        ahead: share of the memory that is to be free after a search: fewer searches, nearly the same drops. Only blocks of no
+            more bytes than that go for it, and none that is late: where blocks are large there are few searches. None goes in
+            a program that is `STRAINED`: it might not fit with less memory.
     """
 
     size: Literal["bytes", "gap"] = "bytes"
     ahead: float = 0.0
 
     def make_room(self, core: Core, block: Block) -> bool:
-        spare, fits = int(self.ahead * core.arena.size), False
-
-        def done() -> bool:
-            nonlocal fits
-            fits = fits or core.fits(block)
-            return fits and core.arena.free >= spare
-
-        return drop_greedily(core, self.size == "gap", done) or fits
+        strained = core.repeated_seconds > STRAINED * core.clock
+        spare = 0 if strained else int(self.ahead * core.arena.size)
+        return drop_greedily(core, self.size == "gap", lambda: core.fits(block), spare)
 
 
-def drop_greedily(core: Core, gaps: bool, done: Callable[[], bool]) -> bool:
-    """Drop the block of least h / size until `done()`; False if nothing is left to drop. `gaps` adds free neighbours to sizes."""
-    arena, now = core.arena, core.clock
+def drop_greedily(core: Core, gaps: bool, done: Callable[[], bool], spare: int = 0) -> bool:
+    """Drop the block of least h / size until `done()`; False if nothing is left to drop. `gaps` adds free neighbours to sizes.
+    Go on while fewer than `spare` bytes are free, and the next block is a small one."""
+    arena, now, is_done = core.arena, core.clock, False
 
     def score(candidate: Block, seconds: float) -> float:
         size = candidate.room + arena.beside(candidate) if gaps else candidate.room
@@ -133,18 +133,21 @@ def drop_greedily(core: Core, gaps: bool, done: Callable[[], bool]) -> bool:
         if value > old:
             heapq.heappush(heap, (value, number, candidate))
             continue
+        if is_done and (candidate.room > spare or candidate.late):
+            break
         core.candidates += left
         left -= 1
         neighbours = list(_occupied_beside(candidate.piece)) if gaps and candidate.piece is not None else []
         if not core.evict(candidate):
             continue
-        if done():
-            return True
+        is_done = is_done or done()
+        if is_done and arena.free >= spare:
+            break
         for other in neighbours:
             if other.evictable and not other.pins:
                 fresh += 1
                 heapq.heappush(heap, (score(other, other.seconds), fresh, other))
-    return False
+    return is_done
 
 
 def _occupied_beside(piece: Piece) -> Iterator[Block]:
@@ -166,3 +169,4 @@ POLICIES: dict[str, Policy] = {
     "dte-partition": Greedy(size="gap", partition=True),
     "pager": Greedy(paged=True),
 }
+QUICK = Greedy(paged=True, ahead=0.01)  # the pager with an eighth of the searches: where deciding may not take long

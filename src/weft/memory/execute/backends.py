@@ -21,7 +21,20 @@ import torch
 
 from weft.memory import native
 from weft.memory.core import Block, Step
-from weft.memory.private import SWAPS, Tie, below, bytes_of, empty_out, fill, hollow, over, problem, storage_of, swap
+from weft.memory.private import (
+    SWAPS,
+    Tie,
+    below,
+    bytes_of,
+    empty_out,
+    fill,
+    hollow,
+    over,
+    problem,
+    storage_of,
+    swap,
+    tied,
+)
 from weft.memory.record import Category
 
 __all__ = [
@@ -100,7 +113,7 @@ def ring(hold: Hold) -> None:
 
 def tie(owner: Owner, storage: torch.UntypedStorage, block: Block, kind: Category) -> Hold:
     """Tie a storage to the block that it shows."""
-    hold = Hold(storage, ring)
+    hold = tied(Hold, storage, ring)
     hold.owner, hold.block, hold.kind, hold.exposed, hold.lent, hold.fickle = owner, block, kind, False, False, False
     hold.unfilled = None
     block.payload = owner.holds[id(hold)] = hold

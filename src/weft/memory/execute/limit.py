@@ -27,6 +27,7 @@ from weft.memory.core import POLICIES
 from weft.memory.execute.backends import check_backend
 from weft.memory.execute.cycle import Cycle, planned
 from weft.memory.execute.executor import Executor
+from weft.memory.execute.garbage import Garbage
 from weft.memory.execute.hand_back import hand_back
 from weft.memory.execute.listening import Listening
 from weft.memory.execute.succession import Succession
@@ -73,8 +74,8 @@ def limit(
             library, outside of which lies only what no plan foresees), "copy" (an arena in plain Python for planned steps; the
             budget covers all of it and the outputs of an operator besides, but for what is left of it after a step that is not
             the planned one); "auto" is "count".
-        policy: what to drop online, a key of `weft.memory.core.POLICIES`; by default "pager" where addresses do not matter, else
-            "coop".
+        policy: what to drop online, a key of `weft.memory.core.POLICIES`; by default "coop" where addresses matter, else "pager",
+            which drops 1 % of the budget beyond what is needed so as to search less often.
         device: whose bytes, on the CPU or on CUDA; by default the model's, else the CPU.
         replay: False to stay online.
         by_hand: steps end only where `Limit.step()` says so, whatever optimizers do.
@@ -123,7 +124,8 @@ class Limit:
         tier = tier or (plan and plan.tier)  # a step that is not the planned one may use it, too
         cycle = Cycle(self.budget, addresses, tier, plan if replay else None, replay, copies)
         name = type(model).__name__ if model is not None else ""
-        self._succession = Succession(cycle, backend, policy, device, name)
+        self._garbage = Garbage()
+        self._succession = Succession(cycle, backend, policy, device, name, self._garbage)
         self.optimizer: torch.optim.Optimizer | None = None
         self._listening: Listening | None = None
         self._hooks = WeakIdKeyDictionary()  # of leaves
@@ -173,8 +175,10 @@ class Limit:
         self._listening = Listening(
             self._succession.call, self._expose, self.count, self._resize, self._before_optimizer, self._after_optimizer
         )  # fmt: skip
+        self._garbage.begin()
 
     def _stop_listening(self) -> None:
+        self._garbage.end()
         if self._listening is not None:
             self._listening.stop()
         self._listening = None

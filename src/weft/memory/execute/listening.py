@@ -24,6 +24,7 @@ from weft.memory.private import QuickMode, faking, hide_from_compiler, is_entere
 
 __all__ = ["Listening"]
 
+_NONE: Mapping[str, Any] = {}  # one for all: calls are remembered
 _PLAIN: set[Any] = {torch.Tensor, nn.Parameter}  # classes that do not handle operators themselves
 
 
@@ -144,12 +145,15 @@ class _Mode(QuickMode):
     ) -> Any:
         if self.left or faking() is not None:
             return func(*args, **kwargs) if kwargs else func(*args)
-        facts = facts_of(func)
+        try:
+            facts = func._weft_facts
+        except AttributeError:
+            facts = facts_of(func)
         if types and not _PLAIN.issuperset(types) and not _all_plain(types):
             return NotImplemented  # DTensor and the like: their parts come back here
         if facts.view:
             return facts.call(*args, **kwargs) if kwargs else facts.call(*args)
-        return self.call(facts, args, kwargs or {})
+        return self.call(facts, args, kwargs or _NONE)
 
 
 hide_from_compiler(_Mode.__torch_dispatch__)

@@ -9,7 +9,6 @@ leave     Online, without a budget: everything comes back
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +17,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from weft.errors import BudgetError
 from weft.memory import native
+from weft.memory.core import QUICK
 from weft.memory.execute.actions import Deviation
 from weft.memory.execute.away import Sender
 from weft.memory.execute.backends import Backend, Count, Owner, make_backend
 from weft.memory.execute.cycle import Cycle
 from weft.memory.execute.executor import Executor
 from weft.memory.execute.facts import Facts
+from weft.memory.execute.garbage import Garbage
 from weft.memory.execute.online import Online
 from weft.memory.execute.replay import Replay
 from weft.memory.execute.sizes import Sizes
@@ -42,6 +44,7 @@ class Succession:
         cycle: what is known of the steps; it knows the budget and the tier.
         backend, policy: their names; no policy is the usual one.
         device: whose bytes. name: of the model, for traces.
+        garbage: looked for when bytes are short, and between steps.
 
     Attributes:
         executor: whoever executes at the moment; None outside of the limit.
@@ -49,9 +52,12 @@ class Succession:
         ended: the optimizer's step is over, the next one's first operator not yet there.
     """
 
-    def __init__(self, cycle: Cycle, backend: str, policy: str | None, device: torch.device, name: str):
+    def __init__(
+        self, cycle: Cycle, backend: str, policy: str | None, device: torch.device, name: str, garbage: Garbage
+    ):
         self.cycle, self.budget, self.device = cycle, cycle.budget, device
         self._backend, self._policy, self._name = backend, policy, name
+        self._garbage = garbage
         self.executor: Executor | None = None
         self.steps = 0
         self.notes: list[str] = []
@@ -94,7 +100,10 @@ class Succession:
             return self.executor.call(facts, args, kwargs)
         except Deviation as deviation:
             self._fall_back(deviation)
-            return self.executor.call(facts, args, kwargs)
+            return self.call(facts, args, kwargs)
+        except BudgetError:
+            self._garbage.sweep()
+        return self.executor.call(facts, args, kwargs)
 
     def tell(self, news: Callable[[Executor], None]) -> None:
         """Something happens to whoever executes that is not an operator."""
@@ -114,6 +123,7 @@ class Succession:
                 self._end_replayed(self.executor)
             else:
                 self._end_online(self.executor)
+            self._garbage.between_steps()
 
     def _end_replayed(self, replay: Replay) -> None:
         try:
@@ -157,7 +167,7 @@ class Succession:
             return
         expected = carried[self.steps % len(carried)]
         if replay.brought_along(expected) > replay.slack:
-            gc.collect()  # what waits for it may be of use to nobody
+            self._garbage.sweep()  # what waits for it may be of use to nobody
         if (more := replay.brought_along(expected)) > replay.slack:
             self._write(self._fall_back(Deviation(f"{more:,} bytes more are carried into it")))
 
@@ -177,7 +187,7 @@ class Succession:
     # -- executors ----------------------------------------------------------------------------------------------------
 
     def _new_online(self, backend: Backend, budget: int) -> Online:
-        policy = self._policy or ("coop" if backend.addresses else "pager")
+        policy = self._policy or ("coop" if backend.addresses else QUICK)
         online = Online(budget, policy, backend, self.device, self._owner, self._gauge, self._sizes)
         online.watch = self._watch
         if self.cycle.tier is not None:

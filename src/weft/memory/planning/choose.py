@@ -26,7 +26,7 @@ from weft.errors import BudgetError
 from weft.graph.capture import rarely_collecting
 from weft.memory.arguments import expect, shown
 from weft.memory.core.core import MOVE_RATE
-from weft.memory.core.policy import POLICIES, Greedy, Policy
+from weft.memory.core.policy import POLICIES, QUICK, Policy
 from weft.memory.core.simulate import simulate
 from weft.memory.planning import improve
 from weft.memory.planning.check import Tier, check
@@ -48,7 +48,6 @@ USUAL = 0.2  # seconds of search per 650 operators
 FEWEST = 0.05  # seconds of search: with less the first way down is hardly improved, and a smaller budget may cost less
 LONGEST = 2.0  # seconds of search unless more is asked for
 MANY = 1500  # operators from which on policies are not simulated, but for one that is quick and not told about
-QUICK = Greedy(paged=True, ahead=0.01)
 HOPELESS = 2  # a start that costs so many times the best one is no better either when it is filled up
 EASY = 0.002  # moves that take no more than this share of the step are not worth looking for another plan
 ATTEMPTS = 6  # at most, to find a smaller plan whose addresses need fewer moves
