@@ -171,3 +171,16 @@ def test_refusals_name_what_does_not_fit():
         simulate(trace, trace.fixed + (1 << 14) + 2000, small=0)
     with pytest.raises(ValueError, match="no policy is called 'lru'"):
         simulate(trace, trace.peak, "lru")
+
+
+def test_arguments_of_another_kind_are_named():
+    trace = transformer(2, 1 << 14)
+    assert simulate(trace, f"{trace.peak} B") == simulate(trace, trace.peak)
+    for wrong, named in (
+        ((3, 100), "simulate: trace must be a weft.memory.Trace, got 3"),
+        ((trace, "6 parsec"), "simulate: budget"),
+        ((trace, -1), "simulate: budget"),
+        ((trace, trace.peak, 7), "a policy must be given by its name"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            simulate(*wrong)

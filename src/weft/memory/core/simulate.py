@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from weft.cluster.units import nbytes_of
 from weft.errors import BudgetError
+from weft.memory.arguments import expect
 from weft.memory.core.blocks import Block, Step
 from weft.memory.core.core import MOVE_RATE, Core
 from weft.memory.core.policy import POLICIES, Policy
@@ -55,7 +57,7 @@ class Simulation:
 
 def simulate(
     trace: Trace,
-    budget: int,
+    budget: int | str,
     policy: Policy | str = "coop",
     *,
     gradients_outside: bool = False,
@@ -66,16 +68,19 @@ def simulate(
     """Run `trace` within `budget` bytes on paper.
 
     Args:
-        budget: bytes for everything on the device, `Trace.fixed` included.
-        policy: one of `POLICIES`, or its name.
+        budget: bytes for everything on the device, `Trace.fixed` included; or text with a unit ("6GiB").
+        policy: a `Policy`, or the name of one of `POLICIES`.
         gradients_outside: gradients are held elsewhere, and count nothing.
         moves: blocks may be pushed together when enough bytes are free, but not in one place.
         small: bytes up to which a block is never dropped (see `Arena`).
         log: write the schedule.
     Raises:
+        ValueError: an argument is not what it must be.
         BudgetError: the policy finds no way; another one, or `weft.memory.plan`, may.
     """
-    chosen = pick(policy, POLICIES, "policy") if isinstance(policy, str) else policy
+    expect("simulate: trace", trace, Trace)
+    budget = nbytes_of(budget, "simulate: budget")
+    chosen = policy if isinstance(policy, Policy) else pick(policy, POLICIES, "policy")
     name = policy if isinstance(policy, str) else type(policy).__name__
     if gradients_outside:
         trace = trace.without("gradient")
