@@ -102,6 +102,17 @@ def test_the_table_shows_methods_and_verdicts():
     assert "≤ 0.5" in text
 
 
+def test_methods_of_one_kind_share_a_table():
+    rows = [
+        Row("ours", seconds=1.0, nbytes=2.0), Row("plan", share=0.5), Row("theirs", seconds=4.0),
+        Row("ours, replayed", seconds=1.0, nbytes=2.0, peak=3.0),
+    ]  # fmt: skip
+    assert Results([*rows, *rows]).tables == [
+        (["ours", "theirs", "ours, replayed"], ["seconds", "nbytes", "peak"]),
+        (["plan"], ["share"]),
+    ]
+
+
 def test_curves_are_drawn_and_not_recorded():
     rows = [Row("ours", seconds=1.0).drawn([(0.0, 2.0), (1.0, 0.5)]), Row("theirs", seconds=4.0)]
     outcome = run_system(system(FASTER), lambda seed: rows, seeds=(0, 1))

@@ -150,22 +150,25 @@ def run_system(
 
 
 def render(outcome: Outcome) -> Group:
-    """Two tables for a terminal: what each method measured, and the claims."""
+    """Tables for a terminal: what each method measured, one for each kind of methods, and the claims."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
 
-    measures = outcome.results.measures
-    rows = Table(title=f"{outcome.system.name}: {outcome.system.title} ({outcome.system.paper})", title_justify="left")
-    rows.add_column("method")
-    for measure in measures:
-        rows.add_column(measure.replace("_", " "), justify="right")
-    for method in outcome.results.methods:
-        found = [outcome.results.get(method, measure) for measure in measures]
-        rows.add_row(method, *("" if number is None else f"{number:.5g}" for number in found))
+    measured = []
+    for methods, measures in outcome.results.tables:
+        rows = Table("method", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+        for measure in measures:
+            rows.add_column(measure.replace("_", " "), justify="right")
+        for method in methods:
+            found = [outcome.results.get(method, measure) for measure in measures]
+            rows.add_row(method, *("" if number is None else f"{number:.5g}" for number in found))
+        measured.append(rows)
+    title = f"{outcome.system.name}: {outcome.system.title} ({outcome.system.paper})"
     claims = Table(title="claims", title_justify="left")
     for column in ("claim", "bound", "measured", ""):
         claims.add_column(column, justify="left" if column == "claim" else "right")
     for claim in outcome.claims:
         verdict = "[green]met[/]" if claim.met else "[red]missed[/]"
         claims.add_row(claim.text, claim.bound, f"{claim.number:.4g}", verdict)
-    return Group(rows, claims, *outcome.system.said_beside(outcome.results))
+    return Group(title, *measured, claims, *outcome.system.said_beside(outcome.results))

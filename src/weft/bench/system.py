@@ -65,6 +65,21 @@ class Results:
     def measures(self) -> list[str]:
         return list(dict.fromkeys(name for row in self.rows for name in row.values))
 
+    @property
+    def tables(self) -> list[tuple[list[str], list[str]]]:
+        """(methods, measures) of what people see: methods stand in the first table that has all their measures, or only such."""
+        found: list[tuple[list[str], dict[str, None]]] = []
+        for method in self.methods:
+            own = dict.fromkeys(name for row in self.rows if row.method == method for name in row.values)
+            for methods, measures in found:
+                if own.keys() <= measures.keys() or measures.keys() <= own.keys():
+                    methods.append(method)
+                    measures.update(own)
+                    break
+            else:
+                found.append(([method], own))
+        return [(methods, list(measures)) for methods, measures in found]
+
     def get(self, method: str, measure: str) -> float | None:
         """The median, NaN if a seed's is, or None if no row of the method has the measure."""
         found = [row.values[measure] for row in self.rows if row.method == method and measure in row.values]

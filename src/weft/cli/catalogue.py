@@ -141,5 +141,5 @@ def _show(outcome: Outcome, before: list[dict[str, Any]]) -> None:
     if before:
         met = sum(claim["met"] for claim in before[0]["claims"])
         console.print(
-            f"recorded on {before[0]['date']}: {met} of {len(before[0]['claims'])} met, {before[0]['machine']['name']}"
+            f"the record of {before[0]['date']}: {met} of {len(before[0]['claims'])} met, {before[0]['machine']['name']}"
         )
