@@ -187,7 +187,7 @@ def test_bench_records(quick_system, capsys, tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == printed[0]
     assert printed[0]["claims"] == [{"text": "seconds", "bound": "≤ 1.5", "value": 1.0, "met": True}]
     assert main(["bench", "quick", "--folder", str(tmp_path)]) == 0
-    assert "recorded on" in capsys.readouterr().out
+    assert "the record of" in capsys.readouterr().out
 
 
 def test_cite_a_system(capsys):
