@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 from typing import Any, final
 
 from weft.errors import BudgetError
@@ -38,7 +37,6 @@ __all__ = ["MOVE_RATE", "Core"]
 MOVE_RATE = (
     4e9  # bytes per second at which a block moves to another address; one core copies more, and reads and writes
 )
-_nbytes = attrgetter("nbytes")
 
 
 @final
@@ -254,8 +252,8 @@ class Core:
             self._give_scratch(step)
         made = step.makes
         if step.repeatable:
-            step.outputs = list(map(weakref.ref, made))
-            step.sizes = list(map(_nbytes, made))
+            step.outputs = [weakref.ref(block) for block in made]
+            step.sizes = [block.nbytes for block in made]
             for block in step.reads:
                 block.read = True
         overwrites = step.overwrites

@@ -31,16 +31,11 @@ Look = tuple[Any, int, Block | None, tuple[Any, ...], int]
 `args` or a key of `kwargs`; the block is None where only the shape matters; for the geometry see `geometry_of`."""
 
 
-_ATOMS = frozenset((int, float, bool, str, type(None)))  # to ask whether one is a tensor takes longer
-_GEOMETRIES: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-
-
 def geometry_of(tensor: Tensor) -> tuple[Any, ...]:
     """(dtype, size, stride) of a tensor, and whether it is read as its conjugate, its negative."""
     if tensor.is_conj() or tensor.is_neg():
         return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
-    found = tensor.dtype, tensor.shape, tensor.stride()
-    return _GEOMETRIES.setdefault(found, found)
+    return tensor.dtype, tensor.shape, tensor.stride()
 
 
 def take_apart(
@@ -57,8 +52,6 @@ def take_apart(
     looks: list[Look] = []
     plain = list(args)
     for position, value in enumerate(args):
-        if type(value) in _ATOMS:
-            continue
         if isinstance(value, Tensor):
             plain[position] = None
             storage = storage_of(value)

@@ -4,8 +4,8 @@ Problem    a step that is remembered is some 20 objects an operator, which live 
            that for growth and looks at every object of the process (0.2 s with torch in it) every step or two: as long as
            everything else that is done online.
 Method     new objects are looked at after some thousand operators (`YOUNG`), most of which have died by then; all objects
-           between steps, and after so long that it takes at most `SHARE` of the time. And at once where bytes are short: what
-           tensors in a cycle hold is of use to nobody.
+           between steps, and after so long that it takes at most `SHARE` of the time. (And at once where bytes are short, by
+           `Succession`: what tensors in a cycle hold is of use to nobody.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,3 @@ class Garbage:
             gc.collect()
             over = time.perf_counter()
             self._next = over + (over - start) / SHARE
-
-    def sweep(self) -> None:
-        """Bytes are short."""
-        gc.collect()

@@ -145,10 +145,7 @@ class _Mode(QuickMode):
     ) -> Any:
         if self.left or faking() is not None:
             return func(*args, **kwargs) if kwargs else func(*args)
-        try:
-            facts = func._weft_facts
-        except AttributeError:
-            facts = facts_of(func)
+        facts = facts_of(func)
         if types and not _PLAIN.issuperset(types) and not _all_plain(types):
             return NotImplemented  # DTensor and the like: their parts come back here
         if facts.view:

@@ -9,6 +9,7 @@ leave     Online, without a budget: everything comes back
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ class Succession:
         cycle: what is known of the steps; it knows the budget and the tier.
         backend, policy: their names; no policy is the usual one.
         device: whose bytes. name: of the model, for traces.
-        garbage: looked for when bytes are short, and between steps.
+        garbage: looked for between steps.
 
     Attributes:
         executor: whoever executes at the moment; None outside of the limit.
@@ -102,7 +103,7 @@ class Succession:
             self._fall_back(deviation)
             return self.call(facts, args, kwargs)
         except BudgetError:
-            self._garbage.sweep()
+            gc.collect()  # what tensors in cycles hold is of use to nobody
         return self.executor.call(facts, args, kwargs)
 
     def tell(self, news: Callable[[Executor], None]) -> None:
@@ -167,7 +168,7 @@ class Succession:
             return
         expected = carried[self.steps % len(carried)]
         if replay.brought_along(expected) > replay.slack:
-            self._garbage.sweep()  # what waits for it may be of use to nobody
+            gc.collect()  # what waits for it may be of use to nobody
         if (more := replay.brought_along(expected)) > replay.slack:
             self._write(self._fall_back(Deviation(f"{more:,} bytes more are carried into it")))
 

@@ -90,7 +90,7 @@ SYSTEM = System(
 def run(seed: int) -> Iterator[Row]:
     yield from on_paper()
     yield from live(seed)
-    yield from online()
+    yield from online(seed)
 
 
 def on_paper() -> Iterator[Row]:
@@ -183,7 +183,7 @@ def live(seed: int) -> Iterator[Row]:
         yield Row(way.name, **row, **extra)
 
 
-def online() -> Iterator[Row]:
+def online(seed: int) -> Iterator[Row]:
     """Thousands of small operators, none of them planned."""
     import torch
 
@@ -191,7 +191,7 @@ def online() -> Iterator[Row]:
     from weft.bench.step_traces import NETWORKS, load
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model, batch = NETWORKS["BiLSTM"]()
     plain = eager(model.train())
     take_turns([plain], batch, rounds=0)
